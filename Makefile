@@ -1,0 +1,40 @@
+# Two commands do everything on a machine that has Python >= 3.11, git and make:
+#   make demo    set up, then shapes -> teacher -> cache -> students -> report in build/demo
+#   make test    set up, then format, lint, types and the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# the stamp is written last, so an interrupted installation is done again; it is as new as the files it was made from
+STAMP := $(VENV)/.kdcli-installed
+
+.PHONY: demo test test-slow check format bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'kdcli needs Python >= 3.11; set PYTHON=...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/kdcli demo --out build/demo --overwrite
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/pytest -q -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -q -m "slow"
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/step_cost.py
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,3 @@
+"""kdcli: distillation of object detectors from an offline teacher cache."""
+
+__version__ = "0.1.0"

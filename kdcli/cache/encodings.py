@@ -1,0 +1,186 @@
+"""How a float32 teacher tensor becomes stored numbers, and back.
+
+An encoding is a frozen description with a JSON form ``{"name": ..., ...}``. ``encode`` runs on the CPU (numpy) for one
+row; ``decode`` runs on the training device (torch) for a batch, so that 8-bit codes are what travels. Every encoding
+but float32 is lossy, and its error is measured while a store is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcli.errors import StoreError
+
+Arrays = dict[str, NDArray[Any]]
+Layout = dict[str, tuple[tuple[int, ...], str]]  # suffix -> (shape of one row, dtype)
+
+
+class Encoding(Protocol):
+    """One way to store a tensor of ``count`` rows with trailing ``dims``; ``sizes`` are the cells or anchors a level."""
+
+    def layout(self, count: int, dims: tuple[int, ...], sizes: tuple[int, ...]) -> Layout:
+        """Arrays to allocate, by suffix (``""`` is the main one)."""
+        ...
+
+    def encode(self, value: NDArray[np.float32], valid: NDArray[np.bool_] | None, sizes: tuple[int, ...]) -> Arrays:
+        """Codes of one row, [count, *dims]; rows that are not ``valid`` become code 0."""
+        ...
+
+    def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
+        """Float32 values; arrays carry the same suffixes, with any leading dims."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class Float:
+    """Plain float32 (lossless) or float16."""
+
+    dtype: str = "float32"
+
+    def layout(self, count: int, dims: tuple[int, ...], sizes: tuple[int, ...]) -> Layout:
+        return {"": ((count, *dims), self.dtype)}
+
+    def encode(self, value: NDArray[np.float32], valid: NDArray[np.bool_] | None, sizes: tuple[int, ...]) -> Arrays:
+        out = value.astype(self.dtype)
+        if valid is not None:
+            out[~valid] = 0
+        return {"": out}
+
+    def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
+        return arrays[""].float()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.dtype}
+
+
+@dataclass(frozen=True)
+class LogOdds8:
+    """uint8 steps of log-odds between ``low`` and ``high``: for dense class logits, whose tails carry the loss."""
+
+    low: float = -12.0
+    high: float = 8.0
+
+    def layout(self, count: int, dims: tuple[int, ...], sizes: tuple[int, ...]) -> Layout:
+        return {"": ((count, *dims), "uint8")}
+
+    def encode(self, value: NDArray[np.float32], valid: NDArray[np.bool_] | None, sizes: tuple[int, ...]) -> Arrays:
+        step = (self.high - self.low) / 255
+        codes = np.rint((np.clip(value, self.low, self.high) - self.low) / step).astype(np.uint8)
+        if valid is not None:
+            codes[~valid] = 0
+        return {"": codes}
+
+    def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
+        return arrays[""].float() * ((self.high - self.low) / 255) + self.low
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": "log_odds_8", "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class EdgeAffine8:
+    """uint8, affine per last-dimension vector: for box distributions [count, 4, E], one (scale, offset) per edge.
+
+    A softmax ignores what all bins share, so float16 offsets cost nothing; codes are computed from the rounded pair.
+    """
+
+    def layout(self, count: int, dims: tuple[int, ...], sizes: tuple[int, ...]) -> Layout:
+        return {"": ((count, *dims), "uint8"), "affine": ((count, *dims[:-1], 2), "float16")}
+
+    def encode(self, value: NDArray[np.float32], valid: NDArray[np.bool_] | None, sizes: tuple[int, ...]) -> Arrays:
+        low, high = value.min(axis=-1), value.max(axis=-1)
+        offset = _float16(low, toward=-np.inf)
+        scale = _float16((high - offset.astype(np.float32)) / 255, toward=np.inf)
+        affine = np.stack([scale, offset], axis=-1)
+        codes = _quantise(value, scale.astype(np.float32)[..., None], offset.astype(np.float32)[..., None])
+        if valid is not None:
+            codes[~valid], affine[~valid] = 0, 0
+        return {"": codes, "affine": affine}
+
+    def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
+        affine = arrays["affine"].float()
+        return arrays[""].float() * affine[..., :1] + affine[..., 1:]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": "edge_affine_8"}
+
+
+@dataclass(frozen=True)
+class ChannelAffine8:
+    """uint8, affine per level and channel: for dense features [P, C], whose range differs by both."""
+
+    def layout(self, count: int, dims: tuple[int, ...], sizes: tuple[int, ...]) -> Layout:
+        return {"": ((count, *dims), "uint8"), "affine": ((len(sizes), 2, *dims), "float32")}
+
+    def encode(self, value: NDArray[np.float32], valid: NDArray[np.bool_] | None, sizes: tuple[int, ...]) -> Arrays:
+        codes = np.zeros(value.shape, np.uint8)
+        affine = np.zeros((len(sizes), 2, *value.shape[1:]), np.float32)
+        start = 0
+        for level, size in enumerate(sizes):
+            part = slice(start, start + size)
+            start += size
+            inside = np.ones(size, bool) if valid is None else valid[part]
+            if not inside.any():
+                continue
+            level_value = value[part][inside]
+            offset = level_value.min(axis=0)
+            scale = (level_value.max(axis=0) - offset) / np.float32(255)
+            affine[level] = scale, offset
+            codes[part][inside] = _quantise(level_value, scale, offset)
+        return {"": codes, "affine": affine}
+
+    def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
+        codes, affine = arrays[""], arrays["affine"]  # [B, P, C], [B, L, 2, C]
+        out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        start = 0
+        for level, size in enumerate(sizes):
+            part = slice(start, start + size)
+            start += size
+            scale, offset = affine[:, level, 0, None], affine[:, level, 1, None]
+            torch.addcmul(offset, codes[:, part].float(), scale, out=out[:, part])
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": "channel_affine_8"}
+
+
+FLOAT32 = Float("float32")
+FLOAT16 = Float("float16")
+
+
+def from_json(data: Mapping[str, Any]) -> Encoding:
+    """The encoding that ``to_json`` described. Raises StoreError for one that this version does not know."""
+    match dict(data):
+        case {"name": "float32" | "float16" as dtype}:
+            return Float(dtype)
+        case {"name": "log_odds_8", "low": float(low), "high": float(high)}:
+            return LogOdds8(low, high)
+        case {"name": "edge_affine_8"}:
+            return EdgeAffine8()
+        case {"name": "channel_affine_8"}:
+            return ChannelAffine8()
+    raise StoreError(f"unknown encoding {dict(data)}; this store was written by a newer kdcli")
+
+
+def _quantise(value: NDArray[np.float32], scale: NDArray[np.float32], offset: NDArray[np.float32]) -> NDArray[np.uint8]:
+    # a constant vector has scale 0: all its codes are 0 and decode to the offset
+    safe = np.where(scale > 0, scale, np.float32(1))
+    return np.clip(np.rint((value - offset) / safe), 0, 255).astype(np.uint8)
+
+
+def _float16(value: NDArray[np.float32], *, toward: float) -> NDArray[np.float16]:
+    """Round outward, so that the 255 steps still span the whole range."""
+    rounded = value.astype(np.float16)
+    short = rounded.astype(np.float32) < value if toward > 0 else rounded.astype(np.float32) > value
+    return np.where(short, np.nextafter(rounded, np.float16(toward)), rounded)

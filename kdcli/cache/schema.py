@@ -1,0 +1,267 @@
+"""The format of a store, described once: writer, reader, estimate and verify all derive every array from here.
+
+A store is a Zarr v3 group. Each array has one row per (image, view) on its first axis, one chunk per row, and many rows
+per shard; sparse arrays are padded to N anchors and hold ``entries/count`` real ones. docs/store-format.md tells the
+same to people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcli.cache import encodings
+from kdcli.cache.encodings import Encoding
+from kdcli.errors import StoreError
+from kdcli.geometry.grid import Grid
+from kdcli.structures import Canvas
+from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, FEATURES, RANK, Need, Tensors, TensorSpec
+
+FORMAT_VERSION = 1
+GEOMETRY_LENGTH = 11  # numbers of data.views.Geometry.to_array
+SHARD_BYTES = 128 * 2**20  # raw bytes of one shard over all arrays: what the writer holds in memory
+MAX_SHARD_ROWS = 256
+ROW_BYTES_LIMIT = 2**31  # no real row comes near; a broken header must not allocate more
+
+# entries/* arrays: name -> dtype, one value per sparse entry
+ENTRY_DTYPES = {"index": "int32", "flag": "uint8", "gt": "int16", "weight": "float32"}
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One Zarr array without its row axis."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    sparse: bool  # the first dim counts entries: only a prefix is real
+
+    @property
+    def row_bytes(self) -> int:
+        """Raw bytes of one row."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A need with its shape and encoding."""
+
+    need: Need
+    per: str  # "cell", "anchor" or "entry"
+    dims: tuple[int, ...]
+    encoding: Encoding
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "name": self.need.name,
+            "region": self.need.region,
+            "per": self.per,
+            "dims": list(self.dims),
+            "encoding": self.encoding.to_json(),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> StoredTensor:
+        """Inverse of ``to_json``."""
+        return StoredTensor(
+            Need(data["name"], data["region"]),
+            data["per"],
+            tuple(data["dims"]),
+            encodings.from_json(data["encoding"]),
+        )
+
+
+@dataclass(frozen=True)
+class CacheSchema:
+    """Every array of a store, from the grid, the canvas and the needs."""
+
+    grid: Grid
+    canvas: Canvas
+    rows: int
+    shard_rows: int
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def sparse(self) -> bool:
+        """True when some tensor is read on a region."""
+        return any(not t.need.dense for t in self.tensors)
+
+    @property
+    def regions(self) -> frozenset[str]:
+        """The elementary regions that the entries cover: ``main``, ``vlr``."""
+        return regions_of(t.need for t in self.tensors)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the whole store."""
+        return -(-self.rows // self.shard_rows)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First row and one past the last row of ``shard``."""
+        return shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows)
+
+    def sizes(self, tensor: StoredTensor) -> tuple[int, ...]:
+        """Cells (or anchors) of each level."""
+        anchors = self.grid.level_sizes(self.canvas)
+        return tuple(n // self.grid.num_anchors for n in anchors) if tensor.per == "cell" else tuple(anchors)
+
+    def count(self, tensor: StoredTensor) -> int:
+        """Allocated rows of ``tensor``: P or N."""
+        return sum(self.sizes(tensor))
+
+    def tensor_arrays(self, tensor: StoredTensor) -> dict[str, ArraySpec]:
+        """Encoding suffix -> array."""
+        layout = tensor.encoding.layout(self.count(tensor), tensor.dims, self.sizes(tensor))
+        return {
+            suffix: ArraySpec(_path(tensor.need, suffix), shape, dtype, sparse=not tensor.need.dense)
+            for suffix, (shape, dtype) in layout.items()
+        }
+
+    def layout(self) -> tuple[ArraySpec, ...]:
+        """Every per-row array of the store."""
+        arrays = [
+            # sha256 of the image file (32 bytes), then the guard of boxes, labels and region definition (16)
+            ArraySpec("row/identity", (48,), "uint8", sparse=False),
+            ArraySpec("row/geometry", (GEOMETRY_LENGTH,), "float64", sparse=False),
+        ]
+        if self.sparse:
+            anchors = self.grid.num_total(self.canvas)
+            arrays.append(ArraySpec("entries/count", (1,), "int32", sparse=False))
+            arrays += [ArraySpec(f"entries/{n}", (anchors,), d, sparse=True) for n, d in ENTRY_DTYPES.items()]
+        for tensor in self.tensors:
+            arrays += self.tensor_arrays(tensor).values()
+        return tuple(arrays)
+
+    def encode(self, values: Mapping[str, NDArray[np.float32]], valid: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+        """Arrays by path of one row; ``values`` by ``Need.key``, ``valid`` [P]. Sparse ones are not padded yet."""
+        arrays = {}
+        for tensor in self.tensors:
+            mask = None
+            if tensor.need.dense:
+                mask = valid if tensor.per == "cell" else np.repeat(valid, self.grid.num_anchors)
+            codes = tensor.encoding.encode(values[tensor.need.key], mask, self.sizes(tensor))
+            arrays.update({_path(tensor.need, suffix): code for suffix, code in codes.items()})
+        return arrays
+
+    def decode(self, arrays: Tensors, needs: Iterable[Need]) -> Tensors:
+        """Float32 teacher tensors by ``Need.key`` from collated arrays by path."""
+        wanted = {n.key for n in needs}
+        out = {}
+        for tensor in self.tensors:
+            if tensor.need.key in wanted:
+                parts = {suffix: arrays[a.path] for suffix, a in self.tensor_arrays(tensor).items()}
+                out[tensor.need.key] = tensor.encoding.decode(parts, self.sizes(tensor))
+        return out
+
+    def restrict(self, needs: Iterable[Need]) -> tuple[StoredTensor, ...]:
+        """The stored tensors that ``needs`` name. Raises StoreError listing what is missing."""
+        have = {t.need: t for t in self.tensors}
+        missing = [n.key for n in needs if n not in have]
+        if missing:
+            raise StoreError(f"the store lacks {', '.join(missing)}; it has {', '.join(n.key for n in have)}")
+        return tuple(have[n] for n in needs)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form, kept in the attributes of the Zarr group."""
+        return {
+            "grid": self.grid.to_json(),
+            "canvas": str(self.canvas),
+            "rows": self.rows,
+            "shard_rows": self.shard_rows,
+            "tensors": [t.to_json() for t in self.tensors],
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> CacheSchema:
+        """Inverse of ``to_json``. Raises StoreError when a field is missing, of the wrong kind or beyond the bounds."""
+        try:
+            schema = CacheSchema(
+                grid=Grid.from_json(data["grid"]),
+                canvas=Canvas.parse(data["canvas"]),
+                rows=int(data["rows"]),
+                shard_rows=int(data["shard_rows"]),
+                tensors=tuple(StoredTensor.from_json(t) for t in data["tensors"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"the store's schema cannot be read ({error!r}); write the store again") from error
+        if not (0 < schema.rows < 2**40 and 0 < schema.shard_rows <= 2**20):
+            raise StoreError(f"the store's schema is impossible: {schema.rows} rows, {schema.shard_rows} rows a shard")
+        for array in schema.layout():
+            if array.row_bytes > ROW_BYTES_LIMIT:
+                raise StoreError(f"the store's schema is impossible: {array.path} has {array.row_bytes} bytes a row")
+        return schema
+
+
+def regions_of(needs: Iterable[Need]) -> frozenset[str]:
+    """The elementary regions that ``needs`` read."""
+    return frozenset(part for n in needs if not n.dense for part in n.region.split("+"))
+
+
+def plan_tensors(
+    needs: Iterable[Need], specs: Mapping[str, TensorSpec], encoding: str = "default"
+) -> tuple[StoredTensor, ...]:
+    """Choose an encoding for each need: ``default`` (8-bit where it is safe), ``float16`` or ``lossless`` (float32)."""
+    planned = []
+    for need in sorted(set(needs)):
+        spec = TensorSpec("anchor", (2,)) if need.name == RANK else specs[need.name]
+        chosen: Encoding = encodings.FLOAT32
+        if encoding == "float16":
+            chosen = encodings.FLOAT16
+        elif encoding == "default":
+            chosen = _default_encoding(need)
+        planned.append(StoredTensor(need, spec.per if need.dense else "anchor", spec.dims, chosen))
+    return tuple(planned)
+
+
+def _default_encoding(need: Need) -> Encoding:
+    if need.name == BOX_DISTRIBUTION:
+        return encodings.EdgeAffine8()
+    if need.name == FEATURES:
+        return encodings.ChannelAffine8()
+    if need.name == CLS_LOGITS and need.dense:
+        return encodings.LogOdds8()
+    return encodings.FLOAT16  # class logits on main and ranks: 8 bits cost RM 4e-3 of its loss, these 5e-5
+
+
+def shard_rows_for(row_bytes: int) -> int:
+    """Rows per shard so that one shard's raw bytes stay under SHARD_BYTES."""
+    return max(1, min(MAX_SHARD_ROWS, SHARD_BYTES // row_bytes))
+
+
+def digest(data: Any) -> str:
+    """sha256 of the canonical JSON of ``data``."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def collate(rows: list[dict[str, NDArray[Any]]], layout: Iterable[ArraySpec]) -> Tensors:
+    """Join the arrays of single rows: sparse ones end to end, dense ones stacked."""
+    out = {}
+    for array in layout:
+        if array.path not in rows[0]:
+            continue
+        parts = [torch.from_numpy(r[array.path]) for r in rows]
+        out[array.path] = torch.cat(parts) if array.sparse else torch.stack(parts)
+    return out
+
+
+def row_tensor(value: Tensor) -> NDArray[np.float32]:
+    """Float32 numpy copy of a tensor on any device."""
+    result: NDArray[np.float32] = value.detach().float().cpu().numpy()
+    return result
+
+
+def _path(need: Need, suffix: str) -> str:
+    # '@' and '+' are legal in Zarr keys and file names; one folder per need keeps its codes and scales together
+    return f"tensors/{need.key}/{suffix or 'values'}"

@@ -1,0 +1,144 @@
+"""Read one image file as 8-bit RGB at the size its annotations speak of: every Pillow mode, EXIF orientation, 16 bit.
+
+Alpha is dropped, not composited, as OpenCV and torchvision do. The bytes are hashed on the way, since the worker that
+decodes them has them in hand (0.015 ms for 21 kB).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from kdcli.errors import DataError, MissingPathError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXIF_ORIENTATION = 0x0112
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = (5, 6, 7, 8)
+# what Pillow raises on bytes that are not the picture they claim to be; the bomb warning is refused like the error
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class ImageSizeError(DataError):
+    """An image does not have the size that its annotation record gives."""
+
+
+def read_image(path: Path, expected_size: tuple[int, int]) -> tuple[Tensor, bytes]:
+    """Decode ``path``: (uint8 RGB [3, h, w], contiguous; sha256 of the file, 32 bytes).
+
+    ``expected_size``: (height, width) of the annotation record, pixels. The EXIF orientation is applied if the image
+    turned by it has this size. Raises MissingPathError, DataError for a file that cannot be decoded whole, and
+    ImageSizeError for another size.
+    """
+    import torch  # here, so that kdcli data check starts without it
+
+    pixels, digest = decode_image(path, expected_size)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), digest
+
+
+def decode_image(path: Path, expected_size: tuple[int, int]) -> tuple[NDArray[np.uint8], bytes]:
+    """`read_image` without torch: (uint8 RGB [h, w, 3], sha256 of the file). Raises the same errors."""
+    data = _read_bytes(path)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            turn = _orientation(image, expected_size, path)
+            pixels = _rgb(image if turn is None else image.transpose(turn), path)
+    except DataError:
+        raise
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    return pixels, hashlib.sha256(data).digest()
+
+
+def probe_image(path: Path, expected_size: tuple[int, int]) -> None:
+    """Look at the header of ``path`` alone; raises as `read_image` does for a missing file, no image, another size."""
+    try:
+        with Image.open(path) as image:
+            if image.size != (expected_size[1], expected_size[0]):  # asking a PNG for its EXIF decodes it
+                _orientation(image, expected_size, path)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _missing(path: Path) -> MissingPathError:
+    return MissingPathError(f"image {path} does not exist; restore it or remove it from the annotations")
+
+
+def _unreadable(path: Path, error: BaseException) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"image {path} cannot be decoded ({reason}); replace the file")
+
+
+def _orientation(image: Image.Image, expected: tuple[int, int], path: Path) -> Image.Transpose | None:
+    """How to turn the image so that it has the ``expected`` (height, width); None to leave it."""
+    width, height = image.size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:  # Pillow itself only warns up to twice the limit
+        raise DataError(f"image {path} has {width * height} pixels, over the limit of {limit}; scale it down")
+    exif: Any = image.getexif().get(EXIF_ORIENTATION, 1)
+    if exif in TRANSPOSE and expected == ((width, height) if exif in SWAPS_SIDES else (height, width)):
+        return TRANSPOSE[exif]
+    if expected != (height, width):
+        raise ImageSizeError(
+            f"image {path} is {height}x{width} (height x width) but its annotation record says "
+            f"{expected[0]}x{expected[1]}; correct the record or the file"
+        )
+    return None
+
+
+def _rgb(image: Image.Image, path: Path) -> NDArray[np.uint8]:
+    """Any Pillow mode as a writable uint8 array [h, w, 3]."""
+    if image.mode == "F":
+        raise DataError(f"image {path} holds floating-point pixels of no known range; save it with 8 or 16 bit")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.int64)
+        if wide.size and (wide.min() < 0 or wide.max() > 0xFFFF):
+            raise DataError(f"image {path} holds values outside 0..65535; save it with 8 or 16 bit")
+        grey = (wide >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("P", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns that the transparency is lost
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -1,0 +1,170 @@
+"""Torchvision classifiers cut into the three feature maps that a neck reads: C3, C4, C5 at strides 8, 16, 32.
+
+Each is listed as four runs of torchvision submodules: everything up to stride 4, then one run per map. A map is the
+last output of its stride. MobileNets end before their final 1x1 conv, which only widens 320 (160, 96) channels to what
+the classifier wants (1280, 960, 576); ShuffleNet's conv5 is left out for the same reason. The modules keep
+torchvision's names, so its checkpoints load as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from kdcli.errors import MissingPathError, OptionError, nearest
+from kdcli.files import load_torch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of the torchvision submodules that lead to strides 4, 8 (C3), 16 (C4) and 32 (C5), in order."""
+
+    runs: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+
+
+def _features(*ends: int) -> Layout:
+    """A MobileNet: its ``features`` cut before the indices ``ends``."""
+    starts = (0, *ends[:-1])
+    a, b, c, d = (tuple(f"features.{k}" for k in range(low, high)) for low, high in zip(starts, ends, strict=True))
+    return Layout((a, b, c, d))
+
+
+_RESNET = Layout((("conv1", "bn1", "relu", "maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",)))
+_SHUFFLENET = Layout((("conv1", "maxpool"), ("stage2",), ("stage3",), ("stage4",)))
+
+BACKBONES: dict[str, Layout] = {
+    "resnet18": _RESNET,
+    "resnet34": _RESNET,
+    "resnet50": _RESNET,
+    "resnet101": _RESNET,
+    "mobilenet_v2": _features(4, 7, 14, 18),
+    "mobilenet_v3_small": _features(2, 4, 9, 12),
+    "mobilenet_v3_large": _features(4, 7, 13, 16),
+    "shufflenet_v2_x0_5": _SHUFFLENET,
+    "shufflenet_v2_x1_0": _SHUFFLENET,
+}
+
+
+class Backbone(nn.Module):
+    """``name`` of BACKBONES with random weights (torchvision's initialisation).
+
+    frozen: every batch norm stays in eval mode with fixed scale and shift, and the layers up to stride 4 (stem and,
+    where it has one, first stage) get no gradient: mmdet's rule for pretrained backbones. ``channels``: of C3, C4, C5.
+    """
+
+    def __init__(self, name: str, *, frozen: bool = False) -> None:
+        super().__init__()
+        if name not in BACKBONES:
+            raise OptionError(f"backbone '{name}': unknown{nearest(name, BACKBONES)}")
+        self.name = name
+        self.frozen = False
+        self._runs = BACKBONES[name].runs
+        model = torchvision.models.get_model(name, weights=None)
+        whole = set(model.state_dict())
+        for child, module in _used_children(model, self._runs):
+            self.add_module(child, module)
+        self.classifier_keys = frozenset(whole - set(self.state_dict()))  # in a classifier's file, not in a backbone
+        self.channels = self._probe_channels()
+        if frozen:
+            self.freeze()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """C3, C4, C5 of normalised ``images`` [B, 3, H, W]: [B, channels[k], ceil(H / stride), ceil(W / stride)]."""
+        maps = []
+        x = images
+        for run in self._runs:
+            for path in run:
+                x = self.get_submodule(path)(x)
+            maps.append(x)
+        return maps[1:]
+
+    def freeze(self) -> None:
+        """Fix the batch norms and the layers up to stride 4."""
+        self.frozen = True
+        fixed = [self.get_submodule(path) for path in self._runs[0]]
+        fixed += [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        for module in fixed:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As ``nn.Module.train``, but frozen batch norms stay in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def _probe_channels(self) -> tuple[int, int, int]:
+        with torch.no_grad():
+            self.eval()  # so that the running statistics do not see the zeros
+            c3, c4, c5 = (m.shape[1] for m in self(torch.zeros(1, 3, 32, 32)))
+            self.train()
+        return c3, c4, c5
+
+
+def load_backbone_weights(backbone: Backbone, source: str) -> None:
+    """Fill ``backbone`` from ``source``: ``"imagenet"`` (torchvision's IMAGENET1K_V1 file, downloaded and its hash
+    checked) or the path of a torchvision state dict, with or without its classifier.
+
+    Raises MissingPathError when there is no such file or no network, OptionError naming the first keys when the file
+    is of another network.
+    """
+    state = _imagenet(backbone.name) if source == "imagenet" else _state_dict(Path(source))
+    own = backbone.state_dict()
+    found, expected = set(state), set(own)
+    # Files older than PyTorch 0.4.1 have no batch counters; batch norm fills them in by itself.
+    missing = [k for k in sorted(expected - found) if not k.endswith("num_batches_tracked")]
+    surplus = sorted(found - expected - backbone.classifier_keys)
+    shapes = [k for k in sorted(found & expected) if state[k].shape != own[k].shape]
+    problems = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in (("missing", missing), ("unexpected", surplus), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise OptionError(f"backbone weights '{source}' are not those of {backbone.name}: keys {'; '.join(problems)}")
+    backbone.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)
+
+
+def _used_children(model: nn.Module, runs: tuple[tuple[str, ...], ...]) -> list[tuple[str, nn.Module]]:
+    """The direct children of ``model`` that ``runs`` name; a ``features`` sequence is cut after its last used block."""
+    paths = [path for run in runs for path in run]
+    used: list[tuple[str, nn.Module]] = []
+    for name, child in model.named_children():
+        count = sum(path.startswith(f"{name}.") for path in paths)
+        if name in paths:
+            used.append((name, child))
+        elif count and isinstance(child, nn.Sequential):
+            used.append((name, child[:count]))
+    return used
+
+
+def _imagenet(name: str) -> dict[str, Tensor]:
+    # V1, not V2 where there are two: what mmdet's and torchvision's own detectors start from.
+    weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(
+            progress=False, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except OSError as error:  # URLError is one
+        raise MissingPathError(
+            f"backbone weights 'imagenet': cannot get {weights.url} ({error}); download it elsewhere and pass its path"
+        ) from error
+    except RuntimeError as error:  # a wrong hash
+        raise OptionError(f"backbone weights 'imagenet': {weights.url}: {error}; try again") from error
+    return state
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise MissingPathError(f"backbone weights '{path}': no such file; write none, imagenet or the path of a file")
+    state = load_torch(path, what="backbone weights")
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise OptionError(f"backbone weights '{path}': not a torchvision state dict (names to tensors)")
+    return state

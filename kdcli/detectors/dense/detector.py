@@ -1,0 +1,114 @@
+"""A dense detector: normalisation, backbone, neck and the one head, tied together by a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kdcli.detectors.backbones import Backbone
+from kdcli.detectors.base import Detector, ModelSpec
+from kdcli.detectors.dense.decode import decode
+from kdcli.detectors.dense.head import DenseHead
+from kdcli.detectors.dense.recipes import Recipe
+from kdcli.detectors.neck import FPN
+from kdcli.geometry.boxes import decode_deltas
+from kdcli.geometry.derive import decode_distribution
+from kdcli.structures import Canvas, Detections, Targets
+from kdcli.tensors import (
+    BOX_DISTRIBUTION,
+    BOX_REGRESSION,
+    CENTERNESS,
+    CLS_LOGITS,
+    FEATURES,
+    Tensors,
+    TensorSpec,
+    flatten_levels,
+)
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1: what every torchvision backbone was trained with
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+class DenseDetector(Detector):
+    """``spec`` built by ``recipe`` with random weights; ``spec.bn`` is ``train`` or ``frozen`` here."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ModelSpec, recipe: Recipe) -> None:
+        super().__init__()
+        assert spec.bn != "auto"
+        self.spec = spec
+        self.recipe = recipe
+        self.grid = recipe.grid
+        self.assigner = recipe.assigner
+        self.region_defaults = recipe.regions
+        self.box_dims = (4, spec.reg_max + 1) if recipe.box == "distribution" else (4,)
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).reshape(3, 1, 1), persistent=False)
+        self.backbone = Backbone(spec.backbone, frozen=spec.bn == "frozen")
+        self.neck = FPN(self.backbone.channels, spec.fpn_channels, recipe.neck)
+        self.head = DenseHead(
+            spec.fpn_channels,
+            spec.head_channels or spec.fpn_channels,
+            spec.tower_convs,
+            norm=recipe.norm,
+            num_anchors=recipe.grid.num_anchors,
+            num_classes=spec.num_classes,
+            box_dims=self.box_dims,
+            centerness=recipe.centerness,
+            scaled_levels=len(recipe.grid.strides) if recipe.scaled else 0,
+        )
+
+    def forward(self, images: Tensor) -> Tensors:
+        """See Detector.forward."""
+        maps = self.neck(self.backbone((images - self.mean) / self.std))
+        return {FEATURES: flatten_levels(maps, (self.spec.fpn_channels,)), **self.head(maps)}
+
+    def loss(self, outputs: Tensors, targets: Targets) -> dict[str, Tensor]:
+        """See Detector.loss."""
+        return self.recipe.loss(outputs, targets, self.grid)
+
+    @torch.no_grad()
+    def decode(self, outputs: Tensors, content: Tensor, canvas: Canvas) -> list[Detections]:
+        """See Detector.decode. mmdet's rule: score >= 0.05, 1000 a level before NMS, 100 an image after it."""
+        scores = outputs[CLS_LOGITS].float().sigmoid()
+        if CENTERNESS in outputs:
+            scores = scores * outputs[CENTERNESS].float().sigmoid()
+        boxes = self.dense_boxes(outputs, canvas)
+        return decode(boxes, scores, self.grid.level_sizes(canvas), content, nms_iou=self.recipe.nms_iou)
+
+    @property
+    def box_name(self) -> str:
+        """See Detector.box_name."""
+        return BOX_DISTRIBUTION if self.recipe.box == "distribution" else BOX_REGRESSION
+
+    def decode_boxes(self, box_tensor: Tensor, index: Tensor, canvas: Canvas) -> Tensor:
+        """See Detector.decode_boxes."""
+        place = (canvas, torch.float32, box_tensor.device)
+        with torch.autocast(box_tensor.device.type, enabled=False):  # bf16 boxes would be off by pixels
+            rows = box_tensor.float()
+            if self.recipe.box == "delta":
+                return decode_deltas(self.grid.anchors(*place)[index], rows, self.recipe.box_stds)
+            centers = self.grid.centers(*place)[index // self.grid.num_anchors]
+            return decode_distribution(rows, centers, self.grid.anchor_strides(*place)[index])
+
+    def dense_boxes(self, outputs: Tensors, canvas: Canvas) -> Tensor:
+        """See Detector.dense_boxes."""
+        rows = outputs[self.box_name]
+        batch, total = rows.shape[:2]
+        index = torch.arange(total, device=rows.device).repeat(batch)
+        return self.decode_boxes(rows.flatten(0, 1), index, canvas).reshape(batch, total, 4)
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """See Detector.specs."""
+        specs = {
+            FEATURES: TensorSpec("cell", (self.spec.fpn_channels,)),
+            CLS_LOGITS: TensorSpec("anchor", (self.spec.num_classes,)),
+            self.box_name: TensorSpec("anchor", self.box_dims),
+        }
+        if self.recipe.centerness:
+            specs[CENTERNESS] = TensorSpec("anchor", (1,))
+        return specs

@@ -1,0 +1,165 @@
+"""Detection losses of the dense heads, as pure functions over a batch; all levels and images at once, in float32.
+
+Formulas, weights and normalisers are mmdet 3.3.0's. Terms are already weighted. A batch without boxes gives zeros that
+are part of the graph. Normalisers are over the global batch (``world_mean``), so that 1 and N processes agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from kdcli.geometry.boxes import (
+    aligned_giou,
+    aligned_iou,
+    decode_deltas,
+    decode_distances,
+    encode_deltas,
+    encode_distances,
+)
+from kdcli.geometry.derive import integral
+from kdcli.geometry.grid import Grid
+from kdcli.structures import IGNORED, Targets
+from kdcli.tensors import world_mean
+
+QFL_BETA = 2.0
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+GIOU_WEIGHT, DFL_WEIGHT = 2.0, 0.25
+DFL_MARGIN = 0.1  # a distance target stays this far below the last bin, so that a right-hand bin exists
+RETINANET_STDS = (1.0, 1.0, 1.0, 1.0)
+ATSS_STDS = (0.1, 0.1, 0.2, 0.2)
+
+
+@dataclass(frozen=True)
+class Positives:
+    """The M positives of a batch, in the order of (image, anchor), and what the class loss is divided by."""
+
+    image: Tensor  # [M] int64
+    anchor: Tensor  # [M] int64
+    boxes: Tensor  # [M, 4] float32, their ground truth, xyxy canvas pixels
+    labels: Tensor  # [M] int64
+    counted: Tensor  # [B, N, 1] float32, 1 where the class loss reads: valid and not between two IoU thresholds
+    average: Tensor  # scalar: sum over images of max(positives, 1), mean over processes
+
+
+def gather_positives(targets: Targets) -> Positives:
+    """Look up the ground truth of every positive of ``targets``."""
+    assigned = targets.assigned
+    image, anchor = torch.nonzero(assigned >= 0, as_tuple=True)
+    counts = torch.tensor([0] + [len(boxes) for boxes in targets.boxes[:-1]], device=assigned.device)
+    box = assigned[image, anchor] + counts.cumsum(0)[image]
+    average = (assigned >= 0).sum(dim=1).clamp(min=1).sum().float()
+    return Positives(
+        image=image,
+        anchor=anchor,
+        boxes=torch.cat(targets.boxes)[box],
+        labels=torch.cat(targets.labels)[box],
+        counted=(assigned != IGNORED).float()[..., None],
+        average=world_mean(average),
+    )
+
+
+def quality_focal(logits: Tensor, quality: Tensor, beta: float = QFL_BETA) -> Tensor:
+    """Quality focal loss (arXiv 2006.04388) of each logit, for targets in 0..1 of the same shape.
+
+    The modulating factor is part of the graph, as in mmdet.
+    """
+    factor = (quality - logits.sigmoid()).abs().pow(beta)
+    return F.binary_cross_entropy_with_logits(logits, quality, reduction="none") * factor
+
+
+def distribution_focal(distribution: Tensor, distance: Tensor) -> Tensor:
+    """Distribution focal loss (arXiv 2006.04388): logits [..., E] against distances [...] in 0..E-1 strides: [...]."""
+    log_p = F.log_softmax(distribution, dim=-1)
+    left = distance.long()
+    right_share = distance - left
+    at_left = log_p.gather(-1, left[..., None]).squeeze(-1)
+    at_right = log_p.gather(-1, left[..., None] + 1).squeeze(-1)
+    return -(at_left * (1 - right_share) + at_right * right_share)
+
+
+def gfl_loss(
+    cls_logits: Tensor, box_distribution: Tensor, targets: Targets, grid: Grid, *, eps: float | None = None
+) -> dict[str, Tensor]:
+    """GFL's loss_cls (QFL), loss_bbox (GIoU, x2) and loss_dfl (x0.25), scalars; arXiv 2006.04388.
+
+    ``cls_logits`` [B, N, K], ``box_distribution`` [B, N, 4, E]. Box terms are weighted by the positive's best score
+    and divided by the sum of those weights: clamped at 1 as in mmdet, or plus ``eps`` as in the repositories of LD
+    (1e-6) and BCKD.
+    """
+    found = gather_positives(targets)
+    logits = cls_logits.float()
+    rows = box_distribution[found.image, found.anchor].float()  # [M, 4, E]
+    place = (targets.canvas, torch.float32, logits.device)
+    stride = grid.anchor_strides(*place)[found.anchor, None]
+    center = grid.centers(*place)[found.anchor] / stride
+    goal = found.boxes / stride  # in strides, the unit of mmdet's eps
+    boxes = decode_distances(center, integral(rows))
+
+    quality = torch.zeros_like(logits)
+    quality[found.image, found.anchor, found.labels] = aligned_iou(boxes.detach(), goal)
+    loss_cls = (quality_focal(logits, quality) * found.counted).sum() / found.average
+
+    weight = logits.detach()[found.image, found.anchor].amax(dim=-1).sigmoid()
+    total = world_mean(weight.sum())
+    total = total.clamp(min=1) if eps is None else total + eps
+    last = rows.shape[-1] - 1
+    distance = encode_distances(center, goal).clamp(0, last - DFL_MARGIN)
+    loss_bbox = ((1 - aligned_giou(boxes, goal)) * weight).sum() / total
+    loss_dfl = (distribution_focal(rows, distance).mean(dim=-1) * weight).sum() / total
+    return {"loss_cls": loss_cls, "loss_bbox": GIOU_WEIGHT * loss_bbox, "loss_dfl": DFL_WEIGHT * loss_dfl}
+
+
+def _focal_cls(logits: Tensor, found: Positives) -> Tensor:
+    """Focal loss (arXiv 1708.02002) of a batch's class logits [B, N, K], a scalar."""
+    hot = torch.zeros_like(logits)
+    hot[found.image, found.anchor, found.labels] = 1.0
+    loss: Tensor = sigmoid_focal_loss(logits, hot, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA, reduction="none")
+    return (loss * found.counted).sum() / found.average
+
+
+def retinanet_loss(cls_logits: Tensor, box_regression: Tensor, targets: Targets, grid: Grid) -> dict[str, Tensor]:
+    """RetinaNet's loss_cls (focal) and loss_bbox (L1 of the deltas), scalars; arXiv 1708.02002.
+
+    ``cls_logits`` [B, N, K], ``box_regression`` [B, N, 4] deltas.
+    """
+    found = gather_positives(targets)
+    anchors = grid.anchors(targets.canvas, torch.float32, cls_logits.device)[found.anchor]
+    goal = encode_deltas(anchors, found.boxes, RETINANET_STDS)
+    error = (box_regression[found.image, found.anchor].float() - goal).abs()
+    return {"loss_cls": _focal_cls(cls_logits.float(), found), "loss_bbox": error.sum() / found.average}
+
+
+def centerness_target(centers: Tensor, boxes: Tensor) -> Tensor:
+    """How central the points [M, 2] lie in their boxes [M, 4], 0..1: [M] (arXiv 1904.01355)."""
+    left, top, right, bottom = encode_distances(centers, boxes).unbind(dim=-1)
+    horizontal = torch.minimum(left, right) / torch.maximum(left, right)
+    vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+    return (horizontal * vertical).sqrt()
+
+
+def atss_loss(
+    cls_logits: Tensor, box_regression: Tensor, centerness: Tensor, targets: Targets, grid: Grid
+) -> dict[str, Tensor]:
+    """ATSS's loss_cls (focal), loss_bbox (GIoU, x2, weighted by centerness) and loss_centerness, scalars.
+
+    ``cls_logits`` [B, N, K], ``box_regression`` [B, N, 4] deltas (stds .1 .1 .2 .2), ``centerness`` [B, N, 1] logits;
+    arXiv 1912.02424.
+    """
+    found = gather_positives(targets)
+    place = (targets.canvas, torch.float32, cls_logits.device)
+    goal = centerness_target(grid.centers(*place)[found.anchor // grid.num_anchors], found.boxes)
+    deltas = box_regression[found.image, found.anchor].float()
+    boxes = decode_deltas(grid.anchors(*place)[found.anchor], deltas, ATSS_STDS)
+    loss_bbox = ((1 - aligned_giou(boxes, found.boxes)) * goal).sum() / world_mean(goal.sum()).clamp(min=1)
+    logits = centerness[found.image, found.anchor, 0].float()
+    entropy = F.binary_cross_entropy_with_logits(logits, goal, reduction="sum")
+    return {
+        "loss_cls": _focal_cls(cls_logits.float(), found),
+        "loss_bbox": GIOU_WEIGHT * loss_bbox,
+        "loss_centerness": entropy / found.average,
+    }

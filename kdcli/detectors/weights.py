@@ -1,0 +1,112 @@
+"""Checkpoints: a detector with its class list and canvas as one dictionary of tensors and plain values.
+
+The weights carry their sha256, since PyTorch reads a flipped bit of a tensor as data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcli.detectors.base import Detector, ModelSpec
+from kdcli.detectors.build import build_detector
+from kdcli.errors import MissingPathError, OptionError
+from kdcli.files import load_torch
+from kdcli.structures import Canvas
+
+FORMAT = "kdcli.checkpoint"
+VERSION = 1
+
+Classes = list[dict[str, Any]]  # {"id": category id in the annotations, "name": ...}, in the order 0..K-1
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint says beside its weights. path: the file. canvas: as ``Canvas.parse`` reads it."""
+
+    path: Path
+    classes: Classes
+    canvas: str
+    weights_sha256: str
+    extra: dict[str, Any]
+
+
+def export(detector: Detector, classes: Classes, canvas: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint of ``detector``, to be written by ``files.atomic_save``; its tensors are copies on the CPU.
+
+    extra: tensors and plain values (numbers, strings, lists, dicts), e.g. an optimiser's state; the hash leaves it out.
+    """
+    weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in detector.state_dict().items()}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": detector.spec.to_json(),
+        "classes": classes,
+        "canvas": canvas,
+        "weights": weights,
+        "weights_sha256": weights_sha256(weights),
+        "extra": dict(extra),
+    }
+
+
+def load_detector(path: Path | str) -> tuple[Detector, CheckpointMeta]:
+    """The detector of a checkpoint file, or of a run folder's ``weights/last.pt``, on the CPU and in eval mode.
+
+    Draws nothing from torch's global generator, so that a run with a live teacher starts from the same student as one
+    without. Raises MissingPathError, or OptionError when the file is foreign, torn or corrupt.
+    """
+    file = checkpoint_path(path)
+    content = load_torch(file, what="checkpoint")
+    _check_format(content, file)
+    try:
+        spec = ModelSpec.from_json(content["model"])
+        Canvas.parse(content["canvas"])
+        with torch.random.fork_rng(devices=[]):
+            detector = build_detector(spec)
+        detector.load_state_dict(content["weights"], strict=True)
+    except (OptionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OptionError(f"checkpoint '{file}': {reason}") from error
+    if weights_sha256(content["weights"]) != content["weights_sha256"]:
+        raise OptionError(f"checkpoint '{file}': corrupt, its weights do not match their sha256; copy it again")
+    if len(content["classes"]) != spec.num_classes:
+        raise OptionError(f"checkpoint '{file}': {len(content['classes'])} classes for {spec.num_classes} outputs")
+    meta = CheckpointMeta(file, content["classes"], content["canvas"], content["weights_sha256"], content["extra"])
+    return detector.eval(), meta
+
+
+def checkpoint_path(path: Path | str) -> Path:
+    """``path`` itself, or ``weights/last.pt`` of a run folder. Raises MissingPathError."""
+    path = Path(path)
+    file = path / "weights" / "last.pt" if path.is_dir() else path
+    if not file.is_file():
+        where = f"run '{path}': has no weights/last.pt" if path.is_dir() else f"checkpoint '{path}': no such file"
+        raise MissingPathError(where)
+    return file
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of the names, dtypes, shapes, bytes of ``state``; order and memory layout do not matter."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_format(content: object, file: Path) -> None:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise OptionError(f"checkpoint '{file}': not a kdcli checkpoint (a backbone goes to --backbone-weights)")
+    if content.get("version") != VERSION:
+        raise OptionError(f"checkpoint '{file}': version {content.get('version')}, this kdcli reads {VERSION}")
+    kinds = {"model": dict, "classes": list, "canvas": str, "weights": dict, "weights_sha256": str, "extra": dict}
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise OptionError(f"checkpoint '{file}': '{key}' is missing or not a {kind.__name__}")

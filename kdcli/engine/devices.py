@@ -1,0 +1,62 @@
+"""Device, precision, threads and memory: what ``--device``, ``--amp``, ``--threads`` and ``--workers`` mean here."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import torch
+
+from kdcli.errors import OptionError
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one. Raises OptionError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"--device '{name}' is not a device; choose from auto, cpu, cuda, cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """``auto``: float32 on a CPU, bfloat16 on a GPU. None is float32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name == "fp16" and device.type != "cuda":
+        raise OptionError("--amp fp16 needs a GPU; on a CPU use fp32 or bf16")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def pick_workers(workers: int | None) -> int:
+    """Data processes: as asked, else one for each spare core, at least one and at most eight."""
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(8, cores - 1))
+
+
+def set_threads(threads: int | None) -> int:
+    """Set the CPU threads of this process and return their number; convolutions round differently with another one."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def make_deterministic() -> None:
+    """``--deterministic``: no TF32, and only algorithms that give the same bits twice."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of this process: allocated GPU memory, or resident memory on a CPU (data workers not counted)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

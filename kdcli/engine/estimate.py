@@ -1,0 +1,90 @@
+"""``cache-teacher --estimate``: bytes and time from the annotations and a few real images, before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kdcli.cache.writer import StoreWriter, create_store
+from kdcli.engine.caching import Plan, encode_rows
+from kdcli.engine.samples import Sample, orientation
+from kdcli.errors import NoSpaceError
+
+PROBE_ROWS = 16  # real images that are run through the teacher, encoded and compressed
+MARGIN = 1.1  # the rows probed are few: ask for 10 % more room than they say
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a store will take."""
+
+    rows: int
+    bytes_total: int  # compressed, on disk
+    bytes_by_array: dict[str, int]
+    bytes_raw: int  # before compression, padding not counted
+    seconds: float
+    rows_per_s: float
+    free_bytes: int
+
+
+def estimate(plan: Plan, out: Path) -> Estimate:
+    """Run a few evenly spaced rows through everything but the final place, and scale up."""
+    step = max(1, plan.schema.rows // PROBE_ROWS)
+    items = [plan.item(r) for r in range(0, plan.schema.rows, step)][:PROBE_ROWS]
+    samples: list[Sample] = [plan.source.load(i) for i in items]
+    groups: dict[str, list[Sample]] = {}
+    for item, sample in zip(items, samples, strict=True):
+        groups.setdefault(str(orientation(plan.source, item).size), []).append(sample)
+    for group in groups.values():  # the first pass of a network is slower: not counted
+        encode_rows(plan, group[: plan.forward.micro_batch])
+    started = time.perf_counter()
+    rows = []
+    for item in items:  # decoding is in the time too
+        plan.source.load(item)
+    for group in groups.values():
+        rows += encode_rows(plan, group)[1]
+    schema = replace(plan.schema, rows=len(rows), shard_rows=min(plan.schema.shard_rows, len(rows)))
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "probe"
+        create_store(store, schema, {"format": "kdcli.store"}, plan.source.dataset.annotations.image_ids[:0])
+        writer = StoreWriter(store, schema)
+        for shard in range(schema.num_shards):
+            start, stop = schema.shard_range(shard)
+            writer.write_shard(shard, rows[start:stop], {})
+        seconds = time.perf_counter() - started
+        by_array = {
+            array.path: sum(f.stat().st_size for f in (store / array.path / "c").rglob("*") if f.is_file())
+            for array in schema.layout()
+        }
+    scale = plan.schema.rows / len(rows)
+    raw = sum(value.nbytes for row in rows for value in row.values())
+    return Estimate(
+        rows=plan.schema.rows,
+        bytes_total=int(sum(by_array.values()) * scale),
+        bytes_by_array={k: int(v * scale) for k, v in by_array.items()},
+        bytes_raw=int(raw * scale),
+        seconds=seconds * scale,
+        rows_per_s=len(rows) / seconds,
+        free_bytes=free_bytes(out),
+    )
+
+
+def require_room(found: Estimate, out: Path) -> None:
+    """Raises NoSpaceError (exit 5) when the disk of ``out`` cannot hold the store; nothing has been written then."""
+    wanted = int(found.bytes_total * MARGIN)
+    if wanted > found.free_bytes:
+        raise NoSpaceError(
+            f"the store needs about {wanted / 2**30:.2f} GB, the disk of '{out}' has {found.free_bytes / 2**30:.2f} GB "
+            "free; free some space, choose another --out, fewer --views or methods with sparse needs (ld, rm)"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that ``path`` is or will be on."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

@@ -1,0 +1,111 @@
+"""Runs a detector over a split and scores it with pycocotools."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcli.data import coco
+from kdcli.data.views import to_image
+from kdcli.detectors.base import Detector, count_parameters
+from kdcli.engine.coco_eval import Metrics, coco_results, evaluate_detections
+from kdcli.engine.samples import Item, Loader, Sample, SampleSource, orientation
+from kdcli.errors import DataError
+from kdcli.structures import Canvas
+
+IDENTITY = "identity"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    metrics: Metrics
+    results: list[dict[str, Any]]  # COCO result format
+    images_per_s: float  # model and decoding, without waiting for images
+    parameters: int
+
+
+def validation_source(dataset: coco.Dataset, detector: Detector, canvas: Canvas) -> SampleSource:
+    """Samples of ``dataset`` for evaluation with ``detector``."""
+    return SampleSource(dataset, canvas, 0, detector.grid, detector.assigner, detector.region_defaults)
+
+
+def evaluation_batches(source: SampleSource, positions: list[int], batch: int) -> list[list[Item]]:
+    """Images in the order of the data set, batched by orientation."""
+    buckets: dict[str, list[Item]] = {}
+    for position in positions:
+        item = (position, IDENTITY)
+        buckets.setdefault(str(orientation(source, item).size), []).append(item)
+    return [b[k : k + batch] for b in buckets.values() for k in range(0, len(b), batch)]
+
+
+def require_same_classes(detector_classes: list[dict[str, Any]], dataset: coco.Dataset) -> None:
+    """Raises DataError when a checkpoint's classes are not those of the data set, id by id and name by name."""
+    theirs = [{"id": c.id, "name": c.name} for c in dataset.classes]
+    if detector_classes != theirs:
+        raise DataError(
+            f"the checkpoint knows {_names(detector_classes)}, the data set {dataset.annotations_path} has "
+            f"{_names(theirs)}; evaluate on the data set that it was trained for"
+        )
+
+
+def detect(
+    detector: Detector, loader: Loader, batches: list[list[Item]], device: torch.device, amp: torch.dtype | None = None
+) -> Iterator[tuple[Sample, np.ndarray, np.ndarray, np.ndarray, float]]:
+    """For each image: sample, boxes [D, 4] xyxy image pixels, scores, labels, and its share of the computing seconds."""
+    detector.eval()
+    for samples in loader.samples(batches):
+        started = time.perf_counter()
+        images = torch.stack([s.image for s in samples]).to(device, non_blocking=True)
+        content = torch.tensor([s.geometry.content for s in samples], device=device)
+        with torch.no_grad(), torch.autocast(device.type, amp, enabled=amp is not None):
+            outputs = detector(images.to(memory_format=torch.channels_last).float() / 255)
+        outputs = {name: value.float() for name, value in outputs.items()}
+        found = detector.decode(outputs, content, samples[0].geometry.canvas)
+        moved = [(d.boxes.cpu(), d.scores.cpu().numpy(), d.labels.cpu().numpy()) for d in found]
+        seconds = (time.perf_counter() - started) / len(samples)
+        for sample, (boxes, scores, labels) in zip(samples, moved, strict=True):
+            yield sample, to_image(boxes, sample.geometry).numpy(), scores, labels, seconds
+
+
+def evaluate(
+    detector: Detector,
+    dataset: coco.Dataset,
+    canvas: Canvas,
+    *,
+    device: torch.device,
+    batch: int,
+    loader: Loader,
+    amp: torch.dtype | None = None,
+    left_out: frozenset[int] = frozenset(),
+    advance: Any = None,
+) -> Evaluation:
+    """Score ``detector`` on ``dataset`` without the images at ``left_out``. ``advance(n)`` is called as images finish."""
+    category_ids = np.array([c.id for c in dataset.classes])
+    positions = [i for i in range(dataset.num_images) if i not in left_out]
+    results: list[dict[str, Any]] = []
+    seconds = 0.0
+    for sample, boxes, scores, labels, cost in detect(
+        detector, loader, evaluation_batches(loader.source, positions, batch), device, amp
+    ):
+        results += coco_results(sample.key.image_id, boxes, scores, category_ids[labels])
+        seconds += cost
+        if advance is not None:
+            advance(1)
+    truth = coco.coco_dict(dataset)
+    if left_out:
+        gone = {dataset.image_id(i) for i in left_out}
+        truth["images"] = [i for i in truth["images"] if i["id"] not in gone]
+        truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] not in gone]
+    metrics = evaluate_detections(truth, results)
+    return Evaluation(metrics, results, len(positions) / max(seconds, 1e-9), count_parameters(detector))
+
+
+def _names(classes: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{c['id']}:{c['name']}" for c in classes[:12]) + (" ..." if len(classes) > 12 else "")

@@ -1,0 +1,97 @@
+"""The manifest: everything that a store's numbers depend on, and the comparison that refuses a foreign store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kdcli.cache.reader import CacheReader, compare_manifests
+from kdcli.cache.schema import FORMAT_VERSION
+from kdcli.data.coco import Dataset
+from kdcli.detectors.base import Detector
+from kdcli.engine.samples import SampleSource
+from kdcli.errors import StoreError
+from kdcli.geometry.assign import AssignerSpec
+from kdcli.geometry.grid import Grid
+from kdcli.geometry.regions import RegionSpec
+from kdcli.methods.base import Method
+from kdcli.structures import Canvas
+from kdcli.tensors import TensorSpec
+
+
+def teacher_entry(detector: Detector, weights_sha256: str, ap: float | None) -> dict[str, Any]:
+    """Who the teacher is, and what it gives."""
+    specs = {name: {"per": s.per, "dims": list(s.dims)} for name, s in detector.specs().items()}
+    return {"model": detector.spec.to_json(), "weights_sha256": weights_sha256, "ap": ap, "specs": specs}
+
+
+def make_manifest(
+    source: SampleSource, views: Sequence[str], teacher: Mapping[str, Any], run: Mapping[str, Any],
+    class_order: Sequence[int], *, left_out: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
+    """All fields of a manifest but the schema. ``run``: precision, micro-batch, threads, device of the teacher."""
+    return {
+        "format": "kdcli.store",
+        "version": FORMAT_VERSION,
+        "teacher": dict(teacher),
+        "teacher_run": dict(run),
+        "dataset": {**source.dataset.fingerprint(), "split": source.dataset.split, "left_out": list(left_out)},
+        "class_order": list(class_order),
+        "canvas": str(source.canvas),
+        "views": list(views),
+        "view_seed": source.view_seed,
+        "assigner": source.assigner.to_json(),
+        "regions": source.region_spec.to_json(),
+        "versions": {name: version(name) for name in ("kdcli", "torch", "torchvision", "zarr")},
+    }
+
+
+def specs_of(manifest: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """What the teacher of a store gives, with the classes in the data set's order and number."""
+    specs = {n: TensorSpec(s["per"], tuple(s["dims"])) for n, s in manifest["teacher"]["specs"].items()}
+    return with_classes(specs, len(manifest["class_order"]))
+
+
+def with_classes(specs: Mapping[str, TensorSpec], num_classes: int) -> dict[str, TensorSpec]:
+    """``specs`` once the class logits are reordered to a data set's classes."""
+    return {n: TensorSpec(s.per, (num_classes,)) if n == "cls_logits" else s for n, s in specs.items()}
+
+
+def region_spec(detector: Detector, methods: Mapping[str, type[Method]], options: Mapping[str, Any]) -> RegionSpec:
+    """The regions that resolved method ``options`` ask for, on top of the detector's own."""
+    changes: dict[str, Any] = {}
+    for name, method in methods.items():
+        changes |= {o: options[name][o] for o in method.region_options}
+    return RegionSpec(**{**detector.region_defaults.to_json(), **changes})
+
+
+def require_match(
+    reader: CacheReader, dataset: Dataset, canvas: Canvas, grid: Grid | None, assigner: AssignerSpec | None,
+    regions: RegionSpec | None, views: Sequence[str],
+) -> None:  # fmt: skip
+    """Raises StoreError (exit 4) listing every field in which a store differs from the run that wants to read it.
+
+    ``grid``, ``assigner`` and ``regions`` matter to methods that read by anchor index (None: not compared).
+    """
+    ours: dict[str, Any] = {"dataset": dataset.fingerprint(), "canvas": str(canvas)}
+    if grid is not None and assigner is not None and regions is not None:
+        ours |= {"schema": {"grid": grid.to_json()}, "assigner": assigner.to_json(), "regions": regions.to_json()}
+    differences = compare_manifests(ours, reader.manifest)
+    missing = [v for v in views if v not in reader.views]
+    if missing:
+        differences.append(f"views: the store has {', '.join(reader.views)}, not {', '.join(missing)}")
+    if differences:
+        raise StoreError(
+            f"store '{reader.path}' does not belong to this run: {'; '.join(differences)}; use the settings of the "
+            "store or write another one with `kdcli cache-teacher`"
+        )
+
+
+def cache_command(data: str | Path, teacher: str, method: str, views: Sequence[str], canvas: Canvas, out: str) -> str:
+    """The command that writes what a store lacks."""
+    return (
+        f"kdcli cache-teacher --data {data} --teacher {teacher} --method {method} --views {','.join(views)} "
+        f"--canvas {canvas} --out {out}"
+    )

@@ -1,0 +1,126 @@
+"""The run folder: config.toml, env.json, results.csv, metrics.json, weights/{best,last}.pt, plots/.
+
+``weights/state.pt`` is the resumable state of an unfinished run; it goes away when the run is finished. Every file is
+replaced whole, so a killed run never leaves half of one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+import shutil
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from kdcli import __version__
+from kdcli.errors import MissingPathError, OptionError
+from kdcli.files import atomic_write_text
+from kdcli.options import TrainOptions, build, to_plain
+
+PACKAGES = ("torch", "torchvision", "zarr", "numpy", "pycocotools", "pillow")
+
+
+def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make the run folder. Raises OptionError when it exists and ``overwrite`` is not given."""
+    if out.exists():
+        if not overwrite:
+            raise OptionError(
+                f"run folder '{out}' exists; continue it with --resume {out}, choose another --out, or replace it "
+                "with --overwrite"
+            )
+        if not (out / "config.toml").is_file() and any(out.iterdir()):
+            raise OptionError(f"'{out}' is not a run folder, so --overwrite will not delete it; choose another --out")
+        shutil.rmtree(out)
+    (out / "weights").mkdir(parents=True)
+    (out / "plots").mkdir()
+    atomic_write_text(out / "env.json", json.dumps(env, indent=1) + "\n")
+    atomic_write_text(out / "config.toml", tomli_w.dumps(to_plain(options)))
+
+
+def read_config(run: Path) -> TrainOptions:
+    """The options of a run. Raises MissingPathError when there is no run."""
+    path = run / "config.toml"
+    if not path.is_file():
+        raise MissingPathError(f"'{run}' is not a run folder: it has no config.toml")
+    return build(TrainOptions, tomllib.loads(path.read_text()))
+
+
+def read_env(run: Path) -> dict[str, Any]:
+    """``env.json`` of a run."""
+    env: dict[str, Any] = json.loads((run / "env.json").read_text())
+    return env
+
+
+def environment(options: TrainOptions, **hashes: Any) -> dict[str, Any]:
+    """Versions, hardware, arguments and hashes of what a run read."""
+    return {
+        "kdcli": __version__,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "argv": sys.argv,
+        "seed": options.seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        **hashes,
+    }
+
+
+def hardware() -> str:
+    """What the run computes on: the GPU's name, or the CPU's and its number of cores."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = f"{len(names)} x {names[0]}" if names else name
+    return name
+
+
+def write_results(run: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """``results.csv``: one line an epoch; the columns are the union over the epochs."""
+    columns = list(dict.fromkeys(column for row in history for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{k: ("" if v is None else v) for k, v in row.items()} for row in history])
+    atomic_write_text(run / "results.csv", text.getvalue())
+
+
+def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
+    """``metrics.json``, written last: its existence means that the run is finished."""
+    atomic_write_text(run / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+
+
+def read_metrics(run: Path) -> dict[str, Any] | None:
+    """Final metrics, or None for an unfinished run."""
+    path = run / "metrics.json"
+    if not path.is_file():
+        return None
+    metrics: dict[str, Any] = json.loads(path.read_text())
+    return metrics
+
+
+def refuse_changes(run: Path, stored: TrainOptions, asked: TrainOptions) -> None:
+    """A resumed run keeps its settings. Raises OptionError naming each one that would change."""
+    ours, theirs = to_plain(asked), to_plain(stored)
+    changed = [
+        f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)
+    ]
+    if changed:
+        raise OptionError(
+            f"--resume {run} refuses changed settings ({'; '.join(changed)}); leave them out, or start a new run with "
+            "--init-from"
+        )

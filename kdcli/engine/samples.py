@@ -1,0 +1,257 @@
+"""Samples and batches: which image in which view comes when, and everything that is computed for it in a data worker.
+
+What a sample is depends on (seed, epoch, image id) alone, never on a worker's state, so that a resumed run, a run with
+other workers and a run on several processes see the same pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdcli.cache.reader import CacheReader
+from kdcli.cache.schema import collate as collate_rows
+from kdcli.data import coco
+from kdcli.data.images import read_image
+from kdcli.data.views import Geometry, orient, render, to_canvas, view_geometry
+from kdcli.errors import KDError, StoreError
+from kdcli.geometry.assign import AssignerSpec, assign
+from kdcli.geometry.grid import Grid
+from kdcli.geometry.regions import RegionSpec, compute_entries, guard
+from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
+
+Item = tuple[int, str]  # (position of the image in its data set, view)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image in one view, with its targets, entries and stored teacher arrays."""
+
+    key: RowKey
+    image: Tensor  # [3, H, W] uint8
+    geometry: Geometry
+    boxes: Tensor  # [G, 4] float32
+    labels: Tensor  # [G]
+    assigned: Tensor  # [N] int32
+    valid: Tensor  # [P] bool
+    content_hash: bytes
+    entries: Entries | None = None
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """Makes samples. With ``reader``, their teacher arrays and entries come from its store, else entries are computed.
+
+    ``regions`` is empty in plain training. The stored index is the truth for distillation: a row whose image, boxes,
+    labels, view or region definition differ from ours is refused.
+    """
+
+    dataset: coco.Dataset
+    canvas: Canvas
+    view_seed: int
+    grid: Grid
+    assigner: AssignerSpec
+    region_spec: RegionSpec
+    regions: frozenset[str] = frozenset()
+    reader: CacheReader | None = None
+
+    @property
+    def definition(self) -> str:
+        """What the entries of a row depend on beside its boxes; part of the row's guard."""
+        parts = (str(self.canvas), self.grid.to_json(), self.assigner.to_json(), self.region_spec.to_json())
+        return repr(parts)
+
+    def geometry(self, item: Item) -> Geometry:
+        """Where the pixels of ``item`` go."""
+        position, view = item
+        height, width = self.dataset.image_size(position)
+        image_id = self.dataset.image_id(position)
+        return view_geometry(self.canvas, height, width, view, self.view_seed, image_id)
+
+    def load(self, item: Item) -> Sample:
+        """Decode, place, assign and, for distillation, find the entries of one item.
+
+        Raises DataError for a bad image and StoreError for a row that is missing, corrupt or foreign.
+        """
+        position, view = item
+        geometry = self.geometry(item)
+        image, content_hash = read_image(self.dataset.image_path(position), (geometry.height, geometry.width))
+        boxes_np, labels_np = self.dataset.training_boxes(position)
+        boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
+        boxes, labels = boxes[keep], torch.from_numpy(labels_np)[keep]
+        canvas = geometry.canvas
+        assigned = assign(self.assigner, self.grid, canvas, boxes, geometry.content)
+        key = RowKey(self.dataset.image_id(position), view)
+        entries, arrays = None, {}
+        if self.reader is not None:
+            row = self.reader.read(key)
+            self._check_row(key, row.content, row.guard, row.geometry, content_hash, boxes, labels, geometry)
+            entries, arrays = row.entries, row.arrays
+        elif self.regions:
+            entries = compute_entries(
+                self.regions, self.region_spec, self.grid, canvas, boxes, assigned, geometry.content
+            )
+        return Sample(
+            key=key,
+            image=render(image, geometry),
+            geometry=geometry,
+            boxes=boxes,
+            labels=labels,
+            assigned=assigned,
+            valid=self.grid.valid(canvas, geometry.content),
+            content_hash=content_hash,
+            entries=entries,
+            arrays=arrays,
+        )
+
+    def _check_row(
+        self,
+        key: RowKey,
+        stored_content: bytes,
+        stored_guard: bytes,
+        stored_geometry: NDArray[np.float64],
+        content: bytes,
+        boxes: Tensor,
+        labels: Tensor,
+        geometry: Geometry,
+    ) -> None:
+        again = "write the store again"
+        if stored_content != content:
+            raise StoreError(f"{key}: the image file is not the one that the teacher saw; {again}")
+        if not np.array_equal(stored_geometry, geometry.to_array()):
+            raise StoreError(f"{key}: its view is not the one that the teacher saw; {again}")
+        if stored_guard != guard(boxes, labels, self.definition):
+            raise StoreError(f"{key}: its boxes, labels or regions are not those of the store; {again}")
+
+
+def collate(samples: list[Sample], reader: CacheReader | None) -> Batch:
+    """Join samples of one orientation into a batch."""
+    entries = None
+    if samples[0].entries is not None:
+        entries = Entries.collate([s.entries for s in samples if s.entries is not None])
+    rows = {} if reader is None else collate_rows([s.arrays for s in samples], reader.layout.values())
+    targets = Targets(
+        boxes=[s.boxes for s in samples],
+        labels=[s.labels for s in samples],
+        content=torch.tensor([s.geometry.content for s in samples]),
+        canvas=samples[0].geometry.canvas,
+        assigned=torch.stack([s.assigned for s in samples]),
+        valid=torch.stack([s.valid for s in samples]),
+    )
+    return Batch(torch.stack([s.image for s in samples]), targets, [s.key for s in samples], entries, rows)
+
+
+class _Loadable(Dataset[Any]):
+    """What DataLoader wants. An error travels as a value: re-raised by DataLoader it would lose its one line."""
+
+    def __init__(self, source: SampleSource) -> None:
+        self.source = source
+
+    def __getitem__(self, item: Item) -> Sample | KDError:
+        try:
+            return self.source.load(item)
+        except KDError as error:
+            return error
+
+
+class _Plan:
+    """A batch sampler whose list of batches is set before each pass, so that workers live through all epochs."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Item]] = []
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Loader:
+    """Batches (or lists of samples) in a planned order, made ahead by ``workers`` processes (0: in this one)."""
+
+    def __init__(self, source: SampleSource, workers: int, *, pin: bool = False) -> None:
+        self.source = source
+        self._plan = _Plan()
+        self._loader: DataLoader[Any] = DataLoader(
+            _Loadable(source),
+            batch_sampler=self._plan,  # type: ignore[arg-type]  # items are (position, view), not numbers
+            num_workers=workers,
+            collate_fn=list,
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+        )
+        self._pin = pin
+
+    def samples(self, batches: list[list[Item]]) -> Iterator[list[Sample]]:
+        """The samples of each planned batch. Raises the first error that a worker met."""
+        self._plan.batches = batches
+        for loaded in self._loader:
+            for sample in loaded:
+                if isinstance(sample, KDError):
+                    raise sample
+            yield loaded
+
+    def batches(self, batches: list[list[Item]]) -> Iterator[Batch]:
+        """Collated batches in the planned order."""
+        for samples in self.samples(batches):
+            yield collate(samples, self.source.reader)
+
+
+def plan_epoch(
+    source: SampleSource, positions: NDArray[np.int64], views: tuple[str, ...], *, seed: int, epoch: int, batch: int,
+    world: int = 1, rank: int = 0,
+) -> list[list[Item]]:  # fmt: skip
+    """The batches of one epoch for process ``rank``: every image once, in one drawn view, one orientation a batch.
+
+    ``positions``: images to use. ``batch``: images over all processes; a process takes a contiguous slice of each
+    global batch. A short batch is kept; with several processes it is padded by repeating images of its orientation.
+    """
+    ids = source.dataset.annotations.image_ids[positions]
+    view_draw = _mix(ids.astype(np.uint64), _salt("view", seed, epoch)) % np.uint64(len(views))
+    order_key = _mix(ids.astype(np.uint64), _salt("order", seed, epoch))
+    buckets: dict[str, list[Item]] = {}
+    for k in np.argsort(order_key, kind="stable"):
+        item = (int(positions[k]), views[int(view_draw[k])])
+        buckets.setdefault(str(orientation(source, item).size), []).append(item)
+    batches: list[list[Item]] = []
+    for bucket in (buckets[name] for name in sorted(buckets)):
+        for start in range(0, len(bucket), batch):
+            chunk = bucket[start : start + batch]
+            while world > 1 and len(chunk) < batch:
+                chunk = chunk + bucket[: batch - len(chunk)]
+            batches.append(chunk)
+    draw = _mix(np.arange(len(batches), dtype=np.uint64), _salt("batches", seed, epoch))
+    share = -(-batch // world)
+    return [batches[k][rank * share : (rank + 1) * share] for k in np.argsort(draw, kind="stable")]
+
+
+def orientation(source: SampleSource, item: Item) -> Canvas:
+    """The orientation of the canvas that ``item`` takes."""
+    if item[1].startswith("crop-"):
+        return source.geometry(item).canvas
+    return orient(source.canvas, *source.dataset.image_size(item[0]))
+
+
+def _salt(what: str, seed: int, epoch: int) -> np.uint64:
+    digest = hashlib.blake2b(f"{what}/{seed}/{epoch}".encode(), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, "little"))
+
+
+def _mix(values: NDArray[np.uint64], salt: np.uint64) -> NDArray[np.uint64]:
+    """splitmix64 of ``values ^ salt``: the same numbers for ever, whatever numpy does to its generators."""
+    with np.errstate(over="ignore"):
+        x = (values ^ salt) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed

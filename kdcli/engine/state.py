@@ -1,0 +1,88 @@
+"""The resumable state of a run: everything that decides the next step, in one file that is replaced whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcli.engine.optim import WeightAverage
+from kdcli.engine.step import TrainStep, ZeroGuard
+from kdcli.errors import OptionError
+from kdcli.files import atomic_save, load_torch
+
+STATE_FILE = Path("weights") / "state.pt"
+STATE_VERSION = 1
+
+
+@dataclass
+class Progress:
+    """Where a run is, and what it has seen so far."""
+
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are done
+    step: int = 0  # batches of all epochs that are done
+    wall_s: float = 0.0
+    best_ap: float | None = None
+    best_epoch: int | None = None
+    peak_memory_bytes: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch
+    sums: dict[str, float] = field(default_factory=dict)  # of this epoch: loss terms, seconds, images
+    shares: dict[str, float] = field(default_factory=dict)  # grad_share_* of this epoch
+    zeros: dict[str, int] = field(default_factory=dict)
+
+
+def save_state(
+    run: Path,
+    progress: Progress,
+    step: TrainStep,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    average: WeightAverage | None,
+    guard: ZeroGuard,
+) -> None:
+    """Write the state; a kill at any moment leaves the old one or the new one."""
+    progress.zeros = dict(guard.counts)
+    atomic_save(
+        {
+            "version": STATE_VERSION,
+            "progress": vars(progress),
+            "module": step.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "average": None if average is None else {"state": average.state, "updates": average.updates},
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+        run / STATE_FILE,
+    )
+
+
+def load_state(
+    run: Path,
+    step: TrainStep,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    average: WeightAverage | None,
+    guard: ZeroGuard,
+) -> Progress:
+    """Continue from the state of ``run``, or from the start when it was killed before the first one."""
+    if not (run / STATE_FILE).is_file():
+        return Progress()
+    state: Mapping[str, Any] = load_torch(run / STATE_FILE, what="state")
+    if state.get("version") != STATE_VERSION:
+        raise OptionError(f"'{run / STATE_FILE}' was written by another version of kdcli; start the run again")
+    step.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    if average is not None:
+        average.load(state["average"]["state"], state["average"]["updates"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    progress = Progress(**state["progress"])
+    guard.counts = dict(progress.zeros)
+    return progress

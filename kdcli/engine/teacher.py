@@ -1,0 +1,128 @@
+"""The teacher, live or cached. Both are a callable from a batch to teacher tensors; the loop cannot tell them apart.
+
+There is one forward function for the live teacher and for the writer of stores. It takes clean uint8 canvases in
+micro-batches of one recorded size (the last one filled up by repetition), because a convolution's rounding depends on
+the batch size (1e-6 between 1 and 8), not on the neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kdcli.cache.schema import CacheSchema
+from kdcli.detectors.base import Detector
+from kdcli.detectors.read import read
+from kdcli.errors import DataError
+from kdcli.structures import Batch, Entries, Targets
+from kdcli.tensors import CLS_LOGITS, Need, Tensors
+
+Teacher = Callable[[Batch], Tensors]
+
+
+@dataclass(frozen=True)
+class TeacherForward:
+    """A frozen detector with everything that its output numbers depend on."""
+
+    detector: Detector  # eval mode, on its device
+    class_order: tuple[int, ...]  # teacher class of each data set class
+    micro_batch: int = 8
+    precision: str = "fp32"
+
+    @torch.no_grad()
+    def rows(self, images: Tensor, targets: Targets, entries: Entries | None, needs: Iterable[Need]) -> list[Tensors]:
+        """Teacher tensors by ``Need.key`` for each image of ``images`` [B, 3, H, W] uint8, all of one orientation."""
+        wanted = tuple(needs)
+        rows = []
+        for start in range(0, len(images), self.micro_batch):
+            chunk = images[start : start + self.micro_batch]
+            outputs = self.outputs(chunk)
+            for offset in range(len(chunk)):
+                # image by image: a vectorised sigmoid may round the last elements of a longer array differently
+                one = {name: value[offset : offset + 1] for name, value in outputs.items()}
+                part = None if entries is None else single(entries, start + offset)
+                rows.append(read(self.detector, one, wanted, part, _single_target(targets, start + offset)))
+        return rows
+
+    @torch.no_grad()
+    def outputs(self, chunk: Tensor) -> Tensors:
+        """Float32 outputs of one micro-batch [b <= micro_batch, 3, H, W] uint8, classes in the data set's order."""
+        real = len(chunk)
+        if real < self.micro_batch:
+            chunk = torch.cat([chunk, chunk[-1:].expand(self.micro_batch - real, -1, -1, -1)])
+        pixels = chunk.to(memory_format=torch.channels_last).float() / 255
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            outputs = self.detector(pixels)
+        outputs = {name: value[:real].float() for name, value in outputs.items()}
+        if self.class_order != tuple(range(outputs[CLS_LOGITS].shape[-1])):
+            outputs[CLS_LOGITS] = outputs[CLS_LOGITS][..., list(self.class_order)].contiguous()
+        return outputs
+
+
+def live(forward: TeacherForward, needs: tuple[Need, ...], schema: CacheSchema) -> Teacher:
+    """The teacher in memory. ``schema`` says which needs are dense, per cell or per anchor."""
+
+    def teacher(batch: Batch) -> Tensors:
+        rows = forward.rows(batch.images, batch.targets, batch.entries, needs)
+        tensors = {}
+        for stored in schema.restrict(needs):
+            key = stored.need.key
+            if not stored.need.dense:
+                tensors[key] = torch.cat([r[key] for r in rows])
+                continue
+            value = torch.cat([r[key] for r in rows])
+            valid = batch.targets.valid
+            if stored.per == "anchor":
+                valid = valid.repeat_interleave(schema.grid.num_anchors, dim=1)
+            # a store holds 0 in invalid cells
+            tensors[key] = value.masked_fill(~valid.reshape(*valid.shape, *[1] * (value.ndim - 2)), 0)
+        return tensors
+
+    return teacher
+
+
+def cached(schema: CacheSchema, needs: tuple[Need, ...]) -> Teacher:
+    """The teacher from a store: decodes, on the batch's device, the arrays that came with the batch."""
+
+    def teacher(batch: Batch) -> Tensors:
+        return schema.decode(batch.rows, needs)
+
+    return teacher
+
+
+def class_order(teacher_classes: Sequence[str], dataset_classes: Sequence[str]) -> tuple[int, ...]:
+    """For each data set class the teacher's class of the same name. Raises DataError when one is missing."""
+    missing = [name for name in dataset_classes if name not in teacher_classes]
+    if missing:
+        raise DataError(
+            f"the teacher does not know {', '.join(repr(m) for m in missing)}; it knows "
+            f"{', '.join(repr(c) for c in teacher_classes[:10])}; classes are matched by name"
+        )
+    return tuple(list(teacher_classes).index(name) for name in dataset_classes)
+
+
+def single(entries: Entries, image: int) -> Entries:
+    """The entries of one image of a batch, as those of a batch of one."""
+    mine = entries.image == image
+    return Entries(
+        entries.index[mine],
+        entries.flag[mine],
+        entries.gt[mine],
+        entries.weight[mine],
+        torch.zeros_like(entries.image[mine]),
+    )
+
+
+def _single_target(targets: Targets, image: int) -> Targets:
+    part = slice(image, image + 1)
+    return replace(
+        targets,
+        boxes=targets.boxes[part],
+        labels=targets.labels[part],
+        content=targets.content[part],
+        assigned=targets.assigned[part],
+        valid=targets.valid[part],
+    )

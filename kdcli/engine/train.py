@@ -1,0 +1,279 @@
+"""The only training loop: plain training is distillation without methods."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.detectors.base import Detector, count_parameters
+from kdcli.detectors.weights import export
+from kdcli.engine import runs
+from kdcli.engine.devices import peak_memory_bytes
+from kdcli.engine.evaluate import evaluate, validation_source
+from kdcli.engine.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
+from kdcli.engine.prepare import Prepared
+from kdcli.engine.samples import Loader, plan_epoch
+from kdcli.engine.state import STATE_FILE, Progress, load_state, save_state
+from kdcli.engine.step import (
+    TrainStep,
+    ZeroGuard,
+    gradient_norms,
+    require_finite,
+    require_sane_gradients,
+)
+from kdcli.engine.watch import Watcher
+from kdcli.files import atomic_save
+from kdcli.structures import Batch
+
+RATIO_RANGE = (0.01, 10.0)  # of a term's first value to the detection loss's: outside, the weight deserves a look
+
+
+class Trainer:
+    """One run from its prepared parts; ``fit`` brings it to its end, from wherever it is."""
+
+    def __init__(self, prepared: Prepared, run: Path, watcher: Watcher) -> None:
+        options = prepared.options
+        self.prepared, self.options, self.run, self.watcher = prepared, options, run, watcher
+        self.device = prepared.device
+        self.step = TrainStep(prepared.student, prepared.methods, prepared.amp).to(self.device)
+        if options.channels_last:
+            self.step.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = make_optimizer(self.step, options.optim, options.batch)
+        check_ownership(self.step, self.optimizer)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=prepared.amp is torch.float16)
+        self.average = WeightAverage(prepared.student, options.optim.ema_decay) if options.optim.ema else None
+        self.guard = ZeroGuard()
+        self.peak_lr = scaled_lr(options.optim, options.batch)
+        self.parameters = [p for p in self.step.parameters() if p.requires_grad]
+        self.student_parameters = [p for p in prepared.student.parameters() if p.requires_grad]
+        self.progress = Progress()
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch, evaluate, write the run folder's files, and return the final metrics."""
+        options = self.options
+        self.progress = load_state(self.run, self.step, self.optimizer, self.scaler, self.average, self.guard)
+        progress = self.progress
+        loader = Loader(self.prepared.source, self.prepared.workers)
+        val_loader = Loader(
+            validation_source(self.prepared.val, self.prepared.student, self.prepared.canvas), self.prepared.workers
+        )
+        evaluation: dict[str, Any] = {}
+        while progress.epoch < options.epochs:
+            plan = self._plan(progress.epoch)
+            self.watcher.stage(f"epoch {progress.epoch + 1}/{options.epochs}", len(plan))
+            self.watcher.advance(progress.batch)
+            self._run_epoch(loader, plan)
+            last = progress.epoch + 1 == options.epochs
+            due = last or (progress.epoch + 1) % options.eval_every == 0
+            evaluation = self._evaluate(val_loader) if due else {}
+            self._finish_epoch(evaluation)
+        return self._finish(evaluation)
+
+    def _plan(self, epoch: int) -> list[Any]:
+        return plan_epoch(
+            self.prepared.source,
+            self.prepared.positions,
+            self.prepared.views,
+            seed=self.options.seed,
+            epoch=epoch,
+            batch=self.options.batch,
+        )
+
+    def _run_epoch(self, loader: Loader, plan: list[Any]) -> None:
+        progress = self.progress
+        self.step.train()
+        if progress.batch == 0:
+            progress.sums, progress.shares = {}, {}
+        batches = _timed(loader.batches(plan[progress.batch :]))
+        mark = time.perf_counter()
+        for waited, batch in batches:
+            info = self._train_batch(batch, len(plan))
+            progress.batch += 1
+            progress.step += 1
+            now = time.perf_counter()
+            self._add(seconds=now - mark, wait_s=waited, images=len(batch.keys), steps=1)
+            progress.wall_s += now - mark
+            mark = now
+            self.watcher.advance(1, info)
+            if progress.step % self.options.save_steps == 0 and progress.batch < len(plan):
+                self._save()
+
+    def _train_batch(self, batch: Batch, steps_per_epoch: int) -> str:
+        progress, options = self.progress, self.options
+        lr = self.peak_lr * lr_factor(options.optim, progress.step, steps_per_epoch, options.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batch = batch.to(self.device)
+        started = time.perf_counter()
+        teacher = self.prepared.teacher(batch) if self.prepared.teacher else {}
+        self._add(teacher_s=time.perf_counter() - started)
+        detection, distillation = self.step(batch, teacher)
+        terms = detection | distillation
+        names, stacked = list(terms), torch.stack([t.detach() for t in terms.values()])
+        values = dict(zip(names, stacked.tolist(), strict=True))
+        require_finite(values, progress.step)
+        active = {name: self.step.owner(name).active(batch) for name in distillation}
+        self.guard.check({name: values[name] for name in distillation}, active, progress.step)
+        if progress.batch == 0 and distillation:
+            self._measure_shares(detection, distillation, values)
+        loss = torch.stack(list(terms.values())).sum()
+        norm = self._update(loss)
+        self._add(**values, loss=sum(values.values()), grad_norm=norm)
+        return f"loss {sum(values.values()):.3f}"
+
+    def _update(self, loss: Tensor) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = self.options.optim.clip if self.options.optim.clip is not None else float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        if not self.scaler.is_enabled():  # the scaler skips such a step by itself and lowers its scale
+            require_finite({"gradient_norm": norm}, self.progress.step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.prepared.student)
+        return norm if norm < float("inf") else 0.0
+
+    def _measure_shares(
+        self, detection: dict[str, Tensor], distillation: dict[str, Tensor], values: dict[str, float]
+    ) -> None:
+        """Gradient norms on the first batch of an epoch: each term's share, and the guards of the very first step."""
+        whole = {"detection": torch.stack(list(detection.values())).sum(), **distillation}
+        norms = gradient_norms(self.student_parameters, whole)
+        if self.progress.step == 0:
+            require_sane_gradients({n: norms[n] for n in distillation}, norms["detection"])
+            base = sum(values[n] for n in detection)
+            for name in distillation:
+                ratio = values[name] / max(base, 1e-12)
+                if ratio != 0 and not RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1]:
+                    self.watcher.note(
+                        f"warning: {name} starts at {values[name]:.3g}, {ratio:.2g} times the detection loss "
+                        f"({base:.3g}); usual is {RATIO_RANGE[0]} to {RATIO_RANGE[1]}"
+                    )
+        total = sum(norms.values()) or 1.0
+        self.progress.shares = {f"grad_share_{name}": norm / total for name, norm in norms.items()}
+
+    def _evaluate(self, loader: Loader) -> dict[str, Any]:
+        started = time.perf_counter()
+        student = self._final_student()
+        self.watcher.stage("evaluate", self.prepared.val.num_images - len(self.prepared.val_left_out))
+        found = evaluate(
+            student,
+            self.prepared.val,
+            self.prepared.canvas,
+            device=self.device,
+            batch=self.options.batch,
+            loader=loader,
+            amp=self.prepared.amp,
+            left_out=self.prepared.val_left_out,
+            advance=self.watcher.advance,
+        )
+        m = found.metrics
+        return {
+            "ap": m.ap, "ap50": m.ap50, "ap75": m.ap75, "ap_s": m.ap_s, "ap_m": m.ap_m, "ap_l": m.ap_l, "ar": m.ar,
+            "per_class": m.per_class, "images_per_s": found.images_per_s, "parameters": found.parameters,
+            "evaluation_s": time.perf_counter() - started,
+        }  # fmt: skip
+
+    def _final_student(self) -> Detector:
+        """The student that is evaluated and exported: its moving average when there is one."""
+        if self.average is None:
+            return self.prepared.student
+        student = copy.deepcopy(self.prepared.student)
+        student.load_state_dict(self.average.state)
+        return student
+
+    def _finish_epoch(self, evaluation: dict[str, Any]) -> None:
+        progress = self.progress
+        sums = progress.sums
+        progress.wall_s += evaluation.get("evaluation_s", 0.0)
+        progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes(self.device))
+        timing = {"seconds", "wait_s", "teacher_s", "images", "steps"}
+        row: dict[str, Any] = {
+            "epoch": progress.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **{name: value / sums["steps"] for name, value in sums.items() if name not in timing},
+            **progress.shares,
+            "AP": evaluation.get("ap"),
+            "AP50": evaluation.get("ap50"),
+            "AP75": evaluation.get("ap75"),
+            "images_per_s": sums["images"] / sums["seconds"],
+            "data_wait_percent": 100 * sums["wait_s"] / sums["seconds"],
+            "teacher_percent": 100 * sums["teacher_s"] / sums["seconds"],
+            "epoch_s": sums["seconds"],
+            "peak_memory_bytes": progress.peak_memory_bytes,
+        }
+        progress.history.append(row)
+        ap = evaluation.get("ap")
+        checkpoint = self._checkpoint(evaluation)
+        if ap is not None and (progress.best_ap is None or ap > progress.best_ap):
+            progress.best_ap, progress.best_epoch = ap, progress.epoch + 1
+            atomic_save(checkpoint, self.run / "weights" / "best.pt")
+        atomic_save(checkpoint, self.run / "weights" / "last.pt")
+        progress.epoch += 1
+        progress.batch = 0
+        runs.write_results(self.run, progress.history)
+        self._save()
+        shown = "" if ap is None else f"  AP {ap:.1f}  AP50 {evaluation['ap50']:.1f}"
+        self.watcher.note(
+            f"epoch {row['epoch']}/{self.options.epochs}  loss {row['loss']:.3f}{shown}  {row['images_per_s']:.1f} "
+            f"images/s  data wait {row['data_wait_percent']:.0f} %  {row['epoch_s']:.0f} s"
+        )
+
+    def _checkpoint(self, evaluation: dict[str, Any]) -> dict[str, Any]:
+        classes = [{"id": c.id, "name": c.name} for c in self.prepared.train.classes]
+        extra = {"ap": evaluation.get("ap"), "epoch": self.progress.epoch + 1, "store": self.prepared.store_hash}
+        return export(self._final_student(), classes, str(self.prepared.canvas), extra)
+
+    def _finish(self, evaluation: dict[str, Any]) -> dict[str, Any]:
+        progress = self.progress
+        if not evaluation:  # killed after the last epoch's state, before metrics.json: evaluate again
+            self.step.eval()
+            val_loader = Loader(
+                validation_source(self.prepared.val, self.prepared.student, self.prepared.canvas),
+                self.prepared.workers,
+            )
+            evaluation = self._evaluate(val_loader)
+        seconds = [row["epoch_s"] for row in progress.history]
+        metrics = {
+            **{k: v for k, v in evaluation.items() if k != "evaluation_s"},
+            "best_ap": progress.best_ap,
+            "best_epoch": progress.best_epoch,
+            "epochs": progress.epoch,
+            "wall_s": progress.wall_s,
+            "seconds_per_epoch": sum(seconds) / len(seconds),
+            "peak_memory_bytes": progress.peak_memory_bytes,
+            "train_images_per_s": progress.history[-1]["images_per_s"],
+            "data_wait_percent": progress.history[-1]["data_wait_percent"],
+            "student_parameters": count_parameters(self.prepared.student),
+            "store_bytes": self.prepared.store_bytes,
+            "teacher_ap": self.prepared.teacher_ap,
+        }
+        runs.write_metrics(self.run, metrics)
+        (self.run / STATE_FILE).unlink(missing_ok=True)
+        return metrics
+
+    def _save(self) -> None:
+        save_state(self.run, self.progress, self.step, self.optimizer, self.scaler, self.average, self.guard)
+
+    def _add(self, **values: float) -> None:
+        sums = self.progress.sums
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[float, Batch]]:
+    """Each batch with the seconds that were waited for it."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield time.perf_counter() - started, batch

@@ -1,0 +1,94 @@
+"""``cache verify``: every checksum of a store, and the teacher run again on some of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from kdcli.cache.fidelity import ErrorMeter, summarise
+from kdcli.cache.reader import CacheReader, compare_manifests
+from kdcli.cache.schema import row_tensor
+from kdcli.cache.schema import collate as collate_rows
+from kdcli.cache.writer import read_journal
+from kdcli.engine.caching import Plan, encode_rows
+from kdcli.engine.watch import Watcher
+from kdcli.errors import StoreError
+from kdcli.structures import RowKey
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification found; it raises when something is wrong."""
+
+    files: int
+    bytes_read: int
+    rows_compared: int
+    differences: dict[str, dict[str, Any]]  # per tensor: decoded row against the teacher run again
+
+
+def verify_checksums(store: Path, watcher: Watcher) -> tuple[int, int]:
+    """Compare every shard file with the size and crc32c in the journal; returns (files, bytes).
+
+    Raises StoreError naming the first file that is missing, torn or changed.
+    """
+    CacheReader(store)  # complete, and of a schema that can be read
+    journal = read_journal(store)
+    watcher.stage("verify", sum(len(e["files"]) for e in journal.values()))
+    files = total = 0
+    for shard, entry in sorted(journal.items()):
+        for array, recorded in entry["files"].items():
+            folder = store / array / "c" / str(shard)
+            found = [f for f in folder.rglob("*") if f.is_file()]
+            if len(found) != 1:
+                raise StoreError(f"'{folder}' should hold one shard file, not {len(found)}; {_again(store, shard)}")
+            data = found[0].read_bytes()
+            if len(data) != recorded["bytes"] or f"{google_crc32c.value(data):08x}" != recorded["crc32c"]:
+                raise StoreError(f"shard file '{found[0]}' is not what was written; {_again(store, shard)}")
+            files += 1
+            total += len(data)
+            watcher.advance(1)
+    return files, total
+
+
+def verify_teacher(plan: Plan, store: Path, rows: int, watcher: Watcher) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Run the teacher again on ``rows`` evenly spaced rows and compare; returns (rows compared, error per tensor).
+
+    Raises StoreError when the teacher is not the one of the manifest.
+    """
+    reader = CacheReader(store)
+    stored = reader.manifest["teacher"]
+    differences = compare_manifests({"weights_sha256": plan.manifest["teacher"]["weights_sha256"]}, stored)
+    if differences:
+        raise StoreError(f"store '{store}' was written by another teacher: {'; '.join(differences)}")
+    step = max(1, plan.schema.rows // rows)
+    chosen = [plan.item(r) for r in range(0, plan.schema.rows, step)][:rows]
+    watcher.stage("teacher again", len(chosen))
+    meter = ErrorMeter()
+    for item in chosen:
+        sample = plan.source.load(item)
+        values, _ = encode_rows(plan, [sample])
+        row = reader.read(RowKey(plan.source.dataset.image_id(item[0]), item[1]))
+        decoded = reader.schema.decode(collate_rows([row.arrays], reader.layout.values()), plan.needs)
+        for key, exact in values[0].items():
+            theirs = row_tensor(decoded[key])
+            theirs = theirs[0] if theirs.ndim > exact.ndim else theirs
+            if theirs.shape != exact.shape:
+                raise StoreError(f"{RowKey(plan.source.dataset.image_id(item[0]), item[1])}: its regions have changed")
+            dense = key.endswith("@all")
+            keep: Any = slice(None)
+            if dense:
+                valid = sample.valid.repeat_interleave(len(exact) // len(sample.valid)).numpy()
+                keep = valid
+            meter.add(key, exact[keep], theirs[keep])
+        watcher.advance(1)
+    return len(chosen), summarise([meter.sums])
+
+
+def _again(store: Path, shard: int) -> str:
+    return (
+        f"delete '{store / 'journal' / f'{shard:06d}.json'}' and run the same cache-teacher command again: "
+        "it writes this shard anew"
+    )

@@ -1,0 +1,103 @@
+"""Box arithmetic: overlaps and the codings that heads predict in. Boxes are ``xyxy``.
+
+The overlaps follow mmdet (union and hull clamped at eps) and not torchvision (eps added), so that the losses agree with
+the reference numbers. The pairwise ones are [G, N], one coordinate at a time: N is 22,400 for an image of 800x1344.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6  # mmdet's eps of bbox_overlaps and GIoULoss
+LOG_RATIO_CLIP = abs(math.log(16 / 1000))  # mmdet's wh_ratio_clip: no box is decoded to more than 62.5 x its anchor
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Areas [...] of boxes [..., 4]."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def _intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection areas of broadcastable boxes [..., 4]."""
+    width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])
+    height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])
+    return width.clamp(min=0) * height.clamp(min=0)
+
+
+def _iou(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(IoU, union area) of broadcastable boxes."""
+    inter = _intersection(a, b)
+    union = (area(a) + area(b) - inter).clamp(min=eps)
+    return inter / union, union
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of every box of ``a`` [G, 4] with every box of ``b`` [N, 4]: [G, N]."""
+    return _iou(a[:, None], b[None], EPS)[0]
+
+
+def _center_penalty(a: Tensor, b: Tensor) -> Tensor:
+    """DIoU's squared centre distance over the squared diagonal of the hull, for broadcastable boxes."""
+    hull_w = torch.maximum(a[..., 2], b[..., 2]) - torch.minimum(a[..., 0], b[..., 0])
+    hull_h = torch.maximum(a[..., 3], b[..., 3]) - torch.minimum(a[..., 1], b[..., 1])
+    dx = (a[..., 0] + a[..., 2] - b[..., 0] - b[..., 2]) / 2
+    dy = (a[..., 1] + a[..., 3] - b[..., 1] - b[..., 3]) / 2
+    return (dx**2 + dy**2) / (hull_w**2 + hull_h**2 + EPS)
+
+
+def pairwise_diou(a: Tensor, b: Tensor) -> Tensor:
+    """DIoU (IoU minus the centre penalty, arXiv 1911.08287) of ``a`` [G, 4] with ``b`` [N, 4]: [G, N]."""
+    return pairwise_iou(a, b) - _center_penalty(a[:, None], b[None])
+
+
+def pairwise_diou_official(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """What LD's repository calls DIoU: [G, N] for boxes [G, 4], anchors [N, 4].
+
+    Its union stays the anchor's own area, so that the first term is the covered share of the anchor, not the IoU.
+    """
+    covered = _intersection(boxes[:, None], anchors[None]) / area(anchors).clamp(min=EPS)
+    return covered - _center_penalty(boxes[:, None], anchors[None])
+
+
+def aligned_iou(a: Tensor, b: Tensor, eps: float = EPS) -> Tensor:
+    """IoU [...] of box pairs [..., 4], differentiable."""
+    return _iou(a, b, eps)[0]
+
+
+def aligned_giou(a: Tensor, b: Tensor, eps: float = EPS) -> Tensor:
+    """Generalized IoU [...] (arXiv 1902.09630) of box pairs [..., 4], differentiable, in -1..1."""
+    iou, union = _iou(a, b, eps)
+    top_left = torch.minimum(a[..., :2], b[..., :2])
+    bottom_right = torch.maximum(a[..., 2:], b[..., 2:])
+    hull = (bottom_right - top_left).clamp(min=0).prod(dim=-1).clamp(min=eps)
+    return iou - (hull - union) / hull
+
+
+def encode_deltas(anchors: Tensor, boxes: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
+    """Boxes [M, 4] as (dx, dy, log w, log h) relative to anchors [M, 4], divided by ``stds``: [M, 4]."""
+    size_a, size_b = anchors[..., 2:] - anchors[..., :2], boxes[..., 2:] - boxes[..., :2]
+    center_a, center_b = (anchors[..., 2:] + anchors[..., :2]) / 2, (boxes[..., 2:] + boxes[..., :2]) / 2
+    deltas = torch.cat([(center_b - center_a) / size_a, torch.log(size_b / size_a)], dim=-1)
+    return deltas / deltas.new_tensor(stds)
+
+
+def decode_deltas(anchors: Tensor, deltas: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
+    """The inverse of ``encode_deltas``; a side changes by at most a factor of 62.5. Anchors broadcast over images."""
+    deltas = deltas * deltas.new_tensor(stds)
+    size_a, center_a = anchors[..., 2:] - anchors[..., :2], (anchors[..., 2:] + anchors[..., :2]) / 2
+    center = center_a + deltas[..., :2] * size_a
+    half = size_a * deltas[..., 2:].clamp(-LOG_RATIO_CLIP, LOG_RATIO_CLIP).exp() / 2
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def encode_distances(centers: Tensor, boxes: Tensor) -> Tensor:
+    """Distances [..., 4] (left, top, right, bottom) from centres [..., 2] to the edges of boxes [..., 4]."""
+    return torch.cat([centers - boxes[..., :2], boxes[..., 2:] - centers], dim=-1)
+
+
+def decode_distances(centers: Tensor, distances: Tensor) -> Tensor:
+    """The inverse of ``encode_distances``: boxes [..., 4]."""
+    return torch.cat([centers - distances[..., :2], centers + distances[..., 2:]], dim=-1)

@@ -1,0 +1,124 @@
+"""The grid of cells and anchors that a dense head predicts on.
+
+The rule is mmdet's: a level has ceil(size / stride) cells, a cell's centre is (index + offset) * stride, also where it
+lies over the edge of the canvas, and base anchors are not rounded. torchvision's generator differs (base anchors
+rounded by up to 0.63 px, stride = image // grid, 44 px off on P7 of a canvas 320 wide), hence a grid of our own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kdcli.errors import OptionError
+from kdcli.geometry.spec import JsonSpec
+from kdcli.structures import Canvas
+
+VALID_MULTIPLE = 32  # the content is rounded up to this many pixels: mmdet's pad_shape (pad_size_divisor)
+
+
+@dataclass(frozen=True)
+class Grid(JsonSpec):
+    """Cells and anchors of all levels, fine to coarse; cells row-major; anchors innermost (ratio-major, scale-minor).
+
+    The tensors are made once per canvas and shared: never modify one in place. Equal grids give equal tensors.
+    """
+
+    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
+    offset: float = 0.0  # of a cell's centre, in strides: anchors 0, FCOS points 0.5
+    base_scale: float = 8.0  # side of the base anchor / stride: 8 for ATSS and GFL, 4 for RetinaNet
+    scales: tuple[float, ...] = (1.0,)  # of the base anchor: 2^0, 2^(1/3), 2^(2/3) for RetinaNet
+    ratios: tuple[float, ...] = (1.0,)  # height / width
+
+    def __post_init__(self) -> None:
+        if not (self.strides and self.scales and self.ratios):
+            raise OptionError(f"{self}: strides, scales and ratios need at least one number each")
+        if min(*self.strides, *self.scales, *self.ratios, self.base_scale) <= 0:
+            raise OptionError(f"{self}: strides, scales, ratios and base_scale must be positive")
+
+    @property
+    def num_anchors(self) -> int:
+        """A: anchors per cell."""
+        return len(self.scales) * len(self.ratios)
+
+    def level_shapes(self, canvas: Canvas) -> list[tuple[int, int]]:
+        """(rows, columns) of each level."""
+        return [(-(-canvas.height // s), -(-canvas.width // s)) for s in self.strides]
+
+    def level_sizes(self, canvas: Canvas) -> list[int]:
+        """Anchors of each level; their sum is N."""
+        return [h * w * self.num_anchors for h, w in self.level_shapes(canvas)]
+
+    def num_cells(self, canvas: Canvas) -> int:
+        """P: cells of all levels; the same for a canvas and its transpose."""
+        return sum(h * w for h, w in self.level_shapes(canvas))
+
+    def num_total(self, canvas: Canvas) -> int:
+        """N = P * A: anchors of all levels."""
+        return self.num_cells(canvas) * self.num_anchors
+
+    def centers(self, canvas: Canvas, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
+        """Centres of the cells, [P, 2] (x, y) in canvas pixels."""
+        return _centers(self, canvas, dtype, device or torch.device("cpu"))
+
+    def anchors(self, canvas: Canvas, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
+        """Anchors, [N, 4] xyxy in canvas pixels; anchor a = ratio * len(scales) + scale of its cell."""
+        return _anchors(self, canvas, dtype, device or torch.device("cpu"))
+
+    def anchor_strides(
+        self, canvas: Canvas, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+    ) -> Tensor:
+        """Stride of each anchor's level, [N] pixels."""
+        return _anchor_strides(self, canvas, dtype, device or torch.device("cpu"))
+
+    def valid_shapes(self, canvas: Canvas, content: tuple[int, int]) -> list[tuple[int, int]]:
+        """(rows, columns) of each level's valid cells: the content (height, width) rounded up to 32, in strides."""
+        padded = [-(-side // VALID_MULTIPLE) * VALID_MULTIPLE for side in content]
+        return [
+            (min(-(-padded[0] // s), h), min(-(-padded[1] // s), w))
+            for s, (h, w) in zip(self.strides, self.level_shapes(canvas), strict=True)
+        ]
+
+    def valid(self, canvas: Canvas, content: tuple[int, int]) -> Tensor:
+        """Cells within the content (height, width) rounded up to 32, [P] bool."""
+        parts = []
+        for (h, w), (rows, cols) in zip(self.level_shapes(canvas), self.valid_shapes(canvas, content), strict=True):
+            level = torch.zeros(h, w, dtype=torch.bool)
+            level[:rows, :cols] = True
+            parts.append(level.reshape(-1))
+        return torch.cat(parts)
+
+    def valid_anchors(self, canvas: Canvas, content: tuple[int, int]) -> Tensor:
+        """``valid`` for each anchor, [N] bool."""
+        return self.valid(canvas, content).repeat_interleave(self.num_anchors)
+
+
+@lru_cache(maxsize=64)
+def _centers(grid: Grid, canvas: Canvas, dtype: torch.dtype, device: torch.device) -> Tensor:
+    parts = []
+    for stride, (h, w) in zip(grid.strides, grid.level_shapes(canvas), strict=True):
+        y = (torch.arange(h, dtype=torch.float64) + grid.offset) * stride
+        x = (torch.arange(w, dtype=torch.float64) + grid.offset) * stride
+        parts.append(torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1))
+    return torch.cat(parts).to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+def _anchors(grid: Grid, canvas: Canvas, dtype: torch.dtype, device: torch.device) -> Tensor:
+    root = torch.tensor(grid.ratios, dtype=torch.float64).sqrt()[:, None]
+    scales = torch.tensor(grid.scales, dtype=torch.float64)[None] * grid.base_scale
+    half = torch.stack([(scales / root).reshape(-1), (scales * root).reshape(-1)], dim=-1) / 2  # [A, 2], in strides
+    base = torch.cat([-half, half], dim=-1)
+    cpu = torch.device("cpu")
+    shift = _centers(grid, canvas, torch.float64, cpu).repeat(1, 2)[:, None]
+    cell_strides = _anchor_strides(grid, canvas, torch.float64, cpu)[:: grid.num_anchors, None, None]
+    return (shift + base[None] * cell_strides).reshape(-1, 4).to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+def _anchor_strides(grid: Grid, canvas: Canvas, dtype: torch.dtype, device: torch.device) -> Tensor:
+    sizes = torch.tensor(grid.level_sizes(canvas))
+    return torch.tensor(grid.strides).repeat_interleave(sizes).to(device=device, dtype=dtype)

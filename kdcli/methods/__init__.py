@@ -1,0 +1,51 @@
+"""The distillation methods, one file each. Adding one = that file + one line here."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from kdcli.errors import MissingPathError, OptionError, nearest
+from kdcli.methods.base import Method
+from kdcli.methods.ld import LD
+from kdcli.methods.pfi import PFI
+from kdcli.methods.rm import RM
+
+METHODS: dict[str, type[Method]] = {"ld": LD, "rm": RM, "pfi": PFI}
+
+
+def find_methods(text: str) -> dict[str, type[Method]]:
+    """Read a comma list such as ``ld,pfi`` or ``ld,./mine.py:Mine``. A user's method is named by its class, lower case.
+
+    Raises OptionError for an unknown name (with the nearest), MissingPathError for a file that is not there.
+    """
+    found: dict[str, type[Method]] = {}
+    for part in (p.strip() for p in text.split(",")):
+        if ":" in part:
+            name, method = _load(part)
+        elif part in METHODS:
+            name, method = part, METHODS[part]
+        else:
+            raise OptionError(f"unknown method '{part}'{nearest(part, METHODS)}")
+        if name in found:
+            raise OptionError(f"method '{name}' is named twice in '{text}'")
+        found[name] = method
+    return found
+
+
+def _load(part: str) -> tuple[str, type[Method]]:
+    path_text, _, class_name = part.rpartition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        raise MissingPathError(f"method file '{path}' does not exist; write PATH.py:ClassName")
+    spec = importlib.util.spec_from_file_location(f"kdcli_user_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # get_type_hints looks a class's module up by name
+    spec.loader.exec_module(module)
+    method = getattr(module, class_name, None)
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise OptionError(f"'{part}': {path} has no class {class_name} derived from kdcli.methods.base.Method")
+    return class_name.lower(), method

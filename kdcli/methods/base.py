@@ -1,0 +1,94 @@
+"""What a distillation method is: the teacher tensors it needs, and a map from student and teacher tensors to loss terms.
+
+A method sees the same keys on both sides: ``student[need.key]`` and ``teacher[need.key]`` hold the same tensor of the
+two networks at the same places (``Need.key`` is ``name@region``). Sparse needs come as [M', ...] rows in the order of
+the batch's entries in that region, dense ones as [B, P or N, ...]. Whether the teacher ran in this step or last week
+cannot be told from here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from kdcli.errors import OptionError, nearest
+from kdcli.geometry.grid import Grid
+from kdcli.options import convert
+from kdcli.structures import Batch, Canvas
+from kdcli.tensors import RANK, Need, Tensors, TensorSpec
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two networks as a method sees them: what each gives, on which grid."""
+
+    student: Mapping[str, TensorSpec]
+    teacher: Mapping[str, TensorSpec]
+    grid: Grid
+    canvas: Canvas
+    detector: str  # the student's detector, e.g. "gfl": chooses per-detector defaults
+
+
+class Method(nn.Module):
+    """Base of all methods. Options are the keyword-only arguments of ``__init__`` after ``pair``."""
+
+    title: ClassVar[str]  # paper, venue, arXiv id
+    needs: ClassVar[tuple[Need, ...]]
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # detector -> options that differ there
+    region_options: ClassVar[tuple[str, ...]] = ()  # options that decide which entries a store holds
+    index_aligned: ClassVar[bool] = True  # reads logits or boxes by anchor index: both grids must be equal
+
+    def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
+        """Weighted loss terms by name, each a scalar over the global batch; results call them ``<method>_<name>``."""
+        raise AssertionError(f"{type(self).__name__} has no forward")
+
+    def active(self, batch: Batch) -> bool:
+        """Whether the terms can differ from 0 on this batch; a term that is 0 for long while active stops the run."""
+        return any(n.dense for n in self.needs) or (batch.entries is not None and len(batch.entries.index) > 0)
+
+
+def method_options(method: type[Method]) -> dict[str, inspect.Parameter]:
+    """The options of a method: its keyword-only arguments, by name."""
+    parameters = inspect.signature(method.__init__).parameters
+    return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def resolve_options(name: str, method: type[Method], detector: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a method: its defaults, those for ``detector``, then what was ``given``.
+
+    Raises OptionError for an unknown option, with the nearest name, and for a value of the wrong type.
+    """
+    known = method_options(method)
+    for option in given:
+        if option not in known:
+            raise OptionError(f"unknown option '{name}.{option}'{nearest(option, known)}")
+    resolved = {n: p.default for n, p in known.items()} | dict(method.defaults.get(detector, {}))
+    hints = typing.get_type_hints(method.__init__)
+    for option, value in given.items():
+        resolved[option] = convert(f"{name}.{option}", value, hints[option])
+    return resolved
+
+
+def check_pair(name: str, method: type[Method], pair: Pair, student: str, teacher: str) -> None:
+    """Raise OptionError when ``student`` or ``teacher`` (model names) lacks a tensor that the method needs."""
+    for need in method.needs:
+        # rank is derived from the class logits and the decoded box, which every dense detector gives
+        wanted = "cls_logits" if need.name == RANK else need.name
+        for side, model, specs in (("student", student, pair.student), ("teacher", teacher, pair.teacher)):
+            if wanted not in specs:
+                raise OptionError(
+                    f"method '{name}' needs {wanted}, which the {side} {model} does not give; "
+                    f"`kdcli methods` lists which detectors each method works on"
+                )
+        if need.name != "features" and wanted in pair.teacher:
+            ours, theirs = pair.student[wanted].dims, pair.teacher[wanted].dims
+            if ours != theirs:
+                raise OptionError(
+                    f"method '{name}' compares {wanted} element by element: student {student} has {list(ours)}, "
+                    f"teacher {teacher} has {list(theirs)}; they must agree"
+                )

@@ -1,0 +1,99 @@
+"""PFI: Prediction-guided Feature Imitation (AAAI 2022, arXiv 2112.04840).
+
+Student features imitate the teacher's where the two nets' class predictions differ. The weight depends on the student,
+so the teacher's features and class logits are needed at every cell: PFI has a dense store. There is no official code;
+docs/methods/rm_pfi.md tells which open point was settled how.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.methods.base import Method, Pair
+from kdcli.structures import Batch
+from kdcli.tensors import CLS_LOGITS, FEATURES, Need, Tensors, world_mean
+
+MAPS = Need(FEATURES, "all")
+CLASSES = Need(CLS_LOGITS, "all")
+
+Space = Literal["prob", "logit"]
+Form = Literal["squared", "linear", "norm"]
+
+
+class PFI(Method):
+    """Feature imitation weighted by the difference of the predictions.
+
+    Options: ``weight``; ``pred_space``: differences of probabilities (default) or of logits; ``form``: ``squared`` (the
+    paper's), ``linear`` or ``norm``; ``detach_pdif`` stops the gradient through the weight. When the channels differ, a
+    1x1 convolution without bias maps student features to the teacher's; it is trained, and left behind at export.
+    """
+
+    title = "Prediction-guided Feature Imitation, AAAI 2022, arXiv 2112.04840"
+    needs = (MAPS, CLASSES)
+
+    def __init__(
+        self,
+        pair: Pair,
+        *,
+        weight: float = 1.5,
+        pred_space: Space = "prob",
+        form: Form = "squared",
+        detach_pdif: bool = False,
+    ) -> None:
+        super().__init__()
+        self.grid = pair.grid
+        self.weight, self.form, self.detach_pdif = weight, form, detach_pdif
+        self.pred_space = pred_space
+        ours, theirs = pair.student[FEATURES].dims[0], pair.teacher[FEATURES].dims[0]
+        # a 1x1 convolution on [B, P, C] is a linear map of the last dimension
+        self.adapter = nn.Identity() if ours == theirs else nn.Linear(ours, theirs, bias=False)
+
+    def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
+        """``loss``."""
+        features = self.adapter(student[MAPS.key]).float()
+        p_dif = prediction_difference(
+            student[CLASSES.key], teacher[CLASSES.key], batch.targets.valid.shape[1], space=self.pred_space
+        )
+        if self.detach_pdif:
+            p_dif = p_dif.detach()
+        f_dif = (features - teacher[MAPS.key].detach()).square().mean(dim=-1)  # [B, P]
+        sizes = [n // self.grid.num_anchors for n in self.grid.level_sizes(batch.targets.canvas)]
+        per_image = imitation_loss(p_dif, f_dif, batch.targets.valid, sizes, form=self.form)
+        images = world_mean(torch.as_tensor(float(len(batch.keys)), device=per_image.device))
+        return {"loss": self.weight * per_image.sum() / images}
+
+
+def prediction_difference(student: Tensor, teacher: Tensor, num_cells: int, *, space: Space = "prob") -> Tensor:
+    """P_dif [B, P]: mean over a cell's A*K outputs of the squared difference of predictions.
+
+    ``student``, ``teacher``: class logits [B, N, K].
+    """
+    teacher = teacher.detach()
+    if space == "prob":
+        student, teacher = student.sigmoid(), teacher.sigmoid()
+    return (student - teacher).square().reshape(student.shape[0], num_cells, -1).mean(dim=-1)
+
+
+def imitation_loss(
+    p_dif: Tensor, f_dif: Tensor, valid: Tensor, level_sizes: list[int], *, form: Form = "squared"
+) -> Tensor:
+    """L_PFI of each image [B]: over the levels, the mean of ||P * F||^2 / HW (``squared``).
+
+    ``p_dif``, ``f_dif``: [B, P]; ``valid``: [B, P] bool, cells in the sum and in HW; ``level_sizes``: cells per level.
+    ``linear``: mean of P * F; ``norm``: ||P * F|| / HW. A level without valid cells gives 0.
+    """
+    product = torch.where(valid, p_dif * f_dif, torch.zeros_like(p_dif))
+    losses = []
+    for value, mask in zip(product.split(level_sizes, dim=1), valid.split(level_sizes, dim=1), strict=True):
+        cells = mask.sum(dim=1).clamp(min=1)
+        if form == "squared":
+            losses.append(value.square().sum(dim=1) / cells)
+        elif form == "linear":
+            losses.append(value.sum(dim=1) / cells)
+        else:
+            # the gradient of a norm is undefined at 0, where an invalid level sits: 1e-24 keeps it finite
+            losses.append((value.square().sum(dim=1) + 1e-24).sqrt() / cells)
+    return torch.stack(losses).mean(dim=0)

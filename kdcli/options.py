@@ -1,0 +1,206 @@
+"""Options of the commands: frozen dataclasses, filled from defaults, a TOML file and flags, in this order.
+
+A run's resolved options are written to its ``config.toml``, which runs again as it is. Unknown keys are errors that
+name the nearest known one. ``--set table.key=value`` reaches everything that has no flag of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from kdcli.errors import MissingPathError, OptionError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Table ``[model]``: the student's (or teacher's) architecture."""
+
+    name: str = ""  # <detector>_<backbone>, e.g. gfl_resnet18
+    fpn_channels: int = 256
+    tower_convs: int = 4  # 3x3 convolutions in each of the head's two towers
+    head_channels: int | None = None  # None: as many as fpn_channels
+    reg_max: int = 16  # bins per edge minus one
+    bn: Literal["auto", "train", "frozen"] = "auto"  # auto: trained from scratch, frozen with pretrained weights
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Table ``[optim]``."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.01  # for 16 images a step; scaled linearly with the global batch
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "cosine"] = "step"  # step: x0.1 after 2/3 and 11/12 of the epochs
+    warmup_steps: int | None = None  # None: min(500, 10 % of all steps)
+    clip: float | None = 35.0  # largest gradient norm; None: no clipping
+    ema: bool = False
+    ema_decay: float = 0.9998
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides what ``train`` and ``distill`` compute."""
+
+    command: Literal["train", "distill"] = "train"
+    data: str = ""
+    canvas: str = "320"
+    epochs: int = 12
+    seed: int = 0
+    batch: int = 16  # images a step, over all processes
+    views: str = "identity,hflip"
+    backbone_weights: str = "none"  # none | imagenet | PATH
+    init_from: str | None = None
+    device: str = "auto"
+    amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: bool = True
+    workers: int | None = None  # data processes; None: one per spare core, at most 8
+    threads: int | None = None  # CPU threads of the main process; None: PyTorch's choice
+    eval_every: int = 1  # epochs
+    save_steps: int = 1000  # a resumable state is written every so many steps, and after each epoch
+    skip_bad: bool = False
+    deterministic: bool = False
+    method: str = ""  # distill: comma list
+    cache: str | None = None  # distill: the store ...
+    teacher: str | None = None  # ... or the live teacher
+    micro_batch: int = 8  # live teacher: images per forward pass
+    teacher_precision: Literal["fp32", "bf16"] = "fp32"
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options of each method, resolved
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Everything that decides what ``cache-teacher`` writes."""
+
+    data: str = ""
+    teacher: str = ""
+    method: str = ""
+    split: str = "train"
+    canvas: str | None = None  # None: the teacher's own
+    views: str = "identity,hflip"
+    view_seed: int = 0
+    encoding: Literal["default", "float16", "lossless"] = "default"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    micro_batch: int = 8
+    threads: int | None = None
+    device: str = "auto"
+    workers: int | None = None
+    shard_rows: int | None = None  # None: as many as fit 128 MB, at most 256
+    min_teacher_ap: float = 0.0
+    skip_bad: bool = False
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def build(cls: type[T], given: Mapping[str, Any], *, label: str = "") -> T:
+    """Make a frozen options dataclass from plain values, with defaults for what is not given.
+
+    Nested dataclasses take mappings. Raises OptionError for an unknown key (with the nearest) or a wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in hints:
+            raise OptionError(f"unknown option '{label}{key}'{nearest(key, hints)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            if not isinstance(value, Mapping):
+                raise OptionError(f"{label}{key} = {value!r}: must be a table")
+            values[key] = build(hint, value, label=f"{label}{key}.")
+        elif typing.get_origin(hint) is not None and typing.get_origin(hint).__name__ == "Mapping":
+            values[key] = value
+        else:
+            values[key] = convert(f"{label}{key}", value, hint)
+    return cls(**values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a ``--config`` file. Raises MissingPathError or OptionError."""
+    if not path.is_file():
+        raise MissingPathError(f"config file '{path}' does not exist")
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"config file '{path}' is not TOML: {error}") from error
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, dict[str, Any]]:
+    """Read ``--set`` flags, ``["ld.temperature=8", "optim.ema=true"]`` -> ``{"ld": {"temperature": 8}, ...}``."""
+    tables: dict[str, dict[str, Any]] = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        table, dot, key = name.strip().partition(".")
+        if not equals or not dot or not table or not key:
+            raise OptionError(f"--set '{text}': write TABLE.KEY=VALUE, e.g. --set ld.temperature=8")
+        tables.setdefault(table, {})[key] = _literal(value.strip())
+    return tables
+
+
+def layer(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge mappings, later ones winning, tables key by key."""
+    merged: dict[str, Any] = {}
+    for mapping in layers:
+        for key, value in mapping.items():
+            if isinstance(value, Mapping):
+                merged[key] = layer(merged.get(key) or {}, value)
+            else:
+                merged[key] = value
+    return merged
+
+
+def to_plain(options: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts without None (TOML has no null): the inverse of ``build``."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: clean(v) for k, v in value.items() if v is not None}
+        return value
+
+    result: dict[str, Any] = clean(dataclasses.asdict(options))
+    return result
+
+
+def _literal(text: str) -> Any:
+    """A TOML value where it is one (numbers, true/false, quoted text), else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def convert(label: str, value: Any, hint: Any) -> Any:
+    """Read ``value`` (from a flag or a TOML file) as ``hint``: bool, int, float, str, Literal or one of them or None.
+
+    Raises OptionError naming ``label``.
+    """
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise OptionError(f"{label} = {value!r}{nearest(str(value), [str(c) for c in choices])}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return convert(label, value, inner[0])
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, str):
+        return value
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))
+    raise OptionError(f"{label} = {value!r}: must be {wanted}")

@@ -1,0 +1,200 @@
+"""Run folders as values: what was asked for, on what machine, how it went and how it ended.
+
+A run folder holds ``config.toml``, ``env.json``, ``results.csv`` and, once finished, ``metrics.json``. A run without
+final metrics, or with a file that cannot be read, keeps the reason in ``problem`` and does not fail its neighbours.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcli.errors import MissingPathError
+
+# What differs between two runs without being a setting of the experiment: the seed, places, and how the work is spread
+# over the machine (which moves no draw and sums in another order at most). The data set has its own check.
+_NOT_SETTINGS = frozenset({"seed", "out", "data", "workers", "threads", "save_steps"})
+_NOT_LOSSES = frozenset(
+    {
+        *("epoch", "lr", "AP", "AP50", "AP75", "grad_norm", "images_per_s"),
+        *("data_wait_percent", "teacher_percent", "epoch_s", "peak_memory_bytes"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read. ``history`` has one dict of numbers for each epoch; cells left empty are absent."""
+
+    path: Path
+    config: Mapping[str, Any]
+    env: Mapping[str, Any]
+    metrics: Mapping[str, Any]  # empty when ``problem`` is set
+    history: tuple[Mapping[str, float], ...]
+    problem: str | None
+
+    @property
+    def command(self) -> str:
+        """``train`` or ``distill``."""
+        return str(self.config.get("command", "train"))
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run (0 when the configuration names none)."""
+        return int(self.config.get("seed", 0))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the distillation methods, none for plain training."""
+        method = self.config.get("method") or ()
+        names = method.split(",") if isinstance(method, str) else method
+        return tuple(str(name).strip() for name in names)
+
+    @property
+    def model(self) -> str:
+        """``<detector>_<backbone>``."""
+        model = self.config.get("model", "")
+        return str(model.get("name", "")) if isinstance(model, Mapping) else str(model)
+
+    @property
+    def epochs(self) -> int | None:
+        """Epochs asked for."""
+        epochs = self.config.get("epochs", self.metrics.get("epochs"))
+        return None if epochs is None else int(epochs)
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """Names of the approximations the run used."""
+        return tuple(str(name) for source in (self.metrics, self.env) for name in source.get("approximations", ()))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration under dotted keys, without seed, places and the spread over the machine."""
+        return {key: value for key, value in flatten(self.config).items() if key not in _NOT_SETTINGS}
+
+    def value(self, key: str) -> float | None:
+        """A number of the final metrics, None when absent or null."""
+        found = self.metrics.get(key)
+        return None if found is None else float(found)
+
+    def curve(self, column: str) -> list[tuple[int, float]]:
+        """(epoch, value) of a column of ``results.csv``, where it has a value."""
+        return [(int(row["epoch"]), row[column]) for row in self.history if column in row]
+
+    def loss_columns(self) -> list[str]:
+        """Columns of ``results.csv`` that hold loss terms, in file order."""
+        columns = dict.fromkeys(column for row in self.history for column in row)
+        return [c for c in columns if c not in _NOT_LOSSES and not c.startswith("grad_share_")]
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read every run folder among ``paths`` and below them, each once, in the order given and then by name.
+
+    Raises MissingPathError for a path that is not there, or below which there is no run folder.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise MissingPathError(f"no run folder at '{path}': give a run folder or a folder of runs")
+        found = list(_run_folders(path))
+        if not found:
+            raise MissingPathError(f"no run below '{path}': a run folder holds config.toml")
+        for folder in found:
+            folders.setdefault(folder.resolve(), folder)
+    return [load_run(folder) for folder in folders.values()]
+
+
+def load_run(folder: Path) -> Run:
+    """Read one run folder; whatever is missing or broken in it becomes ``problem``."""
+    problems: list[str] = []
+    config = _read(folder / "config.toml", problems)
+    env = _read(folder / "env.json", problems) if (folder / "env.json").is_file() else {}
+    history = _read_history(folder / "results.csv", problems)
+    metrics: Mapping[str, Any] = {}
+    if not (folder / "metrics.json").is_file():
+        of = f" of {config['epochs']}" if "epochs" in config else ""
+        problems.append(f"unfinished: no metrics.json after {len(history)}{of} epochs")
+    else:
+        metrics = _read(folder / "metrics.json", problems)
+        if metrics and metrics.get("ap") is None:
+            problems.append("metrics.json has no AP: the evaluated split has no ground truth")
+    return Run(
+        path=folder,
+        config=config,
+        env=env,
+        metrics={} if problems else metrics,
+        history=history,
+        problem="; ".join(problems) or None,
+    )
+
+
+def mean_curve(runs: Sequence[Run], column: str = "AP") -> list[tuple[int, float, float, float]]:
+    """(epoch, mean, lowest, highest) of a results column over ``runs``, at epochs where any has a finite value."""
+    values: dict[int, list[float]] = {}
+    for run in runs:
+        for epoch, value in run.curve(column):
+            if math.isfinite(value):
+                values.setdefault(epoch, []).append(value)
+    return [(epoch, math.fsum(v) / len(v), min(v), max(v)) for epoch, v in sorted(values.items())]
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables under dotted keys: ``{"ld": {"temperature": 10}}`` -> ``{"ld.temperature": 10}``."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    """Folders with a config.toml at or below ``root``; stores and the inside of runs are not searched."""
+    for folder, children, files in os.walk(root):
+        if "config.toml" in files:
+            yield Path(folder)
+            children.clear()
+        elif "zarr.json" in files:
+            children.clear()
+        children.sort()
+
+
+def _read(path: Path, problems: list[str]) -> Mapping[str, Any]:
+    """A TOML or JSON file as a dict; a missing or broken one adds to ``problems`` and reads as empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
+        return {}
+    except ValueError as error:  # not UTF-8, not TOML, not JSON
+        problems.append(f"{path.name} cannot be read ({error})")
+        return {}
+    if not isinstance(data, dict):
+        problems.append(f"{path.name} does not hold a table")
+        return {}
+    return data
+
+
+def _read_history(path: Path, problems: list[str]) -> tuple[Mapping[str, float], ...]:
+    """Rows of results.csv by epoch; an epoch written twice (a resumed run) counts as written last."""
+    if not path.is_file():
+        return ()
+    rows: dict[float, dict[str, float]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                row = {key: float(cell) for key, cell in line.items() if key is not None and cell}
+                rows[row["epoch"]] = row
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        problems.append(f"results.csv cannot be read ({error})")
+        return ()
+    return tuple(rows[epoch] for epoch in sorted(rows))

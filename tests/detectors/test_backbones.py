@@ -1,0 +1,218 @@
+"""Backbones against torchvision's own networks, their weight files, and what stays frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from kdcli.detectors.backbones import BACKBONES, Backbone, load_backbone_weights
+from kdcli.errors import MissingPathError, OptionError
+
+CHANNELS = {
+    "resnet18": (128, 256, 512),
+    "resnet34": (128, 256, 512),
+    "resnet50": (512, 1024, 2048),
+    "resnet101": (512, 1024, 2048),
+    "mobilenet_v2": (32, 96, 320),
+    "mobilenet_v3_small": (24, 48, 96),
+    "mobilenet_v3_large": (40, 112, 160),
+    "shufflenet_v2_x0_5": (48, 96, 192),
+    "shufflenet_v2_x1_0": (116, 232, 464),
+}
+
+
+def _write_classifier(name: str, path: Path) -> nn.Module:
+    """A torchvision classifier with random weights and batch statistics, whose state dict is in ``path``."""
+    torch.manual_seed(3)
+    model: nn.Module = torchvision.models.get_model(name, weights=None)
+    model(torch.randn(4, 3, 64, 64))  # so that the running statistics are not 0 and 1
+    torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_maps_have_strides_8_16_32_and_the_known_channels(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(name).eval()
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 64, 96))
+    assert backbone.channels == CHANNELS[name]
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (c, 64 // s, 96 // s) for c, s in zip(CHANNELS[name], (8, 16, 32), strict=True)
+    ]
+
+
+def test_probe_leaves_running_statistics_and_mode_alone() -> None:
+    backbone = Backbone("resnet18")
+    assert backbone.training
+    assert all(m.training for m in backbone.modules())
+    statistics = [
+        (k, v) for k, v in backbone.state_dict().items() if k.endswith(("running_mean", "num_batches_tracked"))
+    ]
+    assert len(statistics) == 40
+    assert all(not v.any() for _, v in statistics)
+
+
+def test_resnet18_file_gives_torchvisions_own_maps(tmp_path: Path) -> None:
+    model = _write_classifier("resnet18", tmp_path / "w.pth")
+    backbone = Backbone("resnet18").eval()
+    load_backbone_weights(backbone, str(tmp_path / "w.pth"))
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        x: Tensor = model.maxpool(model.relu(model.bn1(model.conv1(images))))  # type: ignore[operator]
+        c3 = model.layer2(model.layer1(x))  # type: ignore[operator]
+        c4 = model.layer3(c3)  # type: ignore[operator]
+        c5 = model.layer4(c4)  # type: ignore[operator]
+        ours = backbone(images)
+    for mine, theirs in zip(ours, (c3, c4, c5), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_map_completes_to_torchvisions_logits(name: str, tmp_path: Path) -> None:
+    """C5 through the part that was cut off gives the classifier's own output."""
+    model = _write_classifier(name, tmp_path / "w.pth")
+    backbone = Backbone(name).eval()
+    load_backbone_weights(backbone, str(tmp_path / "w.pth"))
+    images = torch.randn(1, 3, 64, 64)
+    last = model.conv5 if name.startswith("shufflenet") else model.features[-1]  # type: ignore[index]
+    head = model.fc if name.startswith("shufflenet") else model.classifier
+    with torch.no_grad():
+        pooled = last(backbone(images)[2]).mean((2, 3))  # type: ignore[operator]
+        torch.testing.assert_close(head(pooled), model(images))  # type: ignore[operator]
+
+
+def test_file_without_the_classifier_loads(tmp_path: Path) -> None:
+    model = torchvision.models.shufflenet_v2_x0_5(weights=None)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("conv5", "fc"))}
+    torch.save(state, tmp_path / "w.pth")
+    backbone = Backbone("shufflenet_v2_x0_5")
+    load_backbone_weights(backbone, str(tmp_path / "w.pth"))
+    assert torch.equal(backbone.state_dict()["stage4.0.branch1.0.weight"], state["stage4.0.branch1.0.weight"])
+
+
+def test_old_file_without_batch_counters_loads(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, tmp_path / "w.pth")
+    load_backbone_weights(Backbone("resnet18"), str(tmp_path / "w.pth"))
+
+
+def _drop(state: dict[str, Tensor]) -> None:
+    del state["layer2.0.conv1.weight"]
+
+
+def _add(state: dict[str, Tensor]) -> None:
+    state["layer9.weight"] = torch.zeros(1)
+
+
+def _reshape(state: dict[str, Tensor]) -> None:
+    state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_drop, r"1 missing \(layer2.0.conv1.weight\)"),
+        (_add, r"1 unexpected \(layer9.weight\)"),
+        (_reshape, r"1 of another shape \(conv1.weight\)"),
+    ],
+)
+def test_wrong_keys_are_named(change: object, words: str, tmp_path: Path) -> None:
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    assert callable(change)
+    change(state)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(OptionError, match=words):
+        load_backbone_weights(Backbone("resnet18"), str(tmp_path / "w.pth"))
+
+
+def test_file_of_another_backbone_or_no_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save(torchvision.models.shufflenet_v2_x0_5(weights=None).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(OptionError, match=r"not those of resnet18: keys 100 missing \(.*, \.\.\.\)"):
+        load_backbone_weights(Backbone("resnet18"), str(tmp_path / "other.pth"))
+    torch.save({"model": {}}, tmp_path / "nested.pth")
+    with pytest.raises(OptionError, match="not a torchvision state dict"):
+        load_backbone_weights(Backbone("resnet18"), str(tmp_path / "nested.pth"))
+    (tmp_path / "junk.pth").write_bytes(b"junk" * 100)
+    with pytest.raises(OptionError, match="not a PyTorch file"):
+        load_backbone_weights(Backbone("resnet18"), str(tmp_path / "junk.pth"))
+    with pytest.raises(MissingPathError, match="none, imagenet or the path"):
+        load_backbone_weights(Backbone("resnet18"), "imagnet")
+
+
+def test_imagenet_is_torchvisions_download_with_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    state: dict[str, Tensor] = torchvision.models.shufflenet_v2_x0_5(weights=None).state_dict()
+
+    def answer(url: str, **options: object) -> dict[str, Tensor]:
+        asked.update(options, url=url)
+        return state
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", answer)
+    backbone = Backbone("shufflenet_v2_x0_5")
+    load_backbone_weights(backbone, "imagenet")
+    assert asked["url"] == torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.url
+    assert asked["check_hash"] is True
+    assert asked["weights_only"] is True
+    assert torch.equal(backbone.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_has_imagenet_weights(name: str) -> None:
+    assert torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url.startswith("https://download.pytorch.org/")
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(OSError("no network"), MissingPathError), (RuntimeError("invalid hash value"), OptionError)],
+)
+def test_failed_download_is_one_line(
+    failure: Exception, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(url: str, **options: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fail)
+    with pytest.raises(error, match=r"'imagenet'.*https://download.pytorch.org/"):
+        load_backbone_weights(Backbone("resnet18"), "imagenet")
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("resnet18", ("conv1.", "bn1.", "layer1.")),
+        ("mobilenet_v2", tuple(f"features.{k}." for k in range(4))),
+        ("shufflenet_v2_x0_5", ("conv1.",)),
+    ],
+)
+def test_frozen_backbone_keeps_norms_and_stem(name: str, stem: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(name, frozen=True)
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    backbone.train()
+    assert backbone.training
+    norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert not any(m.training for m in norms)
+    sum(m.sum() for m in backbone(torch.randn(2, 3, 64, 64))).backward()
+    convs = {f"{n}.weight" for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)}
+    assert {k for k, p in backbone.named_parameters() if p.grad is not None} == {
+        k for k in convs if not k.startswith(stem)
+    }
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+def test_trained_backbone_moves_its_statistics() -> None:
+    backbone = Backbone("shufflenet_v2_x0_5")
+    backbone(torch.randn(2, 3, 64, 64))
+    assert all(int(v) == 1 for k, v in backbone.state_dict().items() if k.endswith("num_batches_tracked"))
+    assert all(p.requires_grad for p in backbone.parameters())
+
+
+def test_unknown_backbone_names_the_nearest() -> None:
+    with pytest.raises(OptionError, match="did you mean 'resnet18'"):
+        Backbone("resnet19")

@@ -1,0 +1,152 @@
+"""Losses and decoding of the dense heads beyond the reference numbers: empty batches, autocast, normalisers, ties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from kdcli.detectors.dense.decode import decode
+from kdcli.detectors.dense.losses import atss_loss, distribution_focal, gfl_loss, quality_focal, retinanet_loss
+from kdcli.geometry.assign import AssignerSpec, assign
+from kdcli.geometry.grid import Grid
+from kdcli.structures import IGNORED, Canvas, Targets
+
+CANVAS, CONTENT, K = Canvas(96, 128), (60, 120), 3  # valid: 64 x 128
+GRID = Grid()
+RETINA = Grid(base_scale=4.0, scales=(1.0, 2 ** (1 / 3), 2 ** (2 / 3)), ratios=(0.5, 1.0, 2.0))
+BOXES = torch.tensor([[10.0, 12.0, 60.0, 50.0], [70.0, 8.0, 118.0, 58.0]])
+LABELS = torch.tensor([2, 0])
+KINDS = ["gfl", "retinanet", "atss"]
+
+
+def targets_of(kind: str, counts: list[int]) -> Targets:
+    """A batch whose images have the first ``counts[i]`` of two boxes."""
+    grid = RETINA if kind == "retinanet" else GRID
+    spec = AssignerSpec("max_iou" if kind == "retinanet" else "atss")
+    boxes = [BOXES[:n] for n in counts]
+    return Targets(
+        boxes=boxes,
+        labels=[LABELS[:n] for n in counts],
+        content=torch.tensor([CONTENT] * len(counts)),
+        canvas=CANVAS,
+        assigned=torch.stack([assign(spec, grid, CANVAS, b, CONTENT) for b in boxes]),
+        valid=torch.stack([grid.valid(CANVAS, CONTENT)] * len(counts)),
+    )
+
+
+def outputs_of(kind: str, batch: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    grid = RETINA if kind == "retinanet" else GRID
+    trailing = {"gfl": [(K,), (4, 9)], "retinanet": [(K,), (4,)], "atss": [(K,), (4,), (1,)]}[kind]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, grid.num_total(CANVAS), *t) for t in trailing]
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+def loss_of(kind: str, outputs: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+    if kind == "gfl":
+        return gfl_loss(outputs[0], outputs[1], targets, GRID)
+    if kind == "retinanet":
+        return retinanet_loss(outputs[0], outputs[1], targets, RETINA)
+    return atss_loss(outputs[0], outputs[1], outputs[2], targets, GRID)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_without_boxes_give_zeros_with_a_graph(kind: str) -> None:
+    outputs = outputs_of(kind, 2)
+    losses = loss_of(kind, outputs, targets_of(kind, [0, 0]))
+    assert losses["loss_cls"] > 0
+    for name, loss in losses.items():
+        assert loss.requires_grad, name
+        if name != "loss_cls":
+            assert float(loss.detach()) == 0.0, name
+    sum(losses.values(), torch.zeros(())).backward()
+    for output in outputs:
+        assert output.grad is not None
+        assert torch.isfinite(output.grad).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ignored_anchors_get_no_gradient(kind: str) -> None:
+    outputs, targets = outputs_of(kind, 2), targets_of(kind, [2, 1])
+    losses = loss_of(kind, outputs, targets)
+    assert all(loss > 0 for loss in losses.values())
+    sum(losses.values(), torch.zeros(())).backward()
+    ignored = targets.assigned == IGNORED
+    assert ignored.any()
+    for output in outputs:
+        assert output.grad is not None
+        assert not output.grad[ignored].any()
+        assert output.grad[~ignored].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_does_not_change_the_loss(kind: str) -> None:
+    outputs, targets = outputs_of(kind, 2, torch.bfloat16), targets_of(kind, [2, 1])
+    outside = loss_of(kind, outputs, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss_of(kind, outputs, targets)
+    for name, loss in inside.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, outside[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_of_images_does_not_matter(kind: str) -> None:
+    outputs = outputs_of(kind, 3)
+    losses = loss_of(kind, outputs, targets_of(kind, [2, 0, 1]))
+    mirrored = loss_of(kind, [o.flip(0) for o in outputs], targets_of(kind, [1, 0, 2]))
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, mirrored[name])
+
+
+def test_gfl_normaliser_is_clamped_unless_eps_is_given() -> None:
+    outputs, targets = outputs_of("gfl", 2), targets_of("gfl", [2, 1])
+    low = [outputs[0] - 12, outputs[1]]  # the positives' scores sum to far less than 1
+    clamped = gfl_loss(low[0], low[1], targets, GRID)["loss_bbox"]
+    free = gfl_loss(low[0], low[1], targets, GRID, eps=1e-6)["loss_bbox"]
+    assert clamped < 0.1 * free
+
+
+def test_quality_focal_is_zero_at_its_target() -> None:
+    quality = torch.tensor([0.1, 0.5, 0.9])
+    assert float(quality_focal(torch.logit(quality), quality).abs().max()) < 1e-7
+    assert (quality_focal(torch.logit(quality) + 1, quality) > 0).all()
+
+
+def test_distribution_focal_interpolates_between_two_bins() -> None:
+    rows = torch.randn(1, 6, generator=torch.Generator().manual_seed(1))
+    log_p = rows.log_softmax(-1)[0]
+    found = distribution_focal(rows, torch.tensor([2.25]))
+    torch.testing.assert_close(found, -(0.75 * log_p[2:3] + 0.25 * log_p[3:4]))
+
+
+def test_decode_keeps_classes_apart_and_clips_to_the_content() -> None:
+    boxes = torch.tensor([[[-5.0, 0.0, 20.0, 20.0], [-4.0, 0.0, 21.0, 20.0], [30.0, 30.0, 90.0, 99.0]]])
+    scores = torch.tensor([[[0.9, 0.2], [0.8, 0.7], [0.01, 0.6]]])
+    (found,) = decode(boxes, scores, [2, 1], torch.tensor([[40, 50]]))
+    assert found.labels.tolist() == [0, 1, 1]
+    assert found.scores.tolist() == pytest.approx([0.9, 0.7, 0.6])  # the second box of class 0 is suppressed
+    assert found.boxes.tolist() == [[0, 0, 20, 20], [0, 0, 21, 20], [30, 30, 50, 40]]
+    assert float(box_iou(found.boxes[1:2], found.boxes[2:])) == 0.0
+
+
+def test_decode_limits_levels_and_images() -> None:
+    generator = torch.Generator().manual_seed(2)
+    corner = torch.arange(40.0)[:, None].repeat(1, 2) * 10
+    boxes = torch.cat([corner, corner + 8], dim=1)[None]
+    scores = torch.rand(1, 40, 2, generator=generator)
+    content = torch.tensor([[400, 400]])
+    (found,) = decode(boxes, scores, [30, 10], content, score_thr=0.0, nms_pre=5, max_per_image=100)
+    best = scores[0, :30].reshape(-1).topk(5).values.tolist() + scores[0, 30:].reshape(-1).topk(5).values.tolist()
+    assert found.scores.tolist() == sorted(best, reverse=True)
+    (few,) = decode(boxes, scores, [30, 10], content, score_thr=0.0, nms_pre=5, max_per_image=3)
+    assert few.scores.tolist() == found.scores[:3].tolist()
+
+
+def test_decode_drops_boxes_outside_the_content_and_low_scores() -> None:
+    boxes = torch.tensor([[[60.0, 0.0, 90.0, 20.0], [0.0, 0.0, 9.0, 9.0]]])
+    (found,) = decode(boxes, torch.tensor([[[0.9], [0.05]]]), [2], torch.tensor([[40, 50]]))
+    assert len(found.boxes) == 0
+    assert found.boxes.shape == (0, 4)

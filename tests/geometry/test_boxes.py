@@ -1,0 +1,74 @@
+"""Box arithmetic against torchvision, and codings against their inverses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision import ops
+
+from kdcli.geometry.boxes import (
+    aligned_giou,
+    aligned_iou,
+    decode_deltas,
+    decode_distances,
+    encode_deltas,
+    encode_distances,
+    pairwise_diou,
+    pairwise_diou_official,
+    pairwise_iou,
+)
+
+
+def random_boxes(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=generator, dtype=torch.float64) * 200
+    return torch.cat([corner, corner + 1 + torch.rand(count, 2, generator=generator, dtype=torch.float64) * 150], dim=1)
+
+
+def test_pairwise_overlaps_agree_with_torchvision() -> None:
+    a, b = random_boxes(7, 0), random_boxes(50, 1)
+    torch.testing.assert_close(pairwise_iou(a, b), ops.box_iou(a, b))
+    torch.testing.assert_close(pairwise_diou(a, b), ops.distance_box_iou(a, b), rtol=1e-9, atol=1e-9)
+    assert pairwise_iou(a[:0], b).shape == (0, 50)
+
+
+def test_aligned_overlaps_agree_with_torchvision() -> None:
+    a, b = random_boxes(40, 2), random_boxes(40, 3)
+    torch.testing.assert_close(aligned_iou(a, b), ops.box_iou(a, b).diagonal())
+    torch.testing.assert_close(aligned_giou(a, b), ops.generalized_box_iou(a, b).diagonal())
+
+
+def test_official_diou_is_the_covered_share_of_the_anchor() -> None:
+    box, anchor = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.tensor([[5.0, 0.0, 9.0, 10.0]])
+    # all of the anchor is covered; centres 2 px apart; the hull is the box
+    torch.testing.assert_close(pairwise_diou_official(box, anchor), torch.tensor([[1 - 4 / 200]]))
+    torch.testing.assert_close(pairwise_diou(box, anchor), torch.tensor([[0.4 - 4 / 200]]))
+
+
+def test_giou_has_a_gradient_where_boxes_are_apart() -> None:
+    a = torch.tensor([[0.0, 0.0, 2.0, 2.0]], requires_grad=True)
+    (1 - aligned_giou(a, torch.tensor([[10.0, 0.0, 12.0, 2.0]]))).sum().backward()
+    assert a.grad is not None
+    assert a.grad[0, 2] < 0  # moving the right edge towards the other box helps
+
+
+@pytest.mark.parametrize("stds", [(1.0, 1.0, 1.0, 1.0), (0.1, 0.1, 0.2, 0.2)])
+def test_deltas_round_trip(stds: tuple[float, float, float, float]) -> None:
+    anchors, boxes = random_boxes(30, 4), random_boxes(30, 5)
+    deltas = encode_deltas(anchors, boxes, stds)
+    torch.testing.assert_close(decode_deltas(anchors, deltas, stds), boxes)
+    torch.testing.assert_close(decode_deltas(anchors, deltas.expand(2, -1, -1), stds)[1], boxes)
+
+
+def test_decoding_a_delta_clips_the_side() -> None:
+    anchor = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    box = decode_deltas(anchor, torch.tensor([[0.0, 0.0, 50.0, 0.0]]), (1.0, 1.0, 1.0, 1.0))
+    assert math.isclose(float(box[0, 2] - box[0, 0]), 625.0, rel_tol=1e-5)
+
+
+def test_distances_round_trip() -> None:
+    boxes, centers = random_boxes(20, 6), random_boxes(20, 7)[:, :2]
+    torch.testing.assert_close(decode_distances(centers, encode_distances(centers, boxes)), boxes)

@@ -1,0 +1,72 @@
+"""Files are whole or absent, and a full disk is an error of its own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdcli.errors import MissingPathError, NoSpaceError, OptionError
+from kdcli.files import atomic_save, atomic_write_bytes, atomic_write_text, load_torch
+
+
+def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "a.txt", "old")
+    atomic_write_text(tmp_path / "a.txt", "größer\n")
+    atomic_write_bytes(tmp_path / "b.bin", b"\x00\xff")
+    assert (tmp_path / "a.txt").read_bytes() == "größer\n".encode()
+    assert (tmp_path / "b.bin").read_bytes() == b"\x00\xff"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.bin"]
+
+
+def test_saved_tensors_come_back(tmp_path: Path) -> None:
+    atomic_save({"w": torch.arange(5.0), "n": [1, "x"]}, tmp_path / "a.pt")
+    back = load_torch(tmp_path / "a.pt", what="state")
+    assert torch.equal(back["w"], torch.arange(5.0))
+    assert back["n"] == [1, "x"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_keeps_the_old_file(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    atomic_write_text(tmp_path / "a.txt", "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NoSpaceError, match=r"a\.txt: the disk is full"):
+        atomic_save({"w": torch.zeros(9)}, tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        atomic_write_text(tmp_path / "nowhere" / "a.txt", "x")
+    assert not isinstance(caught.value, MissingPathError)
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("made-by-a-pickle",)
+
+
+def test_foreign_files_are_refused_and_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(_Evil()))
+    torch.save({"x": _Evil()}, tmp_path / "evil2.pt")
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "torn.pt")
+    data = (tmp_path / "torn.pt").read_bytes()
+    (tmp_path / "torn.pt").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("evil.pt", "evil2.pt", "torn.pt", "empty.pt"):
+        with pytest.raises(OptionError, match=rf"teacher '.*{name}': not a PyTorch file") as caught:
+            load_torch(tmp_path / name, what="teacher")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "made-by-a-pickle").exists()
+    with pytest.raises(MissingPathError, match=r"teacher '.*gone.pt': no such file"):
+        load_torch(tmp_path / "gone.pt", what="teacher")
