@@ -88,7 +88,7 @@ class StoreWriter:
     def __init__(self, path: Path, schema: CacheSchema) -> None:
         self.path, self.schema = path, schema
         self._group = zarr.open_group(path, mode="r+")
-        self._arrays = {a.path: self._group[a.path] for a in schema.layout()}
+        self._arrays: dict[str, Any] = {a.path: self._group[a.path] for a in schema.layout()}
         for leftover in path.rglob("*.partial"):  # what a killed write left behind
             leftover.unlink()
 

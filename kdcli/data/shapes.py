@@ -7,6 +7,7 @@ half visible, so that whatever is drawn is also annotated. Soft blobs and stroke
 
 from __future__ import annotations
 
+import colorsys
 import json
 import math
 import os
@@ -26,7 +27,9 @@ FORMAT = 1
 SUPERSAMPLE = 4
 MIN_SIZE = 8.0  # pixels across
 MAX_SIZE = 0.6  # of the shorter side
-MAX_SHAPES = 7
+MAX_SHAPES = 9
+SIZE_SKEW = 0.75  # < 1: more large shapes than a log-uniform draw gives
+TYPICAL_COLOR = 0.7  # share of shapes that have the hue of their class, the others have any
 MIN_VISIBLE = 0.5  # of a shape's own pixels
 MIN_CONTRAST = 70.0  # distance in RGB between a shape and what lies under it
 EMPTY_SHARE = 0.03
@@ -78,7 +81,7 @@ def draw_image(rng: np.random.Generator, size: tuple[int, int]) -> tuple[NDArray
     canvas = _background(rng, height, width)
     count = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, MAX_SHAPES + 1))
     largest = MAX_SIZE * min(height, width)
-    sizes = np.exp(rng.uniform(math.log(MIN_SIZE), math.log(largest), size=count))
+    sizes = MIN_SIZE * (largest / MIN_SIZE) ** (rng.uniform(size=count) ** SIZE_SKEW)
     shapes: list[_Shape] = []
     for across in sorted(sizes.tolist(), reverse=True):  # large ones first, so that none disappears under another
         _place(rng, canvas, shapes, across)
@@ -183,18 +186,25 @@ def _place(rng: np.random.Generator, canvas: Pixels, shapes: list[_Shape], acros
         for shape in shapes:
             shape.visible &= ~covered
         shapes.append(_Shape(label, covered, own))
-        _paint(rng, canvas[y0:y1, x0:x1], stamp[part][:, :, None])
+        _paint(rng, canvas[y0:y1, x0:x1], stamp[part][:, :, None], label)
         return
 
 
-def _paint(rng: np.random.Generator, target: Pixels, alpha: Pixels) -> None:
+def _paint(rng: np.random.Generator, target: Pixels, alpha: Pixels, label: int) -> None:
     """Blend a shaded colour that stands out into ``target``, in place."""
     under = (target * alpha).sum(axis=(0, 1)) / alpha.sum()
-    color = rng.uniform(0, 255, size=3)
+    color = _color(rng, label)
     while np.linalg.norm(color - under) < MIN_CONTRAST:
-        color = rng.uniform(0, 255, size=3)
+        color = _color(rng, label)
     shade = np.linspace(-1, 1, target.shape[1], dtype=np.float32)[None, :, None] * rng.uniform(-25, 25)
-    target += alpha * (color.astype(np.float32) + shade - target)
+    target += alpha * (color + shade - target)
+
+
+def _color(rng: np.random.Generator, label: int) -> Pixels:
+    """RGB [3] in 0..255 of a shape: the hue hints at the class, so that a first detector learns within minutes."""
+    typical = (label + rng.uniform(-0.4, 0.4)) / len(CLASSES)
+    hue = typical if rng.random() < TYPICAL_COLOR else rng.random()
+    return np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.4, 1)), dtype=np.float32) * 255
 
 
 def _stamp(rng: np.random.Generator, label: int, across: float) -> Pixels:

@@ -20,11 +20,13 @@ from kdcli.cache.fidelity import ErrorMeter
 from kdcli.cache.reader import compare_manifests
 from kdcli.cache.schema import (
     CacheSchema,
-    collate as collate_rows,
     plan_tensors,
     regions_of,
     row_tensor,
     shard_rows_for,
+)
+from kdcli.cache.schema import (
+    collate as collate_rows,
 )
 from kdcli.cache.writer import StoreWriter, create_store, read_manifest
 from kdcli.data.coco import Dataset, has_split, open_split
@@ -115,7 +117,8 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     left_out = sorted(dataset.image_id(i) for i in set(range(dataset.num_images)) - set(positions.tolist()))
     teacher = teacher_entry(detector, meta.weights_sha256, None)
     manifest = make_manifest(source, views, teacher, run, order, left_out=left_out)
-    detector = detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    manifest |= {"methods": options.method, "method_options": resolved}
+    detector = detector.to(device).to(memory_format=torch.channels_last)
     return Plan(
         options, TeacherForward(detector.eval(), order, options.micro_batch, options.precision), source, positions,
         views, schema, needs, manifest, device, pick_workers(options.workers),
@@ -180,8 +183,9 @@ def measure_teacher(plan: Plan, watcher: Watcher) -> float | None:
     watcher.stage("teacher AP", len(keep))
     source = validation_source(val, plan.forward.detector, plan.source.canvas)
     found = evaluate(
-        _InOrder(plan.forward), val, plan.source.canvas, device=plan.device, batch=plan.forward.micro_batch,
-        loader=Loader(source, plan.workers), left_out=frozenset(range(val.num_images)) - keep, advance=watcher.advance,
+        plan.forward.detector, val, plan.source.canvas, device=plan.device, batch=plan.forward.micro_batch,
+        loader=Loader(source, plan.workers), forward=plan.forward.outputs,
+        left_out=frozenset(range(val.num_images)) - keep, advance=watcher.advance,
     )  # fmt: skip
     ap = found.metrics.ap
     watcher.note(f"teacher AP on val: {'not defined' if ap is None else f'{ap:.1f}'}")
@@ -191,22 +195,6 @@ def measure_teacher(plan: Plan, watcher: Watcher) -> float | None:
             "written. Check its canvas and classes, or lower the gate"
         )
     return ap
-
-
-class _InOrder(torch.nn.Module):
-    """The teacher with its classes in the data set's order, for evaluation."""
-
-    def __init__(self, forward: TeacherForward) -> None:
-        super().__init__()
-        self.inner = forward.detector
-        self.order = forward
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs: dict[str, torch.Tensor] = self.inner(images)
-        return {**outputs, "cls_logits": outputs["cls_logits"][..., list(self.order.class_order)]}
-
-    def decode(self, *args: Any) -> Any:
-        return self.inner.decode(*args)
 
 
 def _chunks(plan: Plan, start: int, stop: int) -> list[list[Item]]:
@@ -219,9 +207,7 @@ def _chunks(plan: Plan, start: int, stop: int) -> list[list[Item]]:
     return [b[k : k + size] for b in buckets.values() for k in range(0, len(b), size)]
 
 
-def encode_rows(
-    plan: Plan, samples: list[Sample]
-) -> tuple[list[Mapping[str, NDArray[np.float32]]], list[dict[str, Any]]]:
+def encode_rows(plan: Plan, samples: list[Sample]) -> tuple[list[dict[str, NDArray[np.float32]]], list[dict[str, Any]]]:
     """Teacher tensors (float32, by ``Need.key``) of samples of one orientation, and their stored arrays by path."""
     batch = collate(samples, None).to(plan.device)
     values = [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kdcli.data import coco
 from kdcli.data.views import to_image
@@ -17,6 +18,7 @@ from kdcli.engine.coco_eval import Metrics, coco_results, evaluate_detections
 from kdcli.engine.samples import Item, Loader, Sample, SampleSource, orientation
 from kdcli.errors import DataError
 from kdcli.structures import Canvas
+from kdcli.tensors import Tensors
 
 IDENTITY = "identity"
 
@@ -55,8 +57,22 @@ def require_same_classes(detector_classes: list[dict[str, Any]], dataset: coco.D
         )
 
 
+Forward = Callable[[Tensor], Tensors]  # uint8 canvases [B, 3, H, W] -> float32 outputs
+
+
+def plain_forward(detector: Detector, amp: torch.dtype | None) -> Forward:
+    """The detector itself under autocast."""
+
+    def forward(images: Tensor) -> Tensors:
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            outputs = detector(images.to(memory_format=torch.channels_last).float() / 255)
+        return {name: value.float() for name, value in outputs.items()}
+
+    return forward
+
+
 def detect(
-    detector: Detector, loader: Loader, batches: list[list[Item]], device: torch.device, amp: torch.dtype | None = None
+    detector: Detector, forward: Forward, loader: Loader, batches: list[list[Item]], device: torch.device
 ) -> Iterator[tuple[Sample, np.ndarray, np.ndarray, np.ndarray, float]]:
     """For each image: sample, boxes [D, 4] xyxy image pixels, scores, labels, and its share of the computing seconds."""
     detector.eval()
@@ -64,9 +80,8 @@ def detect(
         started = time.perf_counter()
         images = torch.stack([s.image for s in samples]).to(device, non_blocking=True)
         content = torch.tensor([s.geometry.content for s in samples], device=device)
-        with torch.no_grad(), torch.autocast(device.type, amp, enabled=amp is not None):
-            outputs = detector(images.to(memory_format=torch.channels_last).float() / 255)
-        outputs = {name: value.float() for name, value in outputs.items()}
+        with torch.no_grad():
+            outputs = forward(images)
         found = detector.decode(outputs, content, samples[0].geometry.canvas)
         moved = [(d.boxes.cpu(), d.scores.cpu().numpy(), d.labels.cpu().numpy()) for d in found]
         seconds = (time.perf_counter() - started) / len(samples)
@@ -82,18 +97,21 @@ def evaluate(
     device: torch.device,
     batch: int,
     loader: Loader,
-    amp: torch.dtype | None = None,
+    forward: Forward | None = None,
     left_out: frozenset[int] = frozenset(),
     advance: Any = None,
 ) -> Evaluation:
-    """Score ``detector`` on ``dataset`` without the images at ``left_out``. ``advance(n)`` is called as images finish."""
+    """Score ``detector`` on ``dataset`` without the images at ``left_out``. ``advance(n)`` is called as images finish.
+
+    ``forward`` stands in for the detector's own float32 forward: another precision, or classes in another order.
+    """
     category_ids = np.array([c.id for c in dataset.classes])
     positions = [i for i in range(dataset.num_images) if i not in left_out]
     results: list[dict[str, Any]] = []
     seconds = 0.0
-    for sample, boxes, scores, labels, cost in detect(
-        detector, loader, evaluation_batches(loader.source, positions, batch), device, amp
-    ):
+    batches = evaluation_batches(loader.source, positions, batch)
+    forward = forward or plain_forward(detector, None)
+    for sample, boxes, scores, labels, cost in detect(detector, forward, loader, batches, device):
         results += coco_results(sample.key.image_id, boxes, scores, category_ids[labels])
         seconds += cost
         if advance is not None:

@@ -68,15 +68,16 @@ def region_spec(detector: Detector, methods: Mapping[str, type[Method]], options
 
 
 def require_match(
-    reader: CacheReader, dataset: Dataset, canvas: Canvas, grid: Grid | None, assigner: AssignerSpec | None,
-    regions: RegionSpec | None, views: Sequence[str],
+    reader: CacheReader, dataset: Dataset, canvas: Canvas, views: Sequence[str],
+    index_space: tuple[Grid, AssignerSpec, RegionSpec] | None,
 ) -> None:  # fmt: skip
     """Raises StoreError (exit 4) listing every field in which a store differs from the run that wants to read it.
 
-    ``grid``, ``assigner`` and ``regions`` matter to methods that read by anchor index (None: not compared).
+    ``index_space``: what decides which anchor has which index and region; None when no method reads by anchor index.
     """
     ours: dict[str, Any] = {"dataset": dataset.fingerprint(), "canvas": str(canvas)}
-    if grid is not None and assigner is not None and regions is not None:
+    if index_space is not None:
+        grid, assigner, regions = index_space
         ours |= {"schema": {"grid": grid.to_json()}, "assigner": assigner.to_json(), "regions": regions.to_json()}
     differences = compare_manifests(ours, reader.manifest)
     missing = [v for v in views if v not in reader.views]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kdcli.cache.reader import CacheReader
 from kdcli.cache.schema import CacheSchema, plan_tensors, regions_of
 from kdcli.cache.writer import store_digest
-from kdcli.data.check import CheckReport, check_dataset
+from kdcli.data.check import check_dataset
 from kdcli.data.coco import Dataset, open_split
 from kdcli.data.views import parse_views, to_canvas
 from kdcli.detectors.base import Detector, ModelSpec
@@ -34,6 +34,7 @@ from kdcli.options import TrainOptions
 from kdcli.structures import Canvas, RowKey
 from kdcli.tensors import Need, TensorSpec
 
+BACKBONE_WORDS = ("none", "imagenet")
 RECHECKED_ROWS = 64
 RECHECK_TOLERANCE = 1e-3  # of a row's anchors: float64 on another CPU may move a tie
 
@@ -57,6 +58,7 @@ class Prepared:
     source: SampleSource
     teacher: teachers.Teacher | None
     teacher_ap: float | None = None
+    teacher_sha256: str | None = None
     store_hash: str | None = None
     store_bytes: int | None = None
 
@@ -72,6 +74,7 @@ class _TeacherSide:
     reader: CacheReader | None
     detector: Detector | None
     ap: float | None
+    sha256: str
 
 
 def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> Prepared:
@@ -102,18 +105,26 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
     }
     if side:
         resolved = _inherit_regions(resolved, methods, side, options)
-    source = SampleSource(train, canvas, 0, student.grid, student.assigner, student.region_defaults)
+    view_seed = side.reader.manifest["view_seed"] if side and side.reader else 0
+    source = SampleSource(train, canvas, view_seed, student.grid, student.assigner, student.region_defaults)
     options = replace(
         options,
         canvas=str(canvas), views=",".join(views), methods=resolved, threads=threads, data=str(Path(options.data).resolve()),
         model=replace(options.model, bn=student.spec.bn, head_channels=student.spec.head_channels),
-        **{k: str(Path(v).resolve()) for k in ("cache", "teacher", "init_from") if (v := getattr(options, k))},
+        cache=_absolute(options.cache), teacher=_absolute(options.teacher), init_from=_absolute(options.init_from),
+        backbone_weights=options.backbone_weights if options.backbone_weights in BACKBONE_WORDS
+        else str(Path(options.backbone_weights).resolve()),
     )  # fmt: skip
     base = Prepared(
         options, train, val, positions, val_bad, canvas, views, device, amp, pick_workers(options.workers), student, {},
         source, None,
     )  # fmt: skip
     return _with_teacher(base, methods, side) if side else base
+
+
+def _absolute(path: str | None) -> str | None:
+    """config.toml runs again from any folder."""
+    return None if path is None else str(Path(path).resolve())
 
 
 def make_student(options: TrainOptions, num_classes: int) -> Detector:
@@ -138,22 +149,11 @@ def make_student(options: TrainOptions, num_classes: int) -> Detector:
 
 def usable(dataset: Dataset, skip_bad: bool, watcher: Watcher) -> NDArray[np.int64]:
     """Positions of the images that may be used. Raises DataError on a fault unless ``skip_bad``, which lists them."""
-    report: CheckReport = check_dataset(dataset, decode=False)
-    if report.faults and not skip_bad:
-        first = report.faults[0]
-        raise DataError(
-            f"{dataset.annotations_path}: {len(report.faults)} fault(s), the first: {first.where}: {first.message}; "
-            f"see `kdcli data check {dataset.root}`, or leave such images out with --skip-bad"
-        )
+    report = check_dataset(dataset, decode=False)
+    report.refuse(skip_bad)
     for fault in report.faults:
-        if fault.image is None:
-            raise DataError(
-                f"{dataset.annotations_path}: {fault.where}: {fault.message}; --skip-bad cannot leave it out"
-            )
         watcher.note(f"left out: {fault.where}: {fault.message}")
     keep = np.array([i for i in range(dataset.num_images) if i not in report.bad_images], dtype=np.int64)
-    if not len(keep):
-        raise DataError(f"{dataset.annotations_path}: no usable image is left")
     return keep
 
 
@@ -165,14 +165,21 @@ def _open_teacher(options: TrainOptions, given: frozenset[str], train: Dataset) 
         entry = reader.manifest["teacher"]
         name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
         return _TeacherSide(
-            name, specs_of(reader.manifest), reader.schema.canvas, reader.views, reader, None, entry["ap"]
+            name,
+            specs_of(reader.manifest),
+            reader.schema.canvas,
+            reader.views,
+            reader,
+            None,
+            entry["ap"],
+            entry["weights_sha256"],
         )
     assert options.teacher
     detector, meta = load_detector(options.teacher)
     ap = meta.extra.get("ap")
     return _TeacherSide(
         detector.spec.name, with_classes(detector.specs(), len(train.classes)), Canvas.parse(meta.canvas), None, None,
-        detector, ap if isinstance(ap, float) else None,
+        detector, ap if isinstance(ap, float) else None, meta.weights_sha256,
     )  # fmt: skip
 
 
@@ -204,14 +211,14 @@ def _with_teacher(base: Prepared, methods: Mapping[str, type[Method]], side: _Te
     aligned = any(m.index_aligned for m in methods.values())
     source = replace(base.source, region_spec=spec, regions=regions_of(needs))
     if side.reader is not None:
-        exact = (student.grid, student.assigner, spec) if aligned else (None, None, None)
-        require_match(side.reader, base.train, base.canvas, *exact, base.views)
+        index_space = (student.grid, student.assigner, spec) if aligned else None
+        require_match(side.reader, base.train, base.canvas, base.views, index_space)
         reader = _reader_for(side.reader, needs, base, side)
         source = replace(source, reader=reader)
         recheck_regions(source, base.positions, base.views)
         return replace(
             base, methods=built, source=source, teacher=teachers.cached(reader.schema, needs), teacher_ap=side.ap,
-            store_hash=store_digest(reader.path), store_bytes=reader.bytes_on_disk(),
+            teacher_sha256=side.sha256,            store_hash=store_digest(reader.path), store_bytes=reader.bytes_on_disk(),
         )  # fmt: skip
     assert side.detector is not None
     if aligned and (side.detector.grid, side.detector.assigner) != (student.grid, student.assigner):
@@ -221,12 +228,13 @@ def _with_teacher(base: Prepared, methods: Mapping[str, type[Method]], side: _Te
         )
     _, meta = load_detector(str(options.teacher))
     order = teachers.class_order([c["name"] for c in meta.classes], [c.name for c in base.train.classes])
-    detector = side.detector.to(base.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    detector = side.detector.to(base.device).to(memory_format=torch.channels_last)
     forward = teachers.TeacherForward(detector.eval(), order, options.micro_batch, options.teacher_precision)
     schema = CacheSchema(student.grid, base.canvas, 1, 1, plan_tensors(needs, side.specs, "lossless"))
     return replace(
-        base, methods=built, source=source, teacher=teachers.live(forward, needs, schema), teacher_ap=side.ap
-    )
+        base, methods=built, source=source, teacher=teachers.live(forward, needs, schema), teacher_ap=side.ap,
+        teacher_sha256=side.sha256,
+    )  # fmt: skip
 
 
 def _reader_for(whole: CacheReader, needs: tuple[Need, ...], base: Prepared, side: _TeacherSide) -> CacheReader:

@@ -41,10 +41,13 @@ def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, over
         if not (out / "config.toml").is_file() and any(out.iterdir()):
             raise OptionError(f"'{out}' is not a run folder, so --overwrite will not delete it; choose another --out")
         shutil.rmtree(out)
-    (out / "weights").mkdir(parents=True)
-    (out / "plots").mkdir()
-    atomic_write_text(out / "env.json", json.dumps(env, indent=1) + "\n")
-    atomic_write_text(out / "config.toml", tomli_w.dumps(to_plain(options)))
+    staging = out.with_name(f".{out.name}.creating")  # a rename makes the folder appear whole
+    shutil.rmtree(staging, ignore_errors=True)
+    (staging / "weights").mkdir(parents=True)
+    (staging / "plots").mkdir()
+    atomic_write_text(staging / "env.json", json.dumps(env, indent=1) + "\n")
+    atomic_write_text(staging / "config.toml", tomli_w.dumps(to_plain(options)))
+    staging.rename(out)
 
 
 def read_config(run: Path) -> TrainOptions:

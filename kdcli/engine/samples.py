@@ -184,7 +184,7 @@ class Loader:
         self._plan = _Plan()
         self._loader: DataLoader[Any] = DataLoader(
             _Loadable(source),
-            batch_sampler=self._plan,  # type: ignore[arg-type]  # items are (position, view), not numbers
+            batch_sampler=self._plan,  # items are (position, view), not numbers
             num_workers=workers,
             collate_fn=list,
             persistent_workers=workers > 0,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.detectors.base import Detector, count_parameters
-from kdcli.detectors.weights import export
+from kdcli.detectors.weights import export, load_detector
 from kdcli.engine import runs
 from kdcli.engine.devices import peak_memory_bytes
-from kdcli.engine.evaluate import evaluate, validation_source
+from kdcli.engine.evaluate import evaluate, plain_forward, validation_source
 from kdcli.engine.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
 from kdcli.engine.prepare import Prepared
 from kdcli.engine.samples import Loader, plan_epoch
@@ -43,7 +43,7 @@ class Trainer:
         self.device = prepared.device
         self.step = TrainStep(prepared.student, prepared.methods, prepared.amp).to(self.device)
         if options.channels_last:
-            self.step.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.step.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.step, options.optim, options.batch)
         check_ownership(self.step, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=prepared.amp is torch.float16)
@@ -129,7 +129,7 @@ class Trainer:
 
     def _update(self, loss: Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.unscale_(self.optimizer)
         limit = self.options.optim.clip if self.options.optim.clip is not None else float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
@@ -171,7 +171,7 @@ class Trainer:
             device=self.device,
             batch=self.options.batch,
             loader=loader,
-            amp=self.prepared.amp,
+            forward=plain_forward(student, self.prepared.amp),
             left_out=self.prepared.val_left_out,
             advance=self.watcher.advance,
         )
@@ -255,10 +255,14 @@ class Trainer:
             "student_parameters": count_parameters(self.prepared.student),
             "store_bytes": self.prepared.store_bytes,
             "teacher_ap": self.prepared.teacher_ap,
+            "weights_sha256": {n: load_detector(f)[1].weights_sha256 for n, f in self._weights() if f.is_file()},
         }
         runs.write_metrics(self.run, metrics)
         (self.run / STATE_FILE).unlink(missing_ok=True)
         return metrics
+
+    def _weights(self) -> list[tuple[str, Path]]:
+        return [(name, self.run / "weights" / f"{name}.pt") for name in ("last", "best")]
 
     def _save(self) -> None:
         save_state(self.run, self.progress, self.step, self.optimizer, self.scaler, self.average, self.guard)

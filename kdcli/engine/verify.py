@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +10,14 @@ import google_crc32c
 
 from kdcli.cache.fidelity import ErrorMeter, summarise
 from kdcli.cache.reader import CacheReader, compare_manifests
-from kdcli.cache.schema import row_tensor
+from kdcli.cache.schema import CacheSchema, row_tensor
 from kdcli.cache.schema import collate as collate_rows
-from kdcli.cache.writer import read_journal
-from kdcli.engine.caching import Plan, encode_rows
+from kdcli.cache.writer import read_journal, read_manifest
+from kdcli.engine.caching import Plan, encode_rows, plan_store
 from kdcli.engine.watch import Watcher
 from kdcli.errors import StoreError
+from kdcli.options import CacheOptions
 from kdcli.structures import RowKey
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What a verification found; it raises when something is wrong."""
-
-    files: int
-    bytes_read: int
-    rows_compared: int
-    differences: dict[str, dict[str, Any]]  # per tensor: decoded row against the teacher run again
 
 
 def verify_checksums(store: Path, watcher: Watcher) -> tuple[int, int]:
@@ -92,3 +83,25 @@ def _again(store: Path, shard: int) -> str:
         f"delete '{store / 'journal' / f'{shard:06d}.json'}' and run the same cache-teacher command again: "
         "it writes this shard anew"
     )
+
+
+def plan_of_store(store: Path, data: str, teacher: str, watcher: Watcher) -> Plan:
+    """The plan that wrote ``store``, rebuilt from its manifest with the given data set and teacher.
+
+    Raises StoreError when data or teacher are not those of the manifest.
+    """
+    manifest = read_manifest(store)
+    schema = CacheSchema.from_json(manifest["schema"])
+    run, left_out = manifest["teacher_run"], manifest["dataset"]["left_out"]
+    options = CacheOptions(
+        data=data, teacher=teacher, method=manifest["methods"], split=manifest["dataset"]["split"],
+        canvas=manifest["canvas"], views=",".join(manifest["views"]), view_seed=manifest["view_seed"],
+        precision=run["precision"], micro_batch=run["micro_batch"], threads=run["threads"],
+        device=run["device"], shard_rows=schema.shard_rows, skip_bad=bool(left_out),
+        methods=manifest["method_options"],
+    )  # fmt: skip
+    plan = plan_store(options, watcher)
+    differences = compare_manifests({"dataset": plan.manifest["dataset"]}, manifest)
+    if differences:
+        raise StoreError(f"store '{store}' belongs to another data set: {'; '.join(differences)}")
+    return replace(plan, schema=schema)

@@ -87,7 +87,7 @@ def imitation_loss(
     """
     product = torch.where(valid, p_dif * f_dif, torch.zeros_like(p_dif))
     losses = []
-    for value, mask in zip(product.split(level_sizes, dim=1), valid.split(level_sizes, dim=1), strict=True):
+    for value, mask in zip(torch.split(product, level_sizes, 1), torch.split(valid, level_sizes, 1), strict=True):
         cells = mask.sum(dim=1).clamp(min=1)
         if form == "squared":
             losses.append(value.square().sum(dim=1) / cells)

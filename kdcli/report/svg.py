@@ -115,7 +115,9 @@ def legend(comparison: Comparison) -> str:
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """Four to nine round numbers from at or below ``low`` to at or above ``high``."""
-    span = max(high - low, 1e-9)
+    if high <= low:
+        high = low + 1.0  # every difference is 0: any span will do
+    span = high - low
     power = 10.0 ** math.floor(math.log10(span))
     step = next(s for s in (0.2 * power, 0.5 * power, power, 2 * power) if span / s <= 7)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

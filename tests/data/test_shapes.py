@@ -51,7 +51,7 @@ def test_boxes_are_tight_around_what_can_be_seen(monkeypatch: pytest.MonkeyPatch
     """Painted with its number alone, each shape is seen exactly inside its box."""
     painted: list[int] = []
 
-    def number(rng: np.random.Generator, target: shapes.Pixels, alpha: shapes.Pixels) -> None:
+    def number(rng: np.random.Generator, target: shapes.Pixels, alpha: shapes.Pixels, label: int) -> None:
         painted.append(len(painted) + 1)
         target[(alpha >= 0.5)[:, :, 0]] = painted[-1]
 

@@ -1,0 +1,239 @@
+"""``kdcli cache-teacher`` and ``kdcli cache info|verify|show``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcli.cli import flags as f
+from kdcli.cli.main import app
+from kdcli.errors import OptionError, nearest
+
+if TYPE_CHECKING:
+    from kdcli.engine.caching import Plan
+    from kdcli.engine.estimate import Estimate
+    from kdcli.engine.watch import Watcher
+
+cache = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look into a store.\n\nExample: kdcli cache info STORE"
+)
+app.add_typer(cache, name="cache")
+
+Store = Annotated[Path, typer.Argument(help="Store folder.", show_default=False)]
+
+
+@app.command(name="cache-teacher")
+def cache_teacher(
+    data: f.Data = None,
+    teacher: Annotated[str | None, typer.Option(help="Run folder or checkpoint of the teacher.")] = None,
+    method: f.MethodList = None,
+    out: Annotated[Path | None, typer.Option(help="Store folder; the same command again goes on after a kill.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to cache (default train).")] = None,
+    canvas: f.CanvasSize = None,
+    views: f.Views = None,
+    encoding: Annotated[str | None, typer.Option(help="default (8-bit where safe), float16, lossless.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Teacher precision: fp32 (default) or bf16.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass (default 8).")] = None,
+    shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows a shard (default: 128 MB, at most 256).")] = None,
+    min_teacher_ap: Annotated[float | None, typer.Option(help="Refuse a teacher below this AP on val.")] = None,
+    device: f.Device = None, threads: f.Threads = None, workers: f.Workers = None, skip_bad: f.SkipBad = None,
+    config: f.Config = None, set_: f.Set = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only print bytes and time, from a few images.")] = False,
+    json: f.Json = False,
+) -> int:  # fmt: skip
+    """Run the teacher once and store what the methods read.
+
+    Example: kdcli cache-teacher --data DATA --teacher runs/teacher --method ld,pfi --views identity,hflip --out STORE
+    """
+    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.engine.caching import plan_store, write_store
+    from kdcli.engine.estimate import estimate as make_estimate
+    from kdcli.engine.estimate import require_room
+    from kdcli.methods import find_methods
+    from kdcli.options import CacheOptions, build, layer, parse_assignments, read_toml
+
+    given = f.collect(
+        data=data, teacher=teacher, method=method, split=split, canvas=canvas, views=views, encoding=encoding,
+        precision=precision, micro_batch=micro_batch, shard_rows=shard_rows, min_teacher_ap=min_teacher_ap,
+        device=device, threads=threads, workers=workers, skip_bad=skip_bad,
+    )  # fmt: skip
+    fields = layer(read_toml(config) if config else {}, given)
+    known = find_methods(str(fields.get("method", ""))) if fields.get("method") else {}
+    for table, values in parse_assignments(set_ or []).items():
+        if table not in known:
+            raise OptionError(f"--set {table}.…: unknown table '{table}'{nearest(table, known)}")
+        fields = layer(fields, {"methods": {table: values}})
+    options = build(CacheOptions, fields)
+    for flag, value in (("--data", options.data), ("--teacher", options.teacher), ("--method", options.method)):
+        if not value:
+            raise OptionError(f"{flag} is missing; see the example in `kdcli cache-teacher --help`")
+    if out is None:
+        raise OptionError("--out is missing: name the store folder, e.g. --out store")
+    with ConsoleWatcher() as watcher:
+        plan = plan_store(options, watcher)
+        found = make_estimate(plan, out) if estimate or not out.exists() else None
+        if estimate:
+            assert found is not None
+            return _report_estimate(plan, found, watcher, json)
+        if found is not None:
+            require_room(found, out)
+            watcher.note(_priced(found))
+        written = write_store(plan, out, watcher)
+        info = store_info(out)
+        watcher.note(f"{out}: complete, {info['rows']} rows ({written} written now), {info['bytes'] / 2**20:.1f} MB")
+    if json:
+        print_json(info)
+    return 0
+
+
+@cache.command()
+def info(store: Store, json: f.Json = False) -> int:
+    """Show what a store holds: teacher, data, views, tensors, bytes, and the measured error of each encoding.
+
+    Example: kdcli cache info STORE --json
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from kdcli.cli.watch import print_json
+    from kdcli.report.console import human_console
+    from kdcli.report.text import plain
+
+    found = store_info(store)
+    if json:
+        print_json(found)
+        return 0
+    console = human_console()
+    teacher = found["teacher"]
+    ap = "not measured" if teacher["ap"] is None else f"{teacher['ap']:.1f} AP"
+    model = teacher["model"]
+    lines = [
+        f"store {store}: {found['shards_done']} of {found['shards']} shards, {found['rows']} rows, "
+        f"{found['bytes'] / 2**20:.1f} MB, {found['bytes'] / max(1, found['rows']) / 1000:.1f} kB a row",
+        f"teacher {model['detector']}_{model['backbone']} ({ap}), weights {teacher['weights_sha256'][:12]}, "
+        f"{found['teacher_run']}",
+        f"data {found['dataset']['annotations_sha256'][:12]}, {found['dataset']['num_images']} images, canvas "
+        f"{found['canvas']}, views {', '.join(found['views'])}",
+    ]
+    for line in lines:
+        console.print(Text(plain(line)))
+    table = Table("tensor", "encoding", "bytes", "rms error", "relative", "worst", box=None, pad_edge=False)
+    for key, tensor in found["tensors"].items():
+        error = tensor.get("error") or {"rms": 0.0, "relative": 0.0, "worst": 0.0}
+        numbers = (f"{error[k]:.2g}" for k in ("rms", "relative", "worst"))
+        table.add_row(key, tensor["encoding"], f"{tensor['bytes']:,}", *numbers)
+    console.print(table)
+    return 0
+
+
+@cache.command()
+def verify(
+    store: Store,
+    teacher: Annotated[str | None, typer.Option(help="Run this teacher again on some rows.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set folder; needed with --teacher.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows for --teacher.")] = 32,
+    json: f.Json = False,
+) -> int:
+    """Check every checksum and, with a teacher, run it again and compare.
+
+    Example: kdcli cache verify STORE --teacher runs/teacher --data DATA --rows 32
+    """
+    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.engine.verify import plan_of_store, verify_checksums, verify_teacher
+
+    with ConsoleWatcher() as watcher:
+        files, size = verify_checksums(store, watcher)
+        result: dict[str, Any] = {"files": files, "bytes": size, "rows_compared": 0, "differences": {}}
+        if teacher:
+            if not data:
+                raise OptionError("--teacher needs --data: the images that it is run on")
+            plan = plan_of_store(store, data, teacher, watcher)
+            result["rows_compared"], result["differences"] = verify_teacher(plan, store, rows, watcher)
+        watcher.note(f"{store}: {files} shard files, {size / 2**20:.1f} MB, every checksum is right")
+        for key, error in result["differences"].items():
+            watcher.note(
+                f"  {key}: rms {error['rms']:.2g}, relative {error['relative']:.2g}, worst {error['worst']:.2g}"
+            )
+    if json:
+        print_json(result)
+    return 0
+
+
+@cache.command()
+def show(
+    store: Store,
+    image: Annotated[int, typer.Argument(help="Image id of the annotation file.")],
+    data: Annotated[str, typer.Option(help="Data set folder.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    view: Annotated[str | None, typer.Option(help="View (default: the store's first).")] = None,
+) -> int:
+    """Draw one row: the view with its boxes, the positives, the VLR, and the teacher's boxes.
+
+    Example: kdcli cache show STORE 17 --data DATA --out row.png
+    """
+    from kdcli.engine.showing import read_for_show
+    from kdcli.report.row import draw_row
+
+    picture = draw_row(read_for_show(store, data, image, view))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)
+    return 0
+
+
+def store_info(store: Path) -> dict[str, Any]:
+    """The manifest of a store with its sizes and measured errors, as JSON."""
+    from kdcli.cache.fidelity import summarise
+    from kdcli.cache.schema import CacheSchema
+    from kdcli.cache.writer import read_journal, read_manifest, store_digest
+
+    manifest = read_manifest(store)
+    schema = CacheSchema.from_json(manifest["schema"])
+    journal = read_journal(store)
+    errors = summarise(e["measured"]["encoding"] for e in journal.values())
+    precision = summarise(e["measured"]["precision"] for e in journal.values())
+    by_array: dict[str, int] = {}
+    for entry in journal.values():
+        for path, file in entry["files"].items():
+            by_array[path] = by_array.get(path, 0) + file["bytes"]
+    tensors = {
+        t.need.key: {
+            "dims": list(t.dims),
+            "encoding": t.encoding.to_json()["name"],
+            "bytes": sum(by_array.get(a.path, 0) for a in schema.tensor_arrays(t).values()),
+            "error": errors.get(t.need.key),
+            "precision_error": precision.get(t.need.key),
+        }
+        for t in schema.tensors
+    }
+    return {
+        **{k: v for k, v in manifest.items() if k != "schema"},
+        "rows": schema.rows,
+        "shards": schema.num_shards,
+        "shards_done": len(journal),
+        "complete": len(journal) == schema.num_shards,
+        "bytes": sum(by_array.values()),
+        "bytes_by_array": by_array,
+        "tensors": tensors,
+        "digest": store_digest(store),
+    }
+
+
+def _priced(found: Estimate) -> str:
+    return (
+        f"estimate: {found.rows} rows, {found.bytes_total / 2**20:.1f} MB on disk ({found.bytes_raw / 2**20:.1f} MB raw), "
+        f"{found.seconds:.0f} s at {found.rows_per_s:.1f} rows/s; {found.free_bytes / 2**30:.1f} GB are free"
+    )
+
+
+def _report_estimate(plan: Plan, found: Estimate, watcher: Watcher, as_json: bool) -> int:
+    from kdcli.cli.watch import print_json
+
+    watcher.note(_priced(found))
+    for path, size in found.bytes_by_array.items():
+        watcher.note(f"  {path}: {size / 2**20:.2f} MB, {size / found.rows / 1000:.2f} kB a row")
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    return 0

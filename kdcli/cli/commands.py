@@ -1,0 +1,7 @@
+"""Registers every command; each lives in the module of its kind."""
+
+from __future__ import annotations
+
+from kdcli.cli import cache, compare, data, demo, evaluate, listing, train
+
+__all__ = ["cache", "compare", "data", "demo", "evaluate", "listing", "train"]

@@ -1,0 +1,48 @@
+"""``kdcli compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import flags as f
+from kdcli.cli.main import app
+from kdcli.errors import GateError
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs.", show_default=False)],
+    baseline: Annotated[Path | None, typer.Option(help="The run whose group is the baseline.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML file.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for PNG plots.")] = None,
+    fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit with 6 if a group is below.")] = False,
+    json: f.Json = False,
+) -> int:
+    """Compare runs: mean, standard deviation and 95 % interval over seeds, difference to the baseline, costs.
+
+    Example: kdcli compare runs --html report.html --plots plots
+    """
+    from kdcli.cli.watch import print_json
+    from kdcli.report.compare import compare as make_comparison
+    from kdcli.report.compare import load_runs
+    from kdcli.report.console import human_console, show_comparison
+    from kdcli.report.html import write_html
+    from kdcli.report.plots import write_plots
+
+    comparison = make_comparison(load_runs(runs), baseline)
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_html(comparison, html)
+    if plots is not None:
+        write_plots(comparison, plots)
+    if json:
+        print_json(comparison.to_json())
+    else:
+        show_comparison(human_console(), comparison)
+    worse = [g.name for g in comparison.groups if g.diff is not None and g.diff.mean < 0]
+    if fail_if_worse and worse:
+        raise GateError(f"below the baseline: {', '.join(worse)}")
+    return 0

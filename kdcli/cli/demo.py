@@ -1,0 +1,155 @@
+"""``kdcli demo``: the whole product on a drawn data set, on a CPU, in minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcli.cli import flags as f
+from kdcli.cli.main import app
+from kdcli.errors import OptionError
+
+CANVAS = "192"
+TEACHER = {"name": "gfl_resnet18", "fpn_channels": 64, "tower_convs": 2}
+STUDENT = {"name": "gfl_shufflenet_v2_x0_5", "fpn_channels": 32, "tower_convs": 2}
+TEACHER_EPOCHS, STUDENT_EPOCHS = 12, 12
+IMAGES = (300, 100)  # training, validation
+METHODS = ("ld", "ld,pfi")
+PICTURES = 3
+SCORE = 0.25  # detections are drawn from here on
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("kdcli-demo"),
+    overwrite: f.Overwrite = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few images and epochs: shows the stages, not the gain.")
+    ] = False,
+    json: f.Json = False,
+) -> int:
+    """Shapes -> teacher -> cache -> baseline and distilled students -> comparison, on a CPU, in minutes.
+
+    Example: kdcli demo --out demo
+    """
+    import shutil
+    import time
+
+    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.data.shapes import make_shapes
+    from kdcli.report.compare import compare, load_runs
+    from kdcli.report.console import show_comparison
+    from kdcli.report.html import gist, write_html
+    from kdcli.report.plots import write_plots
+
+    if out.exists() and any(out.iterdir()):
+        if not overwrite or not (out / "shapes").is_dir():
+            raise OptionError(f"'{out}' is not empty; choose another --out, or replace a former demo with --overwrite")
+        shutil.rmtree(out)
+    started = time.perf_counter()
+    shrink = 10 if quick else 1
+    with ConsoleWatcher() as watcher:
+        watcher.note(f"1/5 drawing {IMAGES[0] // shrink} training and {IMAGES[1] // shrink} validation images")
+        make_shapes(out / "shapes", num_train=IMAGES[0] // shrink, num_val=IMAGES[1] // shrink, seed=0)
+        watcher.note(f"2/5 training the teacher, {TEACHER['name']}")
+        _train(out, "teacher", TEACHER, TEACHER_EPOCHS, quick, watcher)
+        watcher.note(f"3/5 running the teacher once: what {' and '.join(METHODS)} read goes to the store")
+        _cache(out, watcher)
+        watcher.note(f"4/5 training students, {STUDENT['name']}: plain, then distilled from the store")
+        _train(out, "baseline", STUDENT, STUDENT_EPOCHS, quick, watcher)
+        for method in METHODS:
+            name = method.replace(",", "-")
+            _train(out, name, STUDENT, STUDENT_EPOCHS, quick, watcher, method=method, cache=str(out / "store"))
+        watcher.note("5/5 comparing")
+        comparison = compare(load_runs([out / "runs"]), out / "runs" / "baseline")
+        write_html(comparison, out / "report.html")
+        write_plots(comparison, out / "plots")
+        _pictures(out, watcher)
+        show_comparison(watcher.console, comparison)
+        watcher.note(gist(comparison))
+        watcher.note(f"report    {out / 'report.html'}")
+        watcher.note(f"pictures  {out / 'detections.png'}  {out / 'row.png'}  {out / 'plots'}")
+        watcher.note(f"it took {time.perf_counter() - started:.0f} s")
+    if json:
+        print_json({"seconds": time.perf_counter() - started, "comparison": comparison.to_json()})
+    return 0
+
+
+def _train(out: Path, name: str, model: dict[str, Any], epochs: int, quick: bool, watcher: Any, **distill: str) -> None:
+    from kdcli.engine import launch
+    from kdcli.report.plots import plot_run
+    from kdcli.report.runs import load_run
+
+    command = "distill" if distill else "train"
+    fields = {
+        "data": str(out / "shapes"), "canvas": CANVAS, "epochs": 1 if quick else epochs, "batch": 8, "model": model,
+        "optim": {"lr": 0.02, "schedule": "cosine"}, "eval_every": 1 if quick else 4, **distill,
+    }  # fmt: skip
+    run, _ = launch.start(
+        launch.from_flags(command, fields, {}, None, {}), out / "runs" / name, watcher, overwrite=False
+    )
+    plot_run(load_run(run), run / "plots" / "training.png")
+
+
+def _cache(out: Path, watcher: Any) -> None:
+    from kdcli.engine.caching import plan_store, write_store
+    from kdcli.options import CacheOptions
+
+    options = CacheOptions(data=str(out / "shapes"), teacher=str(out / "runs" / "teacher"), method=",".join(
+        dict.fromkeys(name for methods in METHODS for name in methods.split(","))
+    ))  # fmt: skip
+    write_store(plan_store(options, watcher), out / "store", watcher)
+
+
+def _pictures(out: Path, watcher: Any) -> None:
+    """Teacher, baseline and student side by side on validation images, and one row of the store."""
+    import numpy as np
+    from PIL import Image
+
+    from kdcli.data.coco import open_split
+    from kdcli.data.images import decode_image
+    from kdcli.detectors.weights import load_detector
+    from kdcli.engine.devices import pick_device
+    from kdcli.engine.predicting import predict_files
+    from kdcli.engine.showing import read_for_show
+    from kdcli.report.draw import draw_detections, side_by_side
+    from kdcli.report.row import draw_row
+    from kdcli.structures import Canvas
+
+    val = open_split(out / "shapes", "val")
+    names = [c.name for c in val.classes]
+    counts = np.array([len(val.training_boxes(i)[1]) for i in range(val.num_images)])
+    chosen = sorted(np.argsort(-counts, kind="stable")[:PICTURES].tolist())
+    files = [val.image_path(i) for i in chosen]
+    columns: list[list[Any]] = []
+    truth = []
+    for i, file in zip(chosen, files, strict=True):
+        pixels, _ = decode_image(file, val.image_size(i))
+        boxes, labels = val.training_boxes(i)
+        truth.append(draw_detections(pixels, boxes, [names[k] for k in labels], classes=names))
+    columns.append([("ground truth", p) for p in truth])
+    for run in ("teacher", "baseline", METHODS[-1].replace(",", "-")):
+        detector, meta = load_detector(out / "runs" / run)
+        column = []
+        for p in predict_files(
+            detector, files, Canvas.parse(meta.canvas), pick_device("auto"), meta.classes,
+            out / "runs" / run / "plots" / "detections.json",
+        ):  # fmt: skip
+            keep = p.scores >= SCORE
+            drawn = draw_detections(
+                p.pixels, p.boxes[keep], [names[k] for k in p.labels[keep]], p.scores[keep], classes=names
+            )
+            column.append((run, drawn))
+        columns.append(column)
+    rows = [side_by_side([column[k] for column in columns]) for k in range(len(files))]
+    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    sheet.save(out / "detections.png")
+    train = open_split(out / "shapes", "train")
+    largest = int(np.argmax([len(train.training_boxes(i)[1]) for i in range(train.num_images)]))
+    draw_row(read_for_show(out / "store", str(out / "shapes"), train.image_id(largest), None)).save(out / "row.png")

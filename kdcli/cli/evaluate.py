@@ -1,0 +1,120 @@
+"""``kdcli eval`` and ``kdcli predict``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import flags as f
+from kdcli.cli.main import app
+from kdcli.errors import GateError, OptionError
+
+Checkpoint = Annotated[str, typer.Argument(help="Run folder or checkpoint file.", show_default=False)]
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str | None, typer.Option(help="Data set folder in COCO layout.")] = None,
+    split: Annotated[str, typer.Option(help="Split to score.")] = "val",
+    canvas: f.CanvasSize = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a forward pass.")] = 8,
+    device: f.Device = None, amp: f.Amp = None, workers: f.Workers = None, skip_bad: f.SkipBad = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for detections.json and metrics.json.")] = None,
+    min_ap: Annotated[float | None, typer.Option(help="Exit with 6 below this AP.")] = None,
+    json: f.Json = False,
+) -> int:  # fmt: skip
+    """Score a detector with pycocotools: AP, AP50, AP75, AP_S/M/L, AR, each class, images/s, parameters.
+
+    Example: kdcli eval runs/student --data DATA --out scores
+    """
+    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.data.coco import open_split
+    from kdcli.detectors.weights import load_detector
+    from kdcli.engine.coco_eval import write_detections
+    from kdcli.engine.devices import pick_amp, pick_device, pick_workers
+    from kdcli.engine.evaluate import evaluate as run_evaluation
+    from kdcli.engine.evaluate import plain_forward, require_same_classes, validation_source
+    from kdcli.engine.prepare import usable
+    from kdcli.engine.runs import write_metrics
+    from kdcli.engine.samples import Loader
+    from kdcli.report.console import human_console, table_of_metrics
+    from kdcli.structures import Canvas
+
+    if data is None:
+        raise OptionError("--data is missing: name the data set folder")
+    detector, meta = load_detector(checkpoint)
+    dataset = open_split(Path(data), split)
+    require_same_classes(meta.classes, dataset)
+    target = Canvas.parse(canvas or meta.canvas)
+    chosen = pick_device(device or "auto")
+    with ConsoleWatcher() as watcher:
+        keep = set(usable(dataset, bool(skip_bad), watcher).tolist())
+        watcher.stage(f"eval {split}", len(keep))
+        found = run_evaluation(
+            detector.to(chosen), dataset, target, device=chosen, batch=batch,
+            loader=Loader(validation_source(dataset, detector, target), pick_workers(workers)),
+            forward=plain_forward(detector, pick_amp(amp or "fp32", chosen)),
+            left_out=frozenset(range(dataset.num_images)) - keep,
+            advance=watcher.advance,
+        )  # fmt: skip
+    numbers = {
+        **dataclasses.asdict(found.metrics), "images_per_s": found.images_per_s, "parameters": found.parameters,
+        "images": len(keep), "canvas": str(target), "checkpoint": str(meta.path), "weights_sha256": meta.weights_sha256,
+    }  # fmt: skip
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_detections(out / "detections.json", found.results)
+        write_metrics(out, numbers)
+    if json:
+        print_json(numbers)
+    else:
+        more = {"images/s": f"{found.images_per_s:.1f}", "parameters": f"{found.parameters:,}"}
+        human_console().print(table_of_metrics(found.metrics, more=more, title=f"{checkpoint} on {split}"))
+    if min_ap is not None and (found.metrics.ap is None or found.metrics.ap < min_ap):
+        raise GateError(f"AP {found.metrics.ap} is below --min-ap {min_ap:g}")
+    return 0
+
+
+@app.command()
+def predict(
+    checkpoint: Checkpoint,
+    source: Annotated[Path, typer.Argument(help="Image, or folder of images.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and detections.json.")],
+    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw detections from this score.")] = 0.3,
+    canvas: f.CanvasSize = None, device: f.Device = None, json: f.Json = False,
+) -> int:  # fmt: skip
+    """Draw detections on images, and write them to detections.json.
+
+    Example: kdcli predict runs/student photos --out drawn --score 0.4
+    """
+    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.detectors.weights import load_detector
+    from kdcli.engine.devices import pick_device
+    from kdcli.engine.predicting import image_files, predict_files
+    from kdcli.report.draw import draw_detections
+    from kdcli.structures import Canvas
+
+    detector, meta = load_detector(checkpoint)
+    target, chosen = Canvas.parse(canvas or meta.canvas), pick_device(device or "auto")
+    names = [str(c["name"]) for c in meta.classes]
+    files = image_files(source)
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with ConsoleWatcher() as watcher:
+        watcher.stage("predict", len(files))
+        for found in predict_files(detector, files, target, chosen, meta.classes, out / "detections.json"):
+            keep = found.scores >= score
+            labels = [names[k] for k in found.labels[keep]]
+            picture = draw_detections(found.pixels, found.boxes[keep], labels, found.scores[keep], classes=names)
+            name = out / f"{found.file.stem}.png"
+            picture.save(name)
+            drawn.append({"image": str(found.file), "drawn": str(name), "detections": int(keep.sum())})
+            watcher.advance(1)
+        watcher.note(f"{len(drawn)} picture(s) and detections.json in {out}")
+    if json:
+        print_json({"images": drawn})
+    return 0

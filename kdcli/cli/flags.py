@@ -1,0 +1,38 @@
+"""Flags that several commands share, as annotated types; None means that the user did not set it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Data = Annotated[str | None, typer.Option(help="Data set folder in COCO layout.")]
+ModelName = Annotated[str | None, typer.Option("--model", help="<detector>_<backbone>, e.g. gfl_resnet18.")]
+CanvasSize = Annotated[str | None, typer.Option("--canvas", help="Image size: 320, or HEIGHTxWIDTH, e.g. 800x1344.")]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs (default 12).")]
+Seed = Annotated[int | None, typer.Option(help="Random seed (default 0).")]
+Seeds = Annotated[str | None, typer.Option(help="Several runs, e.g. 0,1,2: a queue in OUT/seed-N that resumes.")]
+BatchSize = Annotated[int | None, typer.Option("--batch", min=1, help="Images a step (default 16).")]
+Views = Annotated[str | None, typer.Option(help="Comma list of identity, hflip, crop-K (default identity,hflip).")]
+BackboneWeights = Annotated[str | None, typer.Option(help="none, imagenet (download) or the path of a state dict.")]
+InitFrom = Annotated[str | None, typer.Option(help="Start a new run from the weights of this run or checkpoint.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 (default auto).")]
+Amp = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16; auto: bf16 on a GPU, fp32 on a CPU.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Data processes (default: spare cores, at most 8).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the main process.")]
+EvalEvery = Annotated[int | None, typer.Option(min=1, help="Evaluate each N epochs (default 1).")]
+SkipBad = Annotated[bool | None, typer.Option("--skip-bad", help="Leave faulty images out, and list them.")]
+Deterministic = Annotated[bool | None, typer.Option("--deterministic", help="No TF32, deterministic algorithms.")]
+Config = Annotated[Path | None, typer.Option(help="TOML file with the same fields; flags win.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="TABLE.KEY=VALUE, e.g. ld.temperature=8; repeatable.")]
+OutRun = Annotated[Path | None, typer.Option("--out", help="Run folder to make.")]
+Resume = Annotated[Path | None, typer.Option(help="Continue this run folder; nothing may change.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+MethodList = Annotated[str | None, typer.Option("--method", help="Comma list: ld, rm, pfi, or ./mine.py:Mine.")]
+
+
+def collect(**values: Any) -> dict[str, Any]:
+    """The fields that the user set."""
+    return {key: value for key, value in values.items() if value is not None}

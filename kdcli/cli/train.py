@@ -1,0 +1,108 @@
+"""``kdcli train`` and ``kdcli distill``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcli.cli import flags as f
+from kdcli.cli.main import app
+from kdcli.errors import OptionError
+
+
+@app.command()
+def train(
+    data: f.Data = None, model: f.ModelName = None, canvas: f.CanvasSize = None, epochs: f.Epochs = None,
+    seed: f.Seed = None, seeds: f.Seeds = None, batch: f.BatchSize = None, views: f.Views = None,
+    backbone_weights: f.BackboneWeights = None, init_from: f.InitFrom = None, device: f.Device = None,
+    amp: f.Amp = None, workers: f.Workers = None, threads: f.Threads = None, eval_every: f.EvalEvery = None,
+    skip_bad: f.SkipBad = None, deterministic: f.Deterministic = None, config: f.Config = None, set_: f.Set = None,
+    out: f.OutRun = None, resume: f.Resume = None, overwrite: f.Overwrite = False, json: f.Json = False,
+) -> int:  # fmt: skip
+    """Train a detector without distillation: a teacher, or a student's baseline.
+
+    Example: kdcli train --data DATA --model gfl_resnet18 --canvas 320 --epochs 12 --out runs/teacher
+    """
+    given = f.collect(
+        data=data, canvas=canvas, epochs=epochs, seed=seed, batch=batch, views=views, backbone_weights=backbone_weights,
+        init_from=init_from, device=device, amp=amp, workers=workers, threads=threads, eval_every=eval_every,
+        skip_bad=skip_bad, deterministic=deterministic,
+    )  # fmt: skip
+    return _launch("train", given, model, config, set_, seeds, out, resume, overwrite, json)
+
+
+@app.command()
+def distill(
+    data: f.Data = None,
+    cache: Annotated[str | None, typer.Option(help="The store that cache-teacher wrote.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Instead of --cache: run folder or checkpoint, kept live.")] = None,
+    method: f.MethodList = None, model: f.ModelName = None, canvas: f.CanvasSize = None, epochs: f.Epochs = None,
+    seed: f.Seed = None, seeds: f.Seeds = None, batch: f.BatchSize = None, views: f.Views = None,
+    backbone_weights: f.BackboneWeights = None, init_from: f.InitFrom = None, device: f.Device = None,
+    amp: f.Amp = None, workers: f.Workers = None, threads: f.Threads = None, eval_every: f.EvalEvery = None,
+    skip_bad: f.SkipBad = None, deterministic: f.Deterministic = None, config: f.Config = None, set_: f.Set = None,
+    out: f.OutRun = None, resume: f.Resume = None, overwrite: f.Overwrite = False, json: f.Json = False,
+) -> int:  # fmt: skip
+    """Train a student with a teacher's stored (--cache) or live (--teacher) tensors.
+
+    Example: kdcli distill --data DATA --cache STORE --method ld,pfi --model gfl_shufflenet_v2_x0_5 --out runs/ld-pfi
+    """
+    given = f.collect(
+        data=data, cache=cache, teacher=teacher, method=method, canvas=canvas, epochs=epochs, seed=seed, batch=batch,
+        views=views, backbone_weights=backbone_weights, init_from=init_from, device=device, amp=amp, workers=workers,
+        threads=threads, eval_every=eval_every, skip_bad=skip_bad, deterministic=deterministic,
+    )  # fmt: skip
+    return _launch("distill", given, model, config, set_, seeds, out, resume, overwrite, json)
+
+
+def _launch(
+    command: str, given: dict[str, Any], model: str | None, config: Path | None, assignments: list[str] | None,
+    seeds: str | None, out: Path | None, resume: Path | None, overwrite: bool, as_json: bool,
+) -> int:  # fmt: skip
+    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.engine import launch
+    from kdcli.options import parse_assignments, read_toml
+
+    fields = read_toml(config) if config else {}
+    asked = launch.from_flags(command, fields, given, model, parse_assignments(assignments or []))
+    with ConsoleWatcher() as watcher:
+        if resume:
+            if out or seeds or overwrite:
+                raise OptionError("--resume RUN continues RUN: it does not go with --out, --seeds or --overwrite")
+            finished = [launch.resume(resume, asked, watcher)]
+        elif out is None:
+            raise OptionError(f"--out is missing: name the run folder to make, e.g. --out runs/{command}")
+        elif seeds:
+            finished = launch.queue(asked, _read_seeds(seeds), out, watcher, overwrite=overwrite)
+        else:
+            finished = [launch.start(asked, out, watcher, overwrite=overwrite)]
+        _draw(finished)
+    if as_json:
+        print_json(
+            [{"run": str(r), **m} for r, m in finished] if seeds else {"run": str(finished[0][0]), **finished[0][1]}
+        )
+    else:
+        for run, metrics in finished:
+            ap = "not defined" if metrics["ap"] is None else f"{metrics['ap']:.2f}"
+            watcher.note(f"{run}: AP {ap} after {metrics['epochs']} epochs, {metrics['wall_s']:.0f} s")
+    return 0
+
+
+def _read_seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(f"--seeds '{text}': write whole numbers, e.g. 0,1,2") from error
+    if len(set(seeds)) != len(seeds):
+        raise OptionError(f"--seeds '{text}' names a seed twice")
+    return seeds
+
+
+def _draw(finished: list[tuple[Path, dict[str, Any]]]) -> None:
+    from kdcli.report.plots import plot_run
+    from kdcli.report.runs import load_run
+
+    for run, _ in finished:
+        plot_run(load_run(run), run / "plots" / "training.png")

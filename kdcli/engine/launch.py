@@ -1,0 +1,111 @@
+"""Starts, resumes and queues runs: from fields to a finished run folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kdcli.engine import runs
+from kdcli.engine.prepare import Prepared, prepare
+from kdcli.engine.train import Trainer
+from kdcli.engine.watch import Watcher
+from kdcli.errors import OptionError, nearest
+from kdcli.methods import find_methods
+from kdcli.options import TrainOptions, build, layer, to_plain
+
+PATH_FIELDS = ("data", "cache", "teacher", "init_from")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for: plain fields over the defaults."""
+
+    command: str
+    fields: Mapping[str, Any]
+
+    def options(self) -> TrainOptions:
+        """The options, unresolved. Raises OptionError for what is unknown or missing."""
+        options = build(TrainOptions, {**self.fields, "command": self.command})
+        if not options.data:
+            raise OptionError("--data is missing: name the data set folder")
+        if self.command == "distill" and not options.method:
+            raise OptionError("--method is missing: name one or more of `kdcli methods`, e.g. --method ld")
+        return options
+
+
+def from_flags(
+    command: str, fields: Mapping[str, Any], given: Mapping[str, Any], model: str | None,
+    tables: Mapping[str, Mapping[str, Any]],
+) -> Asked:  # fmt: skip
+    """Merge a config file's ``fields``, flags and ``--set`` tables, later ones winning."""
+    if fields.get("command", command) != command:
+        raise OptionError(f"the config file is for `kdcli {fields['command']}`, not for `kdcli {command}`")
+    merged = layer(fields, given, {"model": {"name": model}} if model else {})
+    known = find_methods(merged["method"]) if merged.get("method") else {}
+    for table, values in tables.items():
+        if table in known:
+            merged = layer(merged, {"methods": {table: values}})
+        elif table in ("model", "optim"):
+            merged = layer(merged, {table: values})
+        elif table == "train":
+            merged = layer(merged, values)
+        else:
+            choices = [*known, "model", "optim", "train"]
+            raise OptionError(f"--set {table}.…: unknown table '{table}'{nearest(table, choices)}")
+    return Asked(command, merged)
+
+
+def start(asked: Asked, out: Path, watcher: Watcher, *, overwrite: bool) -> tuple[Path, dict[str, Any]]:
+    """A new run in ``out``. Everything is checked before the folder is made."""
+    prepared = prepare(asked.options(), frozenset(asked.fields), watcher)
+    runs.create_run(out, prepared.options, _environment(prepared), overwrite=overwrite)
+    return out, Trainer(prepared, out, watcher).fit()
+
+
+def resume(run: Path, asked: Asked, watcher: Watcher) -> tuple[Path, dict[str, Any]]:
+    """Continue ``run``; a finished one just gives its metrics. Raises OptionError when a setting would change."""
+    stored = runs.read_config(run)
+    if stored.command != asked.command:
+        raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
+    fields = {k: str(Path(v).resolve()) if k in PATH_FIELDS else v for k, v in asked.fields.items()}
+    runs.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))
+    metrics = runs.read_metrics(run)
+    if metrics is not None:
+        watcher.note(f"{run} is finished")
+        return run, metrics
+    prepared = prepare(stored, frozenset(to_plain(stored)), watcher)
+    before, now = runs.read_env(run), _environment(prepared)
+    changed = [k for k in ("data_sha256", "store", "teacher_sha256") if before.get(k) != now.get(k)]
+    if changed:
+        raise OptionError(f"--resume {run}: {', '.join(changed)} changed since the run began; start a new run")
+    return run, Trainer(prepared, run, watcher).fit()
+
+
+def queue(
+    asked: Asked, seeds: list[int], out: Path, watcher: Watcher, *, overwrite: bool
+) -> list[tuple[Path, dict[str, Any]]]:
+    """One run a seed in ``out/seed-N``; finished ones are kept, unfinished ones resumed, the others started."""
+    finished = []
+    for seed in seeds:
+        mine = replace(asked, fields={**asked.fields, "seed": seed})
+        run = out / f"seed-{seed}"
+        watcher.note(f"seed {seed}: {run}")
+        if (run / "config.toml").is_file() and not overwrite:
+            finished.append(resume(run, mine, watcher))
+        else:
+            finished.append(start(mine, run, watcher, overwrite=overwrite))
+    return finished
+
+
+def _environment(prepared: Prepared) -> dict[str, Any]:
+    data = prepared.train.annotations.sha256 + prepared.val.annotations.sha256
+    return runs.environment(
+        prepared.options,
+        data_sha256=hashlib.sha256(data.encode()).hexdigest(),
+        store=prepared.store_hash,
+        teacher_sha256=prepared.teacher_sha256,
+        teacher=prepared.options.teacher,
+    )

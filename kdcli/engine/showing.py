@@ -1,0 +1,70 @@
+"""What ``cache show`` draws: one stored row, read back and joined with its image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdcli.cache.reader import CacheReader
+from kdcli.cache.schema import collate
+from kdcli.data.coco import open_split
+from kdcli.data.images import read_image
+from kdcli.data.views import Geometry, render, to_canvas
+from kdcli.errors import StoreError
+from kdcli.geometry.derive import decode_distribution
+from kdcli.structures import Entries, RowKey
+from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, RANK, Need
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row for drawing; boxes are xyxy canvas pixels."""
+
+    key: RowKey
+    image: Tensor  # [3, H, W] uint8, the view that the teacher saw
+    boxes: Tensor  # [G, 4] ground truth
+    labels: list[str]
+    entries: Entries | None
+    centers: Tensor  # [M, 2] of the entries' anchors, pixels
+    teacher_boxes: Tensor | None  # [T, 4] decoded at the positives, None when distributions are not stored
+    teacher_scores: Tensor | None  # [T], of the ground-truth class
+    heat: Tensor | None  # [h, w] mean absolute feature of the finest level, when features are stored
+
+
+def read_for_show(store: Path, data: str, image_id: int, view: str | None) -> ShownRow:
+    """Read the row of an image. Raises StoreError when it is not in the store or the image has changed."""
+    reader = CacheReader(store)
+    dataset = open_split(Path(data), reader.manifest["dataset"]["split"])
+    key = RowKey(image_id, view or reader.views[0])
+    row = reader.read(key)
+    geometry = Geometry.from_array(row.geometry)
+    position = dataset.index_of(image_id)
+    image, content = read_image(dataset.image_path(position), (geometry.height, geometry.width))
+    if content != row.content:
+        raise StoreError(f"{key}: the image file is not the one that the teacher saw")
+    boxes_np, labels_np = dataset.training_boxes(position)
+    boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
+    labels = [dataset.classes[k].name for k in torch.from_numpy(labels_np)[keep].tolist()]
+    schema, canvas = reader.schema, geometry.canvas
+    tensors = schema.decode(collate([row.arrays], reader.layout.values()), [t.need for t in reader.tensors])
+    index = row.entries.index if row.entries is not None else torch.zeros(0, dtype=torch.int64)
+    centers = schema.grid.centers(canvas, torch.float32)[index // schema.grid.num_anchors]
+    teacher_boxes = teacher_scores = heat = None
+    edges = Need(BOX_DISTRIBUTION, "main+vlr").key
+    if row.entries is not None and edges in tensors:
+        main = row.entries.select("main")
+        strides = schema.grid.anchor_strides(canvas, torch.float32)[index]
+        teacher_boxes = decode_distribution(tensors[edges], centers, strides)[main[row.entries.select("main+vlr")]]
+    if Need(RANK, "main").key in tensors:
+        teacher_scores = tensors[Need(RANK, "main").key][:, 0]
+    elif Need(CLS_LOGITS, "main").key in tensors:
+        teacher_scores = tensors[Need(CLS_LOGITS, "main").key].sigmoid().amax(dim=-1)
+    if "features@all" in tensors:
+        height, width = schema.grid.level_shapes(canvas)[0]
+        heat = tensors["features@all"][0, : height * width].abs().mean(dim=-1).reshape(height, width)
+    return ShownRow(
+        key, render(image, geometry), boxes[keep], labels, row.entries, centers, teacher_boxes, teacher_scores, heat
+    )
