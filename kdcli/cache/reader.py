@@ -115,10 +115,17 @@ class CacheReader:
             )
 
     def _read_image_rows(self) -> dict[int, int]:
-        ids = np.asarray(zarr.open_group(self.path, mode="r")["image_id"])
-        if len(ids) * len(self.views) != self.schema.rows:
+        try:
+            array: Any = zarr.open_group(self.path, mode="r")["image_id"]
+            # before anything of that size is allocated; a lost chunk would be read as zeros
+            whole = array.shape == (self.schema.rows // len(self.views),) and array.dtype == np.int64
+            ids = np.array(array[:]) if whole else np.zeros(0, np.int64)
+        except (KeyError, ValueError, RuntimeError, OSError) as error:  # what zarr and its codecs raise
+            raise StoreError(f"store '{self.path}': its image_id array is corrupt; write the store again") from error
+        if len(ids) * len(self.views) != self.schema.rows or len(np.unique(ids)) != len(ids):
             raise StoreError(
-                f"store '{self.path}': {len(ids)} images do not make {self.schema.rows} rows; write it again"
+                f"store '{self.path}': its image_id array does not name the images of {self.schema.rows} rows in "
+                f"{len(self.views)} views; write the store again"
             )
         return {int(image_id): position for position, image_id in enumerate(ids)}
 
@@ -139,7 +146,8 @@ class CacheReader:
         """Row ``index`` of an array, its first ``length`` entries (None: all). A fresh, writable array."""
         spec = self.layout[path]
         if not self.direct:
-            self._group = self._group or zarr.open_group(self.path, mode="r")
+            if self._group is None:  # a truth test of a group lists all its members
+                self._group = zarr.open_group(self.path, mode="r")
             value: NDArray[Any] = np.array(self._group[path][index])
             return value[:length]
         shard, position = divmod(index, self.schema.shard_rows)

@@ -52,10 +52,14 @@ def create_store(path: Path, schema: CacheSchema, manifest: Mapping[str, Any], i
                     compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
                     filters=None,
                     fill_value=0,
-                    # an all-zero row must differ from a missing one
-                    config={"write_empty_chunks": True},
                 )
-            ids = group.create_array(name="image_id", shape=image_ids.shape, chunks=image_ids.shape, dtype="int64")
+            ids = group.create_array(
+                name="image_id",
+                shape=image_ids.shape,
+                chunks=image_ids.shape,
+                dtype="int64",
+                compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+            )
             ids[:] = image_ids
             group.attrs[ATTRIBUTE] = {**manifest, "schema": schema.to_json()}
             (staging / "journal").mkdir()
@@ -77,9 +81,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = document["attributes"][ATTRIBUTE]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"'{path}' is not a kdcli store: its zarr.json has no '{ATTRIBUTE}' manifest") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != "kdcli.store":
-        raise StoreError(f"'{path}' is not a kdcli store: format is {manifest.get('format')!r}")
-    return manifest
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != "kdcli.store":
+        raise StoreError(f"'{path}' is not a kdcli store: format is {found!r}")
+    views = manifest.get("views")
+    named = isinstance(views, list) and views and all(isinstance(v, str) for v in views)
+    if not named or not isinstance(manifest.get("schema"), dict):
+        raise StoreError(f"store '{path}': its manifest has no views or no schema; write the store again")
+    return dict(manifest)
 
 
 class StoreWriter:
@@ -88,7 +97,9 @@ class StoreWriter:
     def __init__(self, path: Path, schema: CacheSchema) -> None:
         self.path, self.schema = path, schema
         self._group = zarr.open_group(path, mode="r+")
-        self._arrays: dict[str, Any] = {a.path: self._group[a.path] for a in schema.layout()}
+        # an all-zero row must differ from a missing one; zarr reads this setting when an array is opened
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            self._arrays: dict[str, Any] = {a.path: self._group[a.path] for a in schema.layout()}
         for leftover in path.rglob("*.partial"):  # what a killed write left behind
             leftover.unlink()
 
@@ -106,6 +117,7 @@ class StoreWriter:
         assert len(rows) == stop - start
         files = {}
         with full_disk_is_an_error(self.path, self._files(shard).values()):
+            self._forget(shard)
             for array in self.schema.layout():
                 block = np.zeros((stop - start, *array.shape), array.dtype)
                 for position, row in enumerate(rows):
@@ -115,8 +127,16 @@ class StoreWriter:
                 file = self._files(shard)[array.path]
                 files[array.path] = _finish_file(file)
             entry = {"shard": shard, "rows": [start, stop], "files": files, "measured": measured}
-            atomic_write_text(self.path / "journal" / f"{shard:06d}.json", json.dumps(entry, sort_keys=True))
+            atomic_write_text(self._journal(shard), json.dumps(entry, sort_keys=True))
         return sum(int(f["bytes"]) for f in files.values())
+
+    def _forget(self, shard: int) -> None:
+        """Remove what a killed run or a power cut left of ``shard``: zarr would read a file before replacing it."""
+        for file in (self._journal(shard), *self._files(shard).values()):
+            file.unlink(missing_ok=True)
+
+    def _journal(self, shard: int) -> Path:
+        return self.path / "journal" / f"{shard:06d}.json"
 
     def _files(self, shard: int) -> dict[str, Path]:
         return {a.path: shard_file(self.path, a, shard) for a in self.schema.layout()}
@@ -151,7 +171,7 @@ def full_disk_is_an_error(path: Path, remove: Any = ()) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not isinstance(error, NoSpaceError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         for file in remove:
             Path(file).unlink(missing_ok=True)

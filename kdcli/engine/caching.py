@@ -218,7 +218,7 @@ def encode_rows(plan: Plan, samples: list[Sample]) -> tuple[list[dict[str, NDArr
     for sample, value in zip(samples, values, strict=True):
         identity = sample.content_hash + guard(sample.boxes, sample.labels, plan.source.definition)
         arrays: dict[str, Any] = {
-            "row/identity": np.frombuffer(identity, np.uint8),
+            "row/identity": np.frombuffer(identity, np.uint8).copy(),
             "row/geometry": sample.geometry.to_array(),
         }
         if sample.entries is not None:

@@ -22,6 +22,7 @@ from golden_case import (
     leaves,
     make_targets,
 )
+from golden_ld import check_ld_mmdet3, check_ld_repo
 from torch import Tensor
 
 from kdcli.detectors.dense.decode import candidates, decode
@@ -224,6 +225,8 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "gfl": check_gfl,
     "gfl_predict": check_gfl_predict,
     "kl": check_kl,
+    "ld_mmdet3": check_ld_mmdet3,
+    "ld_repo": check_ld_repo,
     "retina": check_retina,
     "vlr_im_region": check_vlr,
 }

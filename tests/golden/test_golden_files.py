@@ -8,7 +8,7 @@ import pytest
 from golden_case import Case, load
 from golden_checks import CHECKS
 
-NOT_YET = ("bckd", "defeat", "fcos", "fcosplus", "ld")  # kinds whose methods or detectors are still to come
+NOT_YET = ("bckd", "defeat", "fcos", "fcosplus")  # kinds whose methods or detectors are still to come
 
 
 def kind_of(name: str) -> tuple[str, str]:
@@ -52,13 +52,15 @@ def test_file(golden_file: Path) -> None:
         ("atss_A", ("atss", "A")),
         ("fcosplus_A", ("fcosplus", "A")),
         ("bckd_head_C", ("bckd", "head_C")),
+        ("ld_mmdet3_C", ("ld_mmdet3", "C")),
+        ("ld_repo_B_finegrained", ("ld_repo", "B_finegrained")),
     ],
 )
 def test_kind_of(name: str, expected: tuple[str, str]) -> None:
     assert kind_of(name) == expected
 
 
-@pytest.mark.parametrize("name", ["gflv2_A", "mystery", "ldx_A"])
+@pytest.mark.parametrize("name", ["gflv2_A", "mystery", "ldx_A", "ld_other_A"])
 def test_unknown_kind_fails(name: str) -> None:
     with pytest.raises(KeyError, match=name):
         kind_of(name)

@@ -1,0 +1,197 @@
+"""What was written is what is read: by the direct reader and by zarr's own, in any process, twice the same bytes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from store_case import (
+    CANVAS,
+    GRID,
+    IMAGE_IDS,
+    MANIFEST,
+    NEEDS,
+    VIEWS,
+    assert_row_equal,
+    contents,
+    create,
+    keys,
+    make_row,
+    make_schema,
+    make_store,
+    write,
+)
+
+from kdcli.cache import reader as reader_module
+from kdcli.cache.reader import CacheReader
+from kdcli.cache.schema import CacheSchema, collate
+from kdcli.cache.writer import StoreWriter, read_journal, read_manifest, store_digest
+from kdcli.errors import MissingPathError, StoreError
+from kdcli.structures import RowKey
+from kdcli.tensors import CENTERNESS, FEATURES, Need
+
+SCHEMA = make_schema()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete store; not to be changed."""
+    path = tmp_path_factory.mktemp("stores") / "whole.zarr"
+    make_store(path, SCHEMA)
+    return path
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "zarr"])
+def test_every_row_comes_back(store: Path, direct: bool) -> None:
+    reader = CacheReader(store, direct=direct)
+    assert reader.schema == SCHEMA
+    for index, key in enumerate(keys()):
+        assert reader.row_index(key) == index
+        row = reader.read(key)
+        written = make_row(SCHEMA, index)
+        assert set(row.arrays) == {path for path in written if path.startswith("tensors/")}
+        assert_row_equal(row, written)
+
+
+@pytest.mark.parametrize("encoding", ["float16", "lossless"])
+def test_other_encodings_come_back(tmp_path: Path, encoding: str) -> None:
+    schema = make_schema(encoding)
+    make_store(tmp_path / "s", schema)
+    direct, judge = CacheReader(tmp_path / "s"), CacheReader(tmp_path / "s", direct=False)
+    for index, key in list(enumerate(keys()))[:5]:
+        assert_row_equal(direct.read(key), make_row(schema, index))
+        assert_row_equal(judge.read(key), make_row(schema, index))
+
+
+@pytest.mark.parametrize("need", NEEDS, ids=lambda n: n.key)
+def test_a_reader_of_one_need_reads_that_alone(store: Path, need: Need) -> None:
+    reader = CacheReader(store, [need])
+    row = reader.read(keys()[3])
+    assert {path.split("/")[1] for path in row.arrays} == {need.key}
+    assert_row_equal(row, make_row(SCHEMA, 3))
+
+
+def test_a_store_of_dense_tensors_has_no_entries(tmp_path: Path) -> None:
+    schema = make_schema(needs=(Need(FEATURES, "all"),))
+    assert schema.regions == frozenset()
+    make_store(tmp_path / "s", schema)
+    row = CacheReader(tmp_path / "s").read(keys()[1])
+    assert row.entries is None
+    assert set(row.arrays) == {"tensors/features@all/values", "tensors/features@all/affine"}
+
+
+def test_a_batch_decodes_as_its_rows(store: Path) -> None:
+    reader = CacheReader(store)
+    rows = [reader.read(key).arrays for key in keys()[:4]]
+    together = SCHEMA.decode(collate(rows, reader.layout.values()), NEEDS)
+    alone = [SCHEMA.decode(collate([row], reader.layout.values()), NEEDS) for row in rows]
+    assert set(together) == {n.key for n in NEEDS}
+    for need in NEEDS:
+        parts = torch.cat([a[need.key] for a in alone])
+        assert torch.equal(together[need.key], parts), need.key
+        assert together[need.key].dtype == torch.float32
+        if need.dense:
+            assert together[need.key].shape[:2] == (4, GRID.num_total(CANVAS))
+
+
+def test_rows_are_the_callers_own(store: Path) -> None:
+    reader = CacheReader(store)
+    first = reader.read(keys()[4])
+    for value in first.arrays.values():
+        value[...] = 1
+    assert_row_equal(reader.read(keys()[4]), make_row(SCHEMA, 4))
+
+
+def test_a_reader_travels_to_another_process(store: Path) -> None:
+    reader = CacheReader(store)
+    reader.read(keys()[0])
+    assert reader._shards
+    data = pickle.dumps(reader)
+    assert len(data) < 20_000
+    copy = pickle.loads(data)
+    assert not copy._shards
+    for index in (0, 5, 13):
+        assert_row_equal(copy.read(keys()[index]), make_row(SCHEMA, index))
+
+
+def test_few_files_stay_open(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", 2)
+    reader = CacheReader(store)
+    for index in np.random.default_rng(0).permutation(len(keys())):
+        assert_row_equal(reader.read(keys()[index]), make_row(SCHEMA, int(index)))
+        assert len(reader._shards) <= 2
+
+
+def test_an_unknown_image_or_view_is_refused(store: Path) -> None:
+    reader = CacheReader(store)
+    with pytest.raises(StoreError, match="no row for image 999.*--skip-bad"):
+        reader.read(RowKey(999, "identity"))
+    with pytest.raises(StoreError, match="no view 'crop-1'; it has identity, hflip"):
+        reader.read(RowKey(int(IMAGE_IDS[0]), "crop-1"))
+
+
+def test_a_need_that_is_not_there_is_named(store: Path) -> None:
+    with pytest.raises(StoreError, match="lacks centerness@all; it has .*features@all"):
+        CacheReader(store, [NEEDS[0], Need(CENTERNESS, "all")])
+    assert StoreError.exit_code == 4
+
+
+def test_an_all_zero_row_is_stored(tmp_path: Path) -> None:
+    create(tmp_path / "s", SCHEMA)
+    writer = StoreWriter(tmp_path / "s", SCHEMA)
+    zero = {a.path: np.zeros(a.shape, a.dtype)[: 0 if a.sparse else None] for a in SCHEMA.layout()}
+    for shard in range(SCHEMA.num_shards):
+        start, stop = SCHEMA.shard_range(shard)
+        writer.write_shard(shard, [zero] * (stop - start), {})
+    row = CacheReader(tmp_path / "s").read(keys()[6])
+    assert row.content == bytes(32)
+    assert row.arrays["tensors/features@all/values"].shape == (44, 3)
+    assert not any(value.any() for value in row.arrays.values())
+
+
+def test_the_same_rows_make_the_same_bytes(store: Path, tmp_path: Path) -> None:
+    make_store(tmp_path / "elsewhere" / "again", SCHEMA)
+    ours, theirs = contents(tmp_path / "elsewhere" / "again"), contents(store)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+    assert store_digest(store) == store_digest(tmp_path / "elsewhere" / "again")
+
+
+def test_the_order_of_shards_does_not_matter(store: Path, tmp_path: Path) -> None:
+    create(tmp_path / "s", SCHEMA)
+    write(tmp_path / "s", SCHEMA, [3, 1, 0, 2])
+    assert contents(tmp_path / "s") == contents(store)
+
+
+def test_digest_tells_stores_apart(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "s")
+    journal = tmp_path / "s" / "journal" / "000002.json"
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"measured": {"rows": 5}}))
+    assert store_digest(tmp_path / "s") != store_digest(store)
+
+
+def test_manifest_and_journal(store: Path) -> None:
+    assert read_manifest(store) == {**MANIFEST, "schema": SCHEMA.to_json()}
+    journal = read_journal(store)
+    assert sorted(journal) == [0, 1, 2, 3]
+    assert journal[3]["rows"] == [12, 14]
+    assert journal[3]["measured"] == {"rows": 2}
+    files = {a.path for a in SCHEMA.layout()}
+    assert all(set(entry["files"]) == files for entry in journal.values())
+    shards = [f for f in store.rglob("c/*/**/*") if f.is_file() and "image_id" not in f.parts]
+    assert CacheReader(store).bytes_on_disk() == sum(f.stat().st_size for f in shards)
+
+
+def test_a_store_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingPathError, match="does not exist; write one with `kdcli cache-teacher"):
+        CacheReader(tmp_path / "none")
+
+
+def test_views_fit_the_rows() -> None:
+    assert SCHEMA.rows == len(keys()) == len(IMAGE_IDS) * len(VIEWS)
+    assert CacheSchema.from_json(json.loads(json.dumps(SCHEMA.to_json()))) == SCHEMA

@@ -1,0 +1,86 @@
+"""A drawn data set and a teacher, made once for all tests of the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcli.data.shapes import make_shapes
+from kdcli.detectors.build import ModelSpec, build_detector
+from kdcli.detectors.weights import export
+from kdcli.engine import launch
+from kdcli.engine.caching import plan_store, write_store
+from kdcli.engine.watch import Silent
+from kdcli.files import atomic_save
+from kdcli.options import CacheOptions, build, layer
+
+CANVAS = "96x128"
+STUDENT = {"name": "gfl_shufflenet_v2_x0_5", "fpn_channels": 32, "tower_convs": 1}
+CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "hexagon", "arrow")
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training and 6 validation images."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    make_shapes(root, num_train=24, num_val=6, seed=3, size=(96, 160))
+    return root
+
+
+def make_teacher(path: Path, *, detector: str = "gfl", seed: int = 11, scale: float = 25.0) -> Path:
+    """A checkpoint with random weights whose last layers are enlarged, so that its outputs differ between cells."""
+    torch.manual_seed(seed)
+    model = build_detector(ModelSpec(detector, "mobilenet_v3_small", len(CLASSES), fpn_channels=64, tower_convs=1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("head") and parameter.ndim > 1:
+                parameter *= scale
+    path.parent.mkdir(parents=True, exist_ok=True)
+    classes = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    atomic_save(export(model, classes, CANVAS, {}), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GFL teacher's checkpoint."""
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
+
+
+def cache_options(shapes: Path, teacher: Path, **changes: Any) -> CacheOptions:
+    """Options of a store of all methods, with shards small enough that there are several."""
+    fields = {
+        "data": str(shapes), "teacher": str(teacher), "method": "ld,rm,pfi", "workers": 0, "shard_rows": 10,
+        "micro_batch": 4, "threads": 1,
+    }  # fmt: skip
+    return build(CacheOptions, {**fields, **changes})
+
+
+def write(options: CacheOptions, out: Path) -> Path:
+    """Write a whole store."""
+    write_store(plan_store(options, Silent()), out, Silent())
+    return out
+
+
+@pytest.fixture(scope="session")
+def lossless_store(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything as float32."""
+    return write(cache_options(shapes, teacher, encoding="lossless"), tmp_path_factory.mktemp("stores") / "lossless")
+
+
+@pytest.fixture(scope="session")
+def default_store(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default encodings."""
+    return write(cache_options(shapes, teacher), tmp_path_factory.mktemp("stores") / "default")
+
+
+def asked(command: str, shapes: Path, **changes: Any) -> launch.Asked:
+    """Fields of a small run."""
+    fields = {
+        "data": str(shapes), "canvas": CANVAS, "epochs": 2, "batch": 4, "workers": 0, "threads": 1, "model": STUDENT,
+        "optim": {"lr": 0.02}, "micro_batch": 4,
+    }  # fmt: skip
+    return launch.from_flags(command, layer(fields, changes), {}, None, {})

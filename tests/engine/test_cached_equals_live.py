@@ -1,0 +1,128 @@
+"""Promise 1: a run from a lossless store gives the losses and weights of a run with the teacher in memory, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.engine.conftest import asked
+
+from kdcli.cache.reader import CacheReader
+from kdcli.structures import RowKey
+from kdcli.engine.prepare import Prepared, prepare
+from kdcli.engine.samples import Loader, collate, plan_epoch
+from kdcli.engine.step import TrainStep
+from kdcli.engine.train import Trainer
+from kdcli.engine.watch import Silent
+
+STEPS = 20
+METHODS = ("ld", "rm", "pfi", "ld,rm,pfi")
+
+
+def prepared(shapes: Path, method: str, **side: Any) -> Prepared:
+    fields = asked("distill", shapes, method=method, epochs=4, **side)
+    return prepare(fields.options(), frozenset(fields.fields), Silent())
+
+
+def trace(run: Prepared, folder: Path, steps: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Every loss term of the first ``steps`` steps, and the weights after them."""
+    trainer = Trainer(run, folder, Silent())
+    trainer.step.train()
+    losses: list[dict[str, float]] = []
+    loader = Loader(run.source, 0)
+    for epoch in range(run.options.epochs):
+        plan = trainer._plan(epoch)
+        for batch in loader.batches(plan):
+            if len(losses) == steps:
+                return losses, {k: v.clone() for k, v in trainer.step.state_dict().items()}
+            trainer.progress.sums = {}
+            trainer._train_batch(batch, len(plan))
+            terms = {k: v for k, v in trainer.progress.sums.items() if k not in ("teacher_s", "grad_norm")}
+            losses.append(terms)
+            trainer.progress.step += 1
+            trainer.progress.batch += 1
+    raise AssertionError("too few steps")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lossless_store_equals_the_live_teacher(
+    method: str, shapes: Path, teacher: Path, lossless_store: Path, tmp_path: Path
+) -> None:
+    live = trace(prepared(shapes, method, teacher=str(teacher)), tmp_path, STEPS)
+    cached = trace(prepared(shapes, method, cache=str(lossless_store)), tmp_path, STEPS)
+    assert len(live[0]) == STEPS
+    distilled = [name for name in live[0][0] if name.split("_")[0] in ("ld", "rm", "pfi")]
+    assert all(any(step[name] != 0 for step in live[0]) for name in distilled)
+    assert live[0] == cached[0]
+    assert live[1].keys() == cached[1].keys()
+    for name, value in live[1].items():
+        assert torch.equal(value, cached[1][name]), name
+
+
+def test_a_row_does_not_depend_on_its_neighbours(shapes: Path, teacher: Path) -> None:
+    run = prepared(shapes, "ld,rm,pfi", teacher=str(teacher))
+    items = [i for batch in plan_epoch(run.source, run.positions, run.views, seed=0, epoch=0, batch=4) for i in batch]
+    wide = [i for i in items if run.source.geometry(i).canvas.size == (96, 128)][:4]
+    samples = [run.source.load(i) for i in wide]
+    assert run.teacher is not None
+    together = run.teacher(collate(samples, None))
+    reversed_ = run.teacher(collate(samples[::-1], None))
+    alone = run.teacher(collate(samples[:1], None))
+    first = len(alone["box_distribution@main+vlr"])
+    assert torch.equal(together["box_distribution@main+vlr"][:first], alone["box_distribution@main+vlr"])
+    assert torch.equal(reversed_["box_distribution@main+vlr"][-first:], alone["box_distribution@main+vlr"])
+    for key in ("features@all", "cls_logits@all"):
+        assert torch.equal(together[key][0], alone[key][0])
+        assert torch.equal(reversed_[key][-1], alone[key][0])
+
+
+def test_default_encodings_stay_close(shapes: Path, teacher: Path, default_store: Path) -> None:
+    """At the same student weights: LD and RM terms within 1e-3, PFI within 1e-2, gradient cosine at least 0.998."""
+    live = prepared(shapes, "ld,rm,pfi", teacher=str(teacher))
+    cached = prepared(shapes, "ld,rm,pfi", cache=str(default_store))
+    assert live.teacher is not None
+    assert cached.teacher is not None
+    step = TrainStep(live.student, live.methods, None).train()
+    parameters = [p for p in live.student.parameters() if p.requires_grad]
+    plan = plan_epoch(live.source, live.positions, live.views, seed=0, epoch=0, batch=4)
+    live_batches = Loader(live.source, 0).batches(plan)
+    cached_batches = Loader(cached.source, 0).batches(plan)
+    seen = 0
+    for live_batch, cached_batch in zip(live_batches, cached_batches, strict=True):
+        state = {k: v.clone() for k, v in step.state_dict().items()}
+        exact = gradients(step(live_batch, live.teacher(live_batch))[1], parameters)
+        step.load_state_dict(state)  # batch norm moved on
+        close = gradients(step(cached_batch, cached.teacher(cached_batch))[1], parameters)
+        for name, (value, gradient) in exact.items():
+            tolerance = 1e-2 if name.startswith("pfi") else 1e-3
+            assert close[name][0] == pytest.approx(value, rel=tolerance, abs=1e-12), name
+            if value != 0:
+                cosine = torch.nn.functional.cosine_similarity(gradient, close[name][1], dim=0).item()
+                assert cosine >= 0.998, (name, cosine)
+                seen += 1
+    assert seen > 20
+
+
+def gradients(
+    terms: dict[str, torch.Tensor], parameters: list[torch.nn.Parameter]
+) -> dict[str, tuple[float, torch.Tensor]]:
+    """Value and flat gradient of each term."""
+    found = {}
+    for name, term in terms.items():
+        parts = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        found[name] = (term.item(), torch.cat([g.flatten() for g in parts if g is not None]))
+    return found
+
+
+def test_direct_and_zarr_readers_agree(default_store: Path) -> None:
+    direct, through_zarr = CacheReader(default_store), CacheReader(default_store, direct=False)
+    keys = [RowKey(i, v) for i in list(direct._image_rows)[:6] for v in direct.views]
+    for key in keys:
+        ours, theirs = direct.read(key), through_zarr.read(key)
+        assert ours.content == theirs.content
+        assert ours.guard == theirs.guard
+        assert ours.arrays.keys() == theirs.arrays.keys()
+        for path, value in ours.arrays.items():
+            assert value.tobytes() == theirs.arrays[path].tobytes(), path
