@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,9 @@ GEOMETRY_LENGTH = 11  # numbers of data.views.Geometry.to_array
 SHARD_BYTES = 128 * 2**20  # raw bytes of one shard over all arrays: what the writer holds in memory
 MAX_SHARD_ROWS = 256
 ROW_BYTES_LIMIT = 2**31  # no real row comes near; a broken header must not allocate more
+
+TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9_]+)*")  # it becomes a folder: no way out of the store
+REGIONS = ("all", "main", "vlr", "main+vlr")
 
 # entries/* arrays: name -> dtype, one value per sparse entry
 ENTRY_DTYPES = {"index": "int32", "flag": "uint8", "gt": "int16", "weight": "float32"}
@@ -56,7 +60,7 @@ class StoredTensor:
     """A need with its shape and encoding."""
 
     need: Need
-    per: str  # "cell", "anchor" or "entry"
+    per: str  # "cell" or "anchor"
     dims: tuple[int, ...]
     encoding: Encoding
 
@@ -72,13 +76,12 @@ class StoredTensor:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> StoredTensor:
-        """Inverse of ``to_json``."""
-        return StoredTensor(
-            Need(data["name"], data["region"]),
-            data["per"],
-            tuple(data["dims"]),
-            encodings.from_json(data["encoding"]),
-        )
+        """Inverse of ``to_json``. Raises StoreError, KeyError, TypeError or ValueError for what it cannot be."""
+        name, region, per = (str(data[field]) for field in ("name", "region", "per"))
+        if not TENSOR_NAME.fullmatch(name) or region not in REGIONS or per not in ("cell", "anchor"):
+            raise StoreError(f"unknown tensor {name}@{region} per {per}; this store was written by a newer kdcli")
+        dims = tuple(_whole(n) for n in data["dims"])
+        return StoredTensor(Need(name, region), per, dims, encodings.from_json(data["encoding"]))
 
 
 @dataclass(frozen=True)
@@ -188,17 +191,22 @@ class CacheSchema:
             schema = CacheSchema(
                 grid=Grid.from_json(data["grid"]),
                 canvas=Canvas.parse(data["canvas"]),
-                rows=int(data["rows"]),
-                shard_rows=int(data["shard_rows"]),
+                rows=_whole(data["rows"]),
+                shard_rows=_whole(data["shard_rows"]),
                 tensors=tuple(StoredTensor.from_json(t) for t in data["tensors"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+            arrays = schema.layout()
+            for size in (n for a in arrays for n in a.shape):
+                _whole(size)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"the store's schema cannot be read ({error!r}); write the store again") from error
-        if not (0 < schema.rows < 2**40 and 0 < schema.shard_rows <= 2**20):
+        if not (schema.rows < 2**40 and schema.shard_rows <= 2**20):
             raise StoreError(f"the store's schema is impossible: {schema.rows} rows, {schema.shard_rows} rows a shard")
-        for array in schema.layout():
+        if not schema.tensors or len({t.need for t in schema.tensors}) < len(schema.tensors):
+            raise StoreError("the store's schema is impossible: no tensor, or one tensor twice")
+        for array in arrays:
             if array.row_bytes > ROW_BYTES_LIMIT:
                 raise StoreError(f"the store's schema is impossible: {array.path} has {array.row_bytes} bytes a row")
         return schema
@@ -260,6 +268,13 @@ def row_tensor(value: Tensor) -> NDArray[np.float32]:
     """Float32 numpy copy of a tensor on any device."""
     result: NDArray[np.float32] = value.detach().float().cpu().numpy()
     return result
+
+
+def _whole(value: Any) -> int:
+    """A JSON number that counts something. Raises ValueError for another."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{str(value)[:40]} is not a whole number above 0")
+    return value
 
 
 def _path(need: Need, suffix: str) -> str:

@@ -23,7 +23,7 @@ from store_case import (
 )
 
 from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import create_store, read_manifest, shard_file
+from kdcli.cache.writer import StoreWriter, create_store, read_manifest, shard_file
 from kdcli.errors import StoreError
 
 SCHEMA = make_schema()
@@ -49,6 +49,11 @@ def file_of(store: Path, path: str, shard: int = 1) -> Path:
     return shard_file(store, spec, shard)
 
 
+def read_shard_1(reader: CacheReader) -> None:
+    for key in ROWS_OF_SHARD_1:
+        reader.read(key)
+
+
 def flipped(data: bytes, position: int, bit: int = 0) -> bytes:
     changed = bytearray(data)
     changed[position] ^= 1 << bit
@@ -63,8 +68,7 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found(store: Path, path: str) -> N
         file.write_bytes(flipped(data, position, position % 8))
         reader = pickle.loads(packed)
         with pytest.raises(StoreError, match="run `kdcli cache verify`") as caught:
-            for key in ROWS_OF_SHARD_1:
-                reader.read(key)
+            read_shard_1(reader)
         assert str(file) in str(caught.value), position
         assert "\n" not in str(caught.value)
 
@@ -79,8 +83,7 @@ def test_a_flipped_byte_in_every_array_is_found(store: Path, path: str, place: s
     file.write_bytes(flipped(data, position.get(place, len(data) - 1)))
     reader = CacheReader(store)
     with pytest.raises(StoreError, match="broken index" if place in ("index", "last byte") else "checksum") as caught:
-        for key in ROWS_OF_SHARD_1:
-            reader.read(key)
+        read_shard_1(reader)
     assert str(file) in str(caught.value)
     for index, key in enumerate(keys()):  # the other shards are as good as ever
         if key not in ROWS_OF_SHARD_1:
@@ -103,7 +106,7 @@ def test_a_shard_with_bytes_cut_out_of_its_middle_is_found(store: Path) -> None:
     file.write_bytes(data[:100] + data[150:])  # the index at the end is whole
     reader = CacheReader(store)
     for key in ROWS_OF_SHARD_1:
-        with pytest.raises(StoreError, match="checksum|has no data"):
+        with pytest.raises(StoreError, match=r"checksum|has no data"):
             reader.read(key)
 
 
@@ -140,7 +143,7 @@ def test_an_unfinished_store_is_refused(store: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"shard": "x"}', '"text"'])
 def test_a_broken_journal_file_is_named(store: Path, text: str) -> None:
     (store / "journal" / "000002.json").write_text(text)
-    with pytest.raises(StoreError, match="000002.json' is corrupt; delete it and run cache-teacher again"):
+    with pytest.raises(StoreError, match=r"000002\.json' is corrupt; delete it and run cache-teacher again"):
         CacheReader(store)
 
 
@@ -210,6 +213,13 @@ def test_an_impossible_list_of_images_is_not_allocated(store: Path) -> None:
         CacheReader(store)
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"zarr_format": 3, "node_type": "group"}'])
+def test_a_garbage_header_of_the_list_of_images(store: Path, text: str) -> None:
+    (store / "image_id" / "zarr.json").write_text(text)
+    with pytest.raises(StoreError, match="image_id"):
+        CacheReader(store)
+
+
 def test_a_foreign_zarr_group_is_not_a_store(tmp_path: Path) -> None:
     create_store(tmp_path / "s", SCHEMA, {**MANIFEST, "format": "something else"}, IMAGE_IDS)
     with pytest.raises(StoreError, match="format is 'something else'"):
@@ -217,8 +227,6 @@ def test_a_foreign_zarr_group_is_not_a_store(tmp_path: Path) -> None:
 
 
 def test_an_impossible_count_is_refused(tmp_path: Path) -> None:
-    from kdcli.cache.writer import StoreWriter
-
     store = tmp_path / "s"
     create_store(store, SCHEMA, MANIFEST, IMAGE_IDS)
     for shard in range(SCHEMA.num_shards):

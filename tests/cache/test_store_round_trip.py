@@ -129,14 +129,14 @@ def test_few_files_stay_open(store: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_unknown_image_or_view_is_refused(store: Path) -> None:
     reader = CacheReader(store)
-    with pytest.raises(StoreError, match="no row for image 999.*--skip-bad"):
+    with pytest.raises(StoreError, match=r"no row for image 999.*--skip-bad"):
         reader.read(RowKey(999, "identity"))
     with pytest.raises(StoreError, match="no view 'crop-1'; it has identity, hflip"):
         reader.read(RowKey(int(IMAGE_IDS[0]), "crop-1"))
 
 
 def test_a_need_that_is_not_there_is_named(store: Path) -> None:
-    with pytest.raises(StoreError, match="lacks centerness@all; it has .*features@all"):
+    with pytest.raises(StoreError, match=r"lacks centerness@all; it has .*features@all"):
         CacheReader(store, [NEEDS[0], Need(CENTERNESS, "all")])
     assert StoreError.exit_code == 4
 

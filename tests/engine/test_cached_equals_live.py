@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.conftest import asked
 
 from kdcli.cache.reader import CacheReader
-from kdcli.structures import RowKey
 from kdcli.engine.prepare import Prepared, prepare
 from kdcli.engine.samples import Loader, collate, plan_epoch
 from kdcli.engine.step import TrainStep
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent
+from kdcli.structures import RowKey
+from tests.engine.conftest import asked
 
 STEPS = 20
 METHODS = ("ld", "rm", "pfi", "ld,rm,pfi")

@@ -1,0 +1,237 @@
+"""The store's format: what is planned for which need, its JSON form, and the refusal of impossible headers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_case import GRID, NEEDS, SPECS, make_row, make_schema
+
+from kdcli.cache import schema as schema_module
+from kdcli.cache.encodings import ChannelAffine8, EdgeAffine8, Float, LogOdds8
+from kdcli.cache.schema import (
+    MAX_SHARD_ROWS,
+    SHARD_BYTES,
+    CacheSchema,
+    StoredTensor,
+    collate,
+    digest,
+    plan_tensors,
+    regions_of,
+    row_tensor,
+    shard_rows_for,
+)
+from kdcli.errors import StoreError
+from kdcli.geometry.grid import Grid
+from kdcli.structures import Canvas
+from kdcli.tensors import (
+    BOX_DISTRIBUTION,
+    BOX_REGRESSION,
+    CENTERNESS,
+    CLS_LOGITS,
+    FEATURES,
+    RANK,
+    Need,
+    TensorSpec,
+)
+
+RETINA = Grid(base_scale=4.0, scales=(1.0, 2 ** (1 / 3), 2 ** (2 / 3)), ratios=(0.5, 1.0, 2.0))
+
+sides = st.integers(1, 40).map(lambda n: 32 * n)
+encoded = st.sampled_from([Float("float32"), Float("float16"), LogOdds8(), EdgeAffine8(), ChannelAffine8()])
+needs = st.builds(
+    Need,
+    st.sampled_from([FEATURES, CLS_LOGITS, BOX_REGRESSION, BOX_DISTRIBUTION, CENTERNESS]),
+    st.sampled_from(["all", "main", "vlr", "main+vlr"]),
+)
+
+
+@st.composite
+def schemas(draw: st.DrawFn) -> CacheSchema:
+    """Any schema that could be written."""
+    tensors = []
+    for need in draw(st.lists(needs, min_size=1, max_size=6, unique=True)):
+        per = draw(st.sampled_from(["cell", "anchor"])) if need.dense else "anchor"
+        dims = tuple(draw(st.lists(st.integers(1, 20), min_size=1, max_size=2)))
+        tensors.append(StoredTensor(need, per, dims, draw(encoded)))
+    return CacheSchema(
+        grid=draw(st.sampled_from([GRID, RETINA, Grid(offset=0.5, strides=(8, 16))])),
+        canvas=Canvas(draw(sides), draw(sides)),
+        rows=draw(st.integers(1, 10**6)),
+        shard_rows=draw(st.integers(1, MAX_SHARD_ROWS)),
+        tensors=tuple(tensors),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(schemas())
+def test_json_round_trip(schema: CacheSchema) -> None:
+    assert CacheSchema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
+
+
+@settings(deadline=None, max_examples=60)
+@given(schemas())
+def test_paths_are_unique_and_none_lies_inside_another(schema: CacheSchema) -> None:
+    paths = [a.path for a in schema.layout()]
+    assert len(set(paths)) == len(paths)
+    parents = {p.rsplit("/", k)[0] for p in paths for k in range(1, p.count("/") + 1)}
+    assert not parents & set(paths)
+    assert schema.sparse == any(p.startswith("entries/") for p in paths)
+
+
+@settings(deadline=None, max_examples=30)
+@given(schemas())
+def test_every_row_is_in_one_shard(schema: CacheSchema) -> None:
+    ranges = [schema.shard_range(s) for s in range(min(schema.num_shards, 50))]
+    assert all(start < stop <= schema.rows for start, stop in ranges)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+    assert schema.shard_range(schema.num_shards - 1)[1] == schema.rows
+
+
+def test_default_plan() -> None:
+    planned = {t.need.key: (t.per, t.dims, t.encoding) for t in plan_tensors(NEEDS, SPECS)}
+    assert planned == {
+        "features@all": ("cell", (3,), ChannelAffine8()),
+        "cls_logits@all": ("anchor", (5,), LogOdds8()),
+        "cls_logits@main": ("anchor", (5,), Float("float16")),
+        "box_distribution@main+vlr": ("anchor", (4, 9), EdgeAffine8()),
+        "box_regression@vlr": ("anchor", (4,), Float("float16")),
+        "rank@main": ("anchor", (2,), Float("float16")),  # a score: 8 bits would cost RM 4e-3 of its loss
+    }
+    assert plan_tensors(NEEDS[::-1] + NEEDS, SPECS) == plan_tensors(NEEDS, SPECS)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float16", "float16"), ("lossless", "float32")])
+def test_other_plans(name: str, dtype: str) -> None:
+    assert {t.encoding for t in plan_tensors(NEEDS, SPECS, name)} == {Float(dtype)}
+
+
+def test_counts_of_a_real_canvas() -> None:
+    canvas, wanted = Canvas(800, 1344), (Need(FEATURES, "all"), Need(CLS_LOGITS, "all"))
+    tensors = plan_tensors(wanted, SPECS)
+    for grid, anchors in ((GRID, 1), (RETINA, 9)):
+        schema = CacheSchema(grid, canvas, 10, 2, tensors)
+        counts = {t.need.name: schema.count(t) for t in schema.tensors}
+        assert counts == {FEATURES: 22_400, CLS_LOGITS: 22_400 * anchors}
+        assert sum(schema.sizes(schema.tensors[0])) == 22_400 * anchors
+
+
+def test_regions() -> None:
+    assert regions_of([Need(FEATURES, "all")]) == frozenset()
+    assert regions_of(NEEDS) == {"main", "vlr"}
+    assert make_schema(needs=(Need(RANK, "main"),)).regions == {"main"}
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "rows"), [(1, MAX_SHARD_ROWS), (2**20, 128), (SHARD_BYTES, 1), (10 * SHARD_BYTES, 1)]
+)
+def test_shard_rows(row_bytes: int, rows: int) -> None:
+    assert shard_rows_for(row_bytes) == rows
+
+
+def test_decode_gives_only_what_is_wanted() -> None:
+    schema = make_schema()
+    arrays = collate([make_row(schema, 3)], schema.layout())
+    assert set(schema.decode(arrays, [NEEDS[0]])) == {"features@all"}
+
+
+def test_collate_joins_sparse_rows_and_stacks_dense_ones() -> None:
+    schema = make_schema()
+    rows = [make_row(schema, k) for k in (0, 1, 2)]
+    batch = collate(rows, schema.layout())
+    assert batch["tensors/features@all/values"].shape == (3, 44, 3)
+    assert batch["tensors/box_distribution@main+vlr/values"].shape == (0 + 1 + 44, 4, 9)
+    assert batch["entries/count"].tolist() == [[0], [1], [44]]
+    assert set(collate([{"row/identity": rows[0]["row/identity"]}], schema.layout())) == {"row/identity"}
+
+
+def test_row_tensor_is_float32() -> None:
+    value = row_tensor(torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True))
+    np.testing.assert_array_equal(value, np.ones((2, 3), np.float32), strict=True)
+
+
+def test_digest_does_not_depend_on_order() -> None:
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
+
+
+BASE = make_schema().to_json()
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """The schema's JSON with one field set, or removed (``...``); ``tensors.0.dims`` is a path."""
+    data = json.loads(json.dumps(copy.deepcopy(BASE)))
+    *parents, last = path.split(".")
+    place: Any = data
+    for name in parents:
+        place = place[int(name) if name.isdigit() else name]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return dict(data)
+
+
+IMPOSSIBLE: list[tuple[str, object]] = [
+    *[(name, ...) for name in ("grid", "canvas", "rows", "shard_rows", "tensors", "grid.strides")],
+    *[(f"tensors.0.{name}", ...) for name in ("name", "region", "per", "dims", "encoding")],
+    *[(name, None) for name in BASE],
+    *[("rows", v) for v in (0, -1, 2**40, 10**400, math.inf, math.nan, "many", [], {}, 3.5, True)],
+    *[("shard_rows", v) for v in (0, -4, 2**21, math.inf, "x", [])],
+    *[("canvas", v) for v in ("", "0", "33", "320x", "999999968x999999968", "9" * 5000, "²", 5, [])],
+    *[("grid.strides", v) for v in ([], [0], [-8], ["a"], "8", [[8]], 8, [1e-9], [0.5], [None])],
+    *[("grid.scales", v) for v in ([], 3, ["x"], None, [-1.0])],
+    ("grid.unknown", 1),
+    *[("tensors", v) for v in (5, "abc", {"a": 1}, [5], ["x"], [None], [[]])],
+    *[
+        ("tensors.0.dims", v)
+        for v in ([2**40], [2**20, 2**20], [10**300], [-1], [0], ["a"], [1.5], [None], "ab", 7, [[1]])
+    ],
+    *[("tensors.0.encoding", v) for v in ({}, 5, "float16", [], {"name": "zip"}, {"name": ["float16"]})],
+    *[("tensors.0.per", v) for v in ("row", "", 5, [])],
+    *[("tensors.0.name", v) for v in ("", "../../../etc", "/etc", "a//b", 5, [], "features@all")],
+    *[("tensors.0.region", v) for v in ("", "everywhere", "main/vlr", 5, "main+main+x")],
+]
+
+
+@pytest.mark.parametrize(("path", "value"), IMPOSSIBLE, ids=lambda v: repr(v)[:24])
+def test_an_impossible_schema_is_refused_before_anything_is_allocated(path: str, value: object) -> None:
+    data = changed(path, value)
+    tracemalloc.start()
+    try:
+        with pytest.raises(StoreError):
+            CacheSchema.from_json(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 * 2**20
+
+
+@pytest.mark.parametrize("data", [None, 5, "text", [], {}, [BASE]])
+def test_something_that_is_no_schema(data: Any) -> None:
+    with pytest.raises(StoreError, match="cannot be read"):
+        CacheSchema.from_json(data)
+
+
+def test_the_same_tensor_twice_is_refused() -> None:
+    data = json.loads(json.dumps(BASE))
+    data["tensors"].append(data["tensors"][0])
+    with pytest.raises(StoreError):
+        CacheSchema.from_json(data)
+
+
+def test_the_bounds_leave_room_for_real_stores() -> None:
+    # RetinaNet on COCO with features and class logits in float32, the largest row that any method asks for: 92 MB
+    specs = {FEATURES: TensorSpec("cell", (256,)), CLS_LOGITS: TensorSpec("anchor", (80,))}
+    tensors = plan_tensors([Need(FEATURES, "all"), Need(CLS_LOGITS, "all")], specs, "lossless")
+    schema = CacheSchema(RETINA, Canvas(800, 1344), 10**6, 1, tensors)
+    assert CacheSchema.from_json(schema.to_json()) == schema
+    assert max(a.row_bytes for a in schema.layout()) < schema_module.ROW_BYTES_LIMIT / 10
