@@ -116,11 +116,11 @@ class CacheReader:
 
     def _read_image_rows(self) -> dict[int, int]:
         try:
-            array: Any = zarr.open_group(self.path, mode="r")["image_id"]
+            array = zarr.open_array(self.path / "image_id", mode="r")
             # before anything of that size is allocated; a lost chunk would be read as zeros
             whole = array.shape == (self.schema.rows // len(self.views),) and array.dtype == np.int64
-            ids = np.array(array[:]) if whole else np.zeros(0, np.int64)
-        except (KeyError, ValueError, RuntimeError, OSError) as error:  # what zarr and its codecs raise
+            ids: NDArray[np.int64] = np.array(array[:]) if whole else np.zeros(0, np.int64)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:  # as zarr may
             raise StoreError(f"store '{self.path}': its image_id array is corrupt; write the store again") from error
         if len(ids) * len(self.views) != self.schema.rows or len(np.unique(ids)) != len(ids):
             raise StoreError(

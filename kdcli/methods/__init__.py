@@ -39,6 +39,8 @@ def _load(part: str) -> tuple[str, type[Method]]:
     path = Path(path_text)
     if not path.is_file():
         raise MissingPathError(f"method file '{path}' does not exist; write PATH.py:ClassName")
+    if path.suffix != ".py":
+        raise OptionError(f"method file '{path}' is not a .py file; write PATH.py:ClassName")
     spec = importlib.util.spec_from_file_location(f"kdcli_user_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

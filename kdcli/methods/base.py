@@ -70,6 +70,8 @@ def resolve_options(name: str, method: type[Method], detector: str, given: Mappi
     resolved = {n: p.default for n, p in known.items()} | dict(method.defaults.get(detector, {}))
     hints = typing.get_type_hints(method.__init__)
     for option, value in given.items():
+        if option not in hints:
+            raise OptionError(f"option '{name}.{option}' of {method.__name__}.__init__ has no type hint; write one")
         resolved[option] = convert(f"{name}.{option}", value, hints[option])
     return resolved
 

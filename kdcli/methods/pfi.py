@@ -52,7 +52,9 @@ class PFI(Method):
         self.adapter = nn.Identity() if ours == theirs else nn.Linear(ours, theirs, bias=False)
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
-        """``loss``."""
+        """``loss``, unless its weight is 0."""
+        if not self.weight:
+            return {}
         features = self.adapter(student[MAPS.key]).float()
         p_dif = prediction_difference(
             student[CLASSES.key], teacher[CLASSES.key], batch.targets.valid.shape[1], space=self.pred_space

@@ -43,7 +43,7 @@ class RM(Method):
         self.temperature, self.sorted_scores = temperature, sorted_scores
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
-        """``cls`` and ``loc``, without those whose factor is 0."""
+        """``cls`` and ``loc``, without those whose weight is 0."""
         entries = batch.entries
         assert entries is not None
         main = entries.select("main")
@@ -56,7 +56,7 @@ class RM(Method):
         share = (1.0 / (boxes.clamp(min=1) * images)).repeat_interleave(boxes)
         terms = {}
         for column, (name, factor) in enumerate((("cls", self.cls), ("loc", self.loc))):
-            if not factor:
+            if not factor * self.weight:
                 continue
             loss = rank_loss(
                 student[RANKS.key][:, column] / self.temperature,

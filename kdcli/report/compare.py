@@ -200,7 +200,14 @@ def _settings_diff(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     settings = {group.name: group.runs[0].settings for group in groups}
     keys = sorted({key for values in settings.values() for key in values})
     rows = {key: {name: values.get(key) for name, values in settings.items()} for key in keys}
-    return {key: row for key, row in rows.items() if any(value != next(iter(row.values())) for value in row.values())}
+    return {key: row for key, row in rows.items() if _tells(key, list(row.values()))}
+
+
+def _tells(key: str, values: Sequence[Any]) -> bool:
+    """Whether groups differ in a setting. That a group without a method lacks its options is no difference."""
+    if key.startswith("methods.") or key in ("cache", "teacher", "micro_batch", "teacher_precision"):
+        values = [value for value in values if value is not None]
+    return any(value != values[0] for value in values)
 
 
 def _group_json(group: Group) -> dict[str, Any]:

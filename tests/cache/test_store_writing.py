@@ -156,11 +156,10 @@ def test_a_full_disk_while_creating_leaves_nothing(
 
 def test_the_journal_is_written_after_the_data(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[bool] = []
-    real = writer_module.atomic_write_text
 
     def spy(path: Path, text: str) -> None:
         found.append(all(f.stat().st_size > 0 for f in shard_files(half, 2)))
-        real(path, text)
+        files.atomic_write_text(path, text)
 
     monkeypatch.setattr(writer_module, "atomic_write_text", spy)
     write(half, SCHEMA, [2])

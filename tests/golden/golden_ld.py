@@ -46,7 +46,8 @@ class LDCase:
         """Main LD, weight .25."""
         main = self.entries.select("main")
         score = self.logits[self.entries.image[main], self.entries.index[main]].detach().sigmoid().amax(dim=-1)
-        return 0.25 * weighted_sum(self.edges[main], score, MAIN_DIVISOR)
+        loss: Tensor = 0.25 * weighted_sum(self.edges[main], score, MAIN_DIVISOR)
+        return loss
 
 
 def ld_case(case: Case, batch: str) -> LDCase:

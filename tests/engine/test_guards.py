@@ -1,0 +1,110 @@
+"""A distillation that does nothing, explodes or is not finite stops the run and says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdcli.engine import launch
+from kdcli.engine.optim import check_ownership
+from kdcli.engine.state import STATE_FILE
+from kdcli.engine.step import ZERO_STEPS, ZeroGuard, gradient_norms, require_finite
+from kdcli.engine.watch import Silent
+from kdcli.errors import GateError, OptionError
+from tests.engine.conftest import asked
+
+METHOD = """
+import torch
+from kdcli.methods.base import Method
+from kdcli.tensors import Need
+
+class Mine(Method):
+    title = "a test"
+    needs = (Need("cls_logits", "main"),)
+
+    def __init__(self, pair, *, factor: float = 1.0, nan_at: int = -1) -> None:
+        super().__init__()
+        self.factor, self.nan_at, self.calls = factor, nan_at, 0
+
+    def forward(self, student, teacher, batch):
+        value = (student["cls_logits@main"] - teacher["cls_logits@main"]).square().mean() * self.factor
+        self.calls += 1
+        return {"mse": value * (float("nan") if self.calls == self.nan_at else 1.0)}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    """A method of a user's own, in a file."""
+    (tmp_path / "mine.py").write_text(METHOD)
+    return f"{tmp_path / 'mine.py'}:Mine"
+
+
+def run(shapes: Path, store: Path, method: str, out: Path, **options: float) -> None:
+    fields = asked("distill", shapes, cache=str(store), method=method, methods={"mine": options}, epochs=12)
+    launch.start(fields, out, Silent(), overwrite=False)
+
+
+def test_a_users_method_trains(shapes: Path, lossless_store: Path, mine: str, tmp_path: Path) -> None:
+    fields = asked("distill", shapes, cache=str(lossless_store), method=mine, methods={"mine": {"factor": 0.01}})
+    folder, metrics = launch.start(fields, tmp_path / "run", Silent(), overwrite=False)
+    assert metrics["epochs"] == 2
+    header = (folder / "results.csv").read_text().splitlines()[0].split(",")
+    assert {"mine_mse", "grad_share_mine_mse", "grad_share_detection"} <= set(header)
+
+
+def test_nan_stops_before_the_optimiser_moves(shapes: Path, lossless_store: Path, mine: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        GateError, match=r"step 3: the loss is not finite \(.*mine_mse=nan.*the weights were not changed"
+    ):
+        run(shapes, lossless_store, mine, tmp_path / "run", factor=0.01, nan_at=4)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_huge_gradient_stops_at_the_first_step(shapes: Path, lossless_store: Path, mine: str, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match=r"mine_mse: its first gradient norm is .* times that of the detection loss"):
+        run(shapes, lossless_store, mine, tmp_path / "run", factor=1e6)
+    assert not (tmp_path / "run" / STATE_FILE).exists()
+
+
+def test_a_silent_zero_stops_the_run(shapes: Path, lossless_store: Path, mine: str, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match=rf"mine_mse was exactly 0 for {ZERO_STEPS} steps"):
+        run(shapes, lossless_store, mine, tmp_path / "run", factor=0.0)
+
+
+def test_zeros_with_an_empty_region_do_not_count() -> None:
+    guard = ZeroGuard()
+    for step in range(3 * ZERO_STEPS):
+        guard.check({"rm_cls": 0.0}, {"rm_cls": False}, step)
+    for step in range(ZERO_STEPS - 1):
+        guard.check({"rm_cls": 0.0}, {"rm_cls": True}, step)
+    guard.check({"rm_cls": 0.1}, {"rm_cls": True}, 0)
+    assert guard.counts == {"rm_cls": 0}
+
+
+def test_finite_check_names_step_and_terms() -> None:
+    require_finite({"a": 1.0, "b": -2.0}, 0)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(GateError, match=r"step 7: .*a=1, b="):
+            require_finite({"a": 1.0, "b": bad}, 7)
+
+
+def test_gradient_norms_are_those_of_each_term_alone() -> None:
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    other = torch.nn.Parameter(torch.tensor([1.0]))
+    terms = {"square": 0.5 * weight.square().sum(), "linear": 2 * other.sum(), "none": torch.zeros(())}
+    assert gradient_norms([weight, other], terms) == {"square": 5.0, "linear": 2.0, "none": 0.0}
+
+
+def test_an_unowned_adapter_is_found() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(AssertionError, match=r"1\.weight"):
+        check_ownership(module, torch.optim.SGD(module[0].parameters(), lr=0.1))
+
+
+def test_both_or_no_teacher_is_refused(shapes: Path, lossless_store: Path, teacher: Path, tmp_path: Path) -> None:
+    for side in ({}, {"cache": str(lossless_store), "teacher": str(teacher)}):
+        with pytest.raises(OptionError, match="either --cache STORE or --teacher CKPT"):
+            launch.start(asked("distill", shapes, method="ld", **side), tmp_path / "run", Silent(), overwrite=False)

@@ -1,0 +1,225 @@
+"""What every method must do on every detector it works on; a new method or detector is tested by being listed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from method_case import (
+    CANVAS,
+    CASES,
+    NONE,
+    ONE,
+    TWO,
+    detector_of,
+    first_image,
+    inputs,
+    make_batch,
+    make_outputs,
+    many_boxes,
+    pair_of,
+    take,
+    terms_of,
+    total,
+)
+
+from kdcli.methods import METHODS
+from kdcli.methods.base import Method, method_options
+from kdcli.tensors import CLS_LOGITS, FEATURES, RANK
+
+SCENES = {
+    "one box": [ONE],
+    "two boxes": [TWO],
+    "empty": [NONE],
+    "all empty": [NONE, NONE],
+    "empty and full": [NONE, TWO],
+    "300 boxes": [many_boxes(300)],
+    "tiny box": [torch.tensor([[40.2, 33.1, 41.3, 34.2]])],
+    "whole image": [torch.tensor([[0.0, 0.0, 120.0, 60.0]])],
+}
+STUDENT, TEACHER = 1, 2  # seeds
+
+
+def build(name: str, detector: str, **options: Any) -> Method:
+    student = detector_of(detector)
+    return METHODS[name](pair_of(student, student), **options)
+
+
+def test_which_methods_work_where() -> None:
+    assert set(CASES) == {("ld", "gfl"), ("rm", "gfl"), ("rm", "retinanet"), ("pfi", "gfl"), ("pfi", "retinanet")}
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+@pytest.mark.parametrize("scene", SCENES)
+def test_terms_are_finite_scalars_with_a_graph(name: str, detector: str, scene: str) -> None:
+    student, boxes = detector_of(detector), SCENES[scene]
+    batch = make_batch(student, boxes)
+    ours, theirs = make_outputs(student, len(boxes), STUDENT), make_outputs(student, len(boxes), TEACHER)
+    method = build(name, detector)
+    terms = terms_of(method, student, ours, theirs, batch)
+    assert terms
+    for part, term in terms.items():
+        assert term.shape == (), part
+        assert term.dtype == torch.float32
+        assert torch.isfinite(term)
+        assert term >= -1e-6
+        assert term.requires_grad  # also for an empty image: under DDP no parameter may go unused
+        if not any(n.dense for n in method.needs) and not any(len(b) for b in boxes):
+            assert term == 0
+    total(terms).backward()
+    for output in ours.values():
+        assert output.grad is None or torch.isfinite(output.grad).all()
+    assert method.active(batch) == (any(n.dense for n in method.needs) or any(bool(t > 0) for t in terms.values()))
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+def test_gradients_reach_the_student_and_never_the_teacher(name: str, detector: str) -> None:
+    student = detector_of(detector)
+    batch = make_batch(student, [TWO, ONE])
+    ours, theirs = make_outputs(student, 2, STUDENT), make_outputs(student, 2, TEACHER)
+    method = build(name, detector)
+    total(terms_of(method, student, ours, theirs, batch)).backward()
+    for need in method.needs:
+        names = (CLS_LOGITS, student.box_name) if need.name == RANK else (need.name,)
+        for output in names:
+            gradient = ours[output].grad
+            assert gradient is not None, output
+            assert gradient.abs().sum() > 0, output
+    assert all(output.grad is None for output in theirs.values())
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+def test_a_method_reads_its_needs_and_nothing_else(name: str, detector: str) -> None:
+    student = detector_of(detector)
+    batch = make_batch(student, [TWO])
+    method = build(name, detector)
+    ours = inputs(student, make_outputs(student, 1, STUDENT), method.needs, batch)
+    theirs = inputs(student, make_outputs(student, 1, TEACHER), method.needs, batch)
+    method(ours, theirs, batch)  # batch.images and batch.rows are empty
+    assert ours.used == theirs.used == {n.key for n in method.needs}
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+def test_a_student_that_equals_its_teacher_has_no_loss(name: str, detector: str) -> None:
+    student = detector_of(detector)
+    batch = make_batch(student, [TWO, many_boxes(20)])
+    ours = make_outputs(student, 2, STUDENT)
+    same = {k: v.detach().clone() for k, v in ours.items()}
+    terms = terms_of(build(name, detector), student, ours, same, batch)
+    for term in terms.values():
+        assert float(term.detach()) == pytest.approx(0, abs=1e-5)
+    total(terms).backward()
+    assert all(v.grad is None or v.grad.abs().max() < 1e-5 for v in ours.values())
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+@pytest.mark.parametrize("images", [2, 5])
+def test_the_batch_size_does_not_change_a_term(name: str, detector: str, images: int) -> None:
+    student = detector_of(detector)
+    ours, theirs = make_outputs(student, 1, STUDENT), make_outputs(student, 1, TEACHER)
+    method = build(name, detector)
+    alone = terms_of(method, student, ours, theirs, make_batch(student, [TWO]))
+    many = first_image(ours, images), first_image(theirs, images)
+    together = terms_of(method, student, *many, make_batch(student, [TWO] * images))
+    assert together.keys() == alone.keys()
+    for part, term in together.items():
+        assert float(term.detach()) == pytest.approx(float(alone[part].detach()), rel=1e-5), part
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+def test_the_order_of_images_does_not_change_a_term(name: str, detector: str) -> None:
+    student, order = detector_of(detector), [2, 0, 1]
+    batch = make_batch(student, [TWO, NONE, many_boxes(12)])
+    ours, theirs = make_outputs(student, 3, STUDENT), make_outputs(student, 3, TEACHER)
+    method = build(name, detector)
+    before = terms_of(method, student, ours, theirs, batch)
+    turned = ({k: v[order] for k, v in outputs.items()} for outputs in (ours, theirs))
+    after = terms_of(method, student, *turned, take(batch, order))
+    for part, term in after.items():
+        assert float(term.detach()) == pytest.approx(float(before[part].detach()), rel=1e-5), part
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+def test_invalid_cells_are_never_read(name: str, detector: str) -> None:
+    student = detector_of(detector)
+    batch = make_batch(student, [TWO])
+    ours, theirs = make_outputs(student, 1, STUDENT), make_outputs(student, 1, TEACHER)
+    method = build(name, detector)
+    before = total(terms_of(method, student, ours, theirs, batch))
+    outside = ~batch.targets.valid[0]
+    assert outside.any()
+    changed = {}
+    for key, value in theirs.items():
+        mask = outside if student.specs()[key].per == "cell" else outside.repeat_interleave(student.grid.num_anchors)
+        changed[key] = value.detach().clone()
+        changed[key][:, mask] = 50.0
+    after = total(terms_of(method, student, ours, changed, batch))
+    assert float(after.detach()) == float(before.detach())
+    after.backward()
+    for key, value in ours.items():
+        mask = outside if student.specs()[key].per == "cell" else outside.repeat_interleave(student.grid.num_anchors)
+        assert value.grad is None or not value.grad[:, mask].any(), key
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+def test_a_term_of_weight_0_is_absent(name: str, detector: str) -> None:
+    student = detector_of(detector)
+    batch = make_batch(student, [TWO])
+    outputs = make_outputs(student, 1, STUDENT), make_outputs(student, 1, TEACHER)
+    weights = {o: 0.0 for o in method_options(METHODS[name]) if o in ("weight", "kd_weight")}
+    assert terms_of(build(name, detector, **weights), student, *outputs, batch) == {}
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+def test_terms_scale_with_their_weight(name: str, detector: str) -> None:
+    student = detector_of(detector)
+    batch = make_batch(student, [TWO])
+    outputs = make_outputs(student, 1, STUDENT), make_outputs(student, 1, TEACHER)
+    default = {o: p.default for o, p in method_options(METHODS[name]).items() if o in ("weight", "kd_weight")}
+    once = terms_of(build(name, detector), student, *outputs, batch)
+    thrice = terms_of(build(name, detector, **{o: 3 * w for o, w in default.items()}), student, *outputs, batch)
+    for part, term in once.items():
+        assert float(thrice[part].detach()) == pytest.approx(3 * float(term.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+def test_other_channels_get_an_adapter_that_learns(name: str, detector: str) -> None:
+    student, teacher = detector_of(detector, 64), detector_of(detector)
+    method = METHODS[name](pair_of(student, teacher))
+    batch = make_batch(student, [TWO])
+    ours = inputs(student, make_outputs(student, 1, STUDENT), method.needs, batch)
+    theirs = inputs(teacher, make_outputs(teacher, 1, TEACHER), method.needs, batch)
+    terms = method(ours, theirs, batch)
+    parameters = list(method.parameters())
+    assert bool(parameters) == any(n.name == FEATURES for n in method.needs)
+    total(terms).backward()
+    for parameter in parameters:
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("name", "detector"), CASES)
+def test_equal_channels_need_no_adapter(name: str, detector: str) -> None:
+    assert list(build(name, detector).parameters()) == []
+    assert list(build(name, detector).buffers()) == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_where_it_comes_from(name: str) -> None:
+    method = METHODS[name]
+    assert "arXiv" in method.title
+    assert method.__doc__ is not None
+    for option in method_options(method):
+        assert f"``{option}``" in method.__doc__, option
+    assert set(method.region_options) <= set(method_options(method))
+    assert len(set(method.needs)) == len(method.needs)
+
+
+def test_the_scenes_are_what_they_say() -> None:
+    batch = make_batch(detector_of("gfl"), SCENES["300 boxes"])
+    assert len(batch.targets.boxes[0]) == 300
+    assert batch.entries is not None
+    assert batch.entries.select("main").any()
+    assert batch.entries.select("vlr").any()
+    assert batch.targets.canvas == CANVAS
