@@ -1,6 +1,7 @@
 """Every error a user can cause, with its exit code.
 
 KDError                      1
+├── UsageError    ValueError         2  a flag that is missing
 ├── OptionError   ValueError         3  unknown key, bad value, a method a model cannot do
 ├── DataError     ValueError         3  images or annotations that are wrong
 ├── MissingPathError FileNotFoundError 3  a path that is not there
@@ -21,6 +22,12 @@ class KDError(Exception):
     """Base of all errors that a user can cause."""
 
     exit_code = 1
+
+
+class UsageError(KDError, ValueError):
+    """A flag that the command cannot do without is missing."""
+
+    exit_code = 2
 
 
 class OptionError(KDError, ValueError):

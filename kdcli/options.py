@@ -42,7 +42,7 @@ class OptimOptions:
     weight_decay: float = 1e-4
     schedule: Literal["step", "cosine"] = "step"  # step: x0.1 after 2/3 and 11/12 of the epochs
     warmup_steps: int | None = None  # None: min(500, 10 % of all steps)
-    clip: float | None = 35.0  # largest gradient norm; None: no clipping
+    clip: float = 35.0  # largest gradient norm; 0: no clipping
     ema: bool = False
     ema_decay: float = 0.9998
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_index_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Parsed annotations of the tests stay out of the user's cache folder; subprocesses inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCLI_CACHE", str(tmp_path_factory.mktemp("index")))
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

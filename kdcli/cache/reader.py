@@ -220,4 +220,4 @@ def compare_manifests(ours: Mapping[str, Any], stored: Mapping[str, Any], prefix
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdcli.cache import encodings
 from kdcli.cache.encodings import Encoding
-from kdcli.errors import StoreError
+from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Canvas
 from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, FEATURES, RANK, Need, Tensors, TensorSpec
@@ -146,13 +146,24 @@ class CacheSchema:
         return tuple(arrays)
 
     def encode(self, values: Mapping[str, NDArray[np.float32]], valid: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
-        """Arrays by path of one row; ``values`` by ``Need.key``, ``valid`` [P]. Sparse ones are not padded yet."""
+        """Arrays by path of one row; ``values`` by ``Need.key``, ``valid`` [P]. Sparse ones are not padded yet.
+
+        Raises GateError for values that are not finite or do not fit their encoding: 8 bits would hide them.
+        """
         arrays = {}
         for tensor in self.tensors:
             mask = None
             if tensor.need.dense:
                 mask = valid if tensor.per == "cell" else np.repeat(valid, self.grid.num_anchors)
-            codes = tensor.encoding.encode(values[tensor.need.key], mask, self.sizes(tensor))
+            key, value = tensor.need.key, values[tensor.need.key]
+            if not np.isfinite(value).all():
+                raise GateError(
+                    f"the teacher gave {key} that is not finite; check its weights, or use --precision fp32"
+                )
+            with np.errstate(over="ignore", invalid="ignore"):
+                codes = tensor.encoding.encode(value, mask, self.sizes(tensor))
+            if not all(np.isfinite(code).all() for code in codes.values() if code.dtype.kind == "f"):
+                raise GateError(f"the teacher gave {key} beyond 65504, too large for float16; use --encoding lossless")
             arrays.update({_path(tensor.need, suffix): code for suffix, code in codes.items()})
         return arrays
 

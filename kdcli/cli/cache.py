@@ -10,7 +10,7 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.main import app
-from kdcli.errors import OptionError, nearest
+from kdcli.errors import OptionError, UsageError, nearest
 
 if TYPE_CHECKING:
     from kdcli.engine.caching import Plan
@@ -69,9 +69,9 @@ def cache_teacher(
     options = build(CacheOptions, fields)
     for flag, value in (("--data", options.data), ("--teacher", options.teacher), ("--method", options.method)):
         if not value:
-            raise OptionError(f"{flag} is missing; see the example in `kdcli cache-teacher --help`")
+            raise UsageError(f"{flag} is missing; see the example in `kdcli cache-teacher --help`")
     if out is None:
-        raise OptionError("--out is missing: name the store folder, e.g. --out store")
+        raise UsageError("--out is missing: name the store folder, e.g. --out store")
     with ConsoleWatcher() as watcher:
         plan = plan_store(options, watcher)
         found = make_estimate(plan, out) if estimate or not out.exists() else None
@@ -111,10 +111,11 @@ def info(store: Store, json: f.Json = False) -> int:
     ap = "not measured" if teacher["ap"] is None else f"{teacher['ap']:.1f} AP"
     model = teacher["model"]
     lines = [
-        f"store {store}: {found['shards_done']} of {found['shards']} shards, {found['rows']} rows, "
+        f"store {store}: {'complete' if found['complete'] else 'INCOMPLETE, run cache-teacher again to finish it'}, "
+        f"{found['shards_done']} of {found['shards']} shards, {found['rows']} rows, "
         f"{found['bytes'] / 2**20:.1f} MB, {found['bytes'] / max(1, found['rows']) / 1000:.1f} kB a row",
         f"teacher {model['detector']}_{model['backbone']} ({ap}), weights {teacher['weights_sha256'][:12]}, "
-        f"{found['teacher_run']}",
+        + ", ".join(f"{k} {v}" for k, v in found["teacher_run"].items() if v is not None),
         f"data {found['dataset']['annotations_sha256'][:12]}, {found['dataset']['num_images']} images, canvas "
         f"{found['canvas']}, views {', '.join(found['views'])}",
     ]
@@ -122,8 +123,8 @@ def info(store: Store, json: f.Json = False) -> int:
         console.print(Text(plain(line)))
     table = Table("tensor", "encoding", "bytes", "rms error", "relative", "worst", box=None, pad_edge=False)
     for key, tensor in found["tensors"].items():
-        error = tensor.get("error") or {"rms": 0.0, "relative": 0.0, "worst": 0.0}
-        numbers = (f"{error[k]:.2g}" for k in ("rms", "relative", "worst"))
+        error = tensor["error"]
+        numbers = ("-" if error is None else f"{error[k]:.2g}" for k in ("rms", "relative", "worst"))
         table.add_row(key, tensor["encoding"], f"{tensor['bytes']:,}", *numbers)
     console.print(table)
     return 0
@@ -149,7 +150,7 @@ def verify(
         result: dict[str, Any] = {"files": files, "bytes": size, "rows_compared": 0, "differences": {}}
         if teacher:
             if not data:
-                raise OptionError("--teacher needs --data: the images that it is run on")
+                raise UsageError("--teacher needs --data: the images that it is run on")
             plan = plan_of_store(store, data, teacher, watcher)
             result["rows_compared"], result["differences"] = verify_teacher(plan, store, rows, watcher)
         watcher.note(f"{store}: {files} shard files, {size / 2**20:.1f} MB, every checksum is right")

@@ -10,7 +10,7 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.main import app
-from kdcli.errors import GateError, OptionError
+from kdcli.errors import GateError, UsageError
 
 Checkpoint = Annotated[str, typer.Argument(help="Run folder or checkpoint file.", show_default=False)]
 
@@ -45,7 +45,7 @@ def evaluate(
     from kdcli.structures import Canvas
 
     if data is None:
-        raise OptionError("--data is missing: name the data set folder")
+        raise UsageError("--data is missing: name the data set folder")
     detector, meta = load_detector(checkpoint)
     dataset = open_split(Path(data), split)
     require_same_classes(meta.classes, dataset)
@@ -57,7 +57,7 @@ def evaluate(
         found = run_evaluation(
             detector.to(chosen), dataset, target, device=chosen, batch=batch,
             loader=Loader(validation_source(dataset, detector, target), pick_workers(workers)),
-            forward=plain_forward(detector, pick_amp(amp or "fp32", chosen)),
+            forward=plain_forward(detector, pick_amp(amp or "auto", chosen)),
             left_out=frozenset(range(dataset.num_images)) - keep,
             advance=watcher.advance,
         )  # fmt: skip
@@ -102,6 +102,7 @@ def predict(
     target, chosen = Canvas.parse(canvas or meta.canvas), pick_device(device or "auto")
     names = [str(c["name"]) for c in meta.classes]
     files = image_files(source)
+    stems = [file.stem for file in files]  # a.jpg and a.png must not draw over each other
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
     with ConsoleWatcher() as watcher:
@@ -110,7 +111,7 @@ def predict(
             keep = found.scores >= score
             labels = [names[k] for k in found.labels[keep]]
             picture = draw_detections(found.pixels, found.boxes[keep], labels, found.scores[keep], classes=names)
-            name = out / f"{found.file.stem}.png"
+            name = out / f"{found.file.stem if stems.count(found.file.stem) == 1 else found.file.name}.png"
             picture.save(name)
             drawn.append({"image": str(found.file), "drawn": str(name), "detections": int(keep.sum())})
             watcher.advance(1)

@@ -12,6 +12,11 @@ import typer
 
 from kdcli.errors import KDError
 
+INTERRUPTED = (
+    "interrupted; what is finished is kept: train and distill go on with --resume RUN, cache-teacher with the "
+    "same command"
+)
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
@@ -19,15 +24,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Distil object detectors from a teacher that runs once.\n\n"
     "The usual order: train (a teacher), cache-teacher, distill (students), compare. `kdcli methods` lists the "
-    "distillation methods, `kdcli models` the detectors.\n\nExample: kdcli demo --out demo",
+    "distillation methods, `kdcli models` the detectors. --debug shows the traceback of an error.\n\n"
+    "Example: kdcli demo --out demo",
 )
 
 
 def main() -> None:
     """Entry point; exits with 0, 2 usage, 3 data or option, 4 store, 5 space, 6 gate, 130 interrupted."""
-    # GNU OpenMP spins at barriers by default: with one other busy process on the machine a training step took 20 times
-    # longer on two cores. Must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # GNU OpenMP spins at barriers: with one other busy process on two cores a training step took 13.5 s instead of 0.21.
+    # Spinning for a short while only costs nothing when the machine is free and 3.1 s when it is not (asleep at once:
+    # 0.32 and 2.9). Must be set before torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     sys.exit(run(arguments, debug=debug))
@@ -39,14 +47,14 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
 
     try:
         result = app(arguments, standalone_mode=False, prog_name="kdcli")
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        return _fail(INTERRUPTED, 130) if code == 130 else code  # typer turns Ctrl-C into an exit code
     except typer.TyperException as error:
         return _fail(error.format_message(), error.exit_code)
     except typer.Abort:
-        return _fail("interrupted", 130)
+        return _fail(INTERRUPTED, 130)
     except KeyboardInterrupt:
-        return _fail("interrupted; what is finished is kept: train and distill go on with --resume, cache-teacher with "
-                     "the same command", 130)  # fmt: skip
+        return _fail(INTERRUPTED, 130)
     except KDError as error:
         if debug:
             raise

@@ -9,7 +9,7 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.main import app
-from kdcli.errors import OptionError
+from kdcli.errors import OptionError, UsageError
 
 
 @app.command()
@@ -73,7 +73,7 @@ def _launch(
                 raise OptionError("--resume RUN continues RUN: it does not go with --out, --seeds or --overwrite")
             finished = [launch.resume(resume, asked, watcher)]
         elif out is None:
-            raise OptionError(f"--out is missing: name the run folder to make, e.g. --out runs/{command}")
+            raise UsageError(f"--out is missing: name the run folder to make, e.g. --out runs/{command}")
         elif seeds:
             finished = launch.queue(asked, _read_seeds(seeds), out, watcher, overwrite=overwrite)
         else:

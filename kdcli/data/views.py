@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,13 @@ def parse_views(text: str) -> tuple[str, ...]:
             raise OptionError(f"views '{text}': '{word}' is asked for twice; name every view once")
         names += added
     return tuple(names)
+
+
+def format_views(names: Sequence[str]) -> str:
+    """The inverse of ``parse_views``: identity, crop-0, crop-1 -> ``"identity,crop-2"``."""
+    words = [name for name in names if not name.startswith("crop-")]
+    crops = len(names) - len(words)
+    return ",".join([*words, f"crop-{crops}"] if crops else words)
 
 
 def orient(canvas: Canvas, height: int, width: int) -> Canvas:

@@ -132,7 +132,8 @@ def write_store(plan: Plan, out: Path, watcher: Watcher) -> int:
     """
     if out.exists():
         stored = read_manifest(out)
-        ours = {k: plan.manifest[k] for k in MANIFEST_IDENTITY} | {"schema": plan.schema.to_json()}
+        ours = {k: plan.manifest[k] for k in MANIFEST_IDENTITY} | {"schema": _by_name(plan.schema.to_json())}
+        stored["schema"] = _by_name(stored["schema"])
         ours["teacher"] = {k: v for k, v in ours["teacher"].items() if k != "ap"}
         differences = compare_manifests(ours, stored)
         if differences:
@@ -167,6 +168,12 @@ def write_store(plan: Plan, out: Path, watcher: Watcher) -> int:
         measured = {"encoding": meter.sums, "precision": precision_meter.sums}
         size += writer.write_shard(shard, ordered, measured)
     return written
+
+
+def _by_name(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema's JSON with the tensors under their names, so that a difference can be read."""
+    tensors = {f"{t['name']}@{t['region']}": t["encoding"]["name"] for t in schema["tensors"]}
+    return {**schema, "tensors": ", ".join(f"{k} {v}" for k, v in sorted(tensors.items()))}
 
 
 def measure_teacher(plan: Plan, watcher: Watcher) -> float | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kdcli.data.views import format_views, parse_views
 from kdcli.engine import runs
-from kdcli.engine.prepare import Prepared, prepare
+from kdcli.engine.prepare import Prepared, absolute_methods, absolute_weights, prepare
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Watcher
-from kdcli.errors import OptionError, nearest
+from kdcli.errors import OptionError, UsageError, nearest
 from kdcli.methods import find_methods
 from kdcli.options import TrainOptions, build, layer, to_plain
+from kdcli.structures import Canvas
 
 PATH_FIELDS = ("data", "cache", "teacher", "init_from")
 
@@ -30,9 +32,9 @@ class Asked:
         """The options, unresolved. Raises OptionError for what is unknown or missing."""
         options = build(TrainOptions, {**self.fields, "command": self.command})
         if not options.data:
-            raise OptionError("--data is missing: name the data set folder")
+            raise UsageError("--data is missing: name the data set folder")
         if self.command == "distill" and not options.method:
-            raise OptionError("--method is missing: name one or more of `kdcli methods`, e.g. --method ld")
+            raise UsageError("--method is missing: name one or more of `kdcli methods`, e.g. --method ld")
         return options
 
 
@@ -70,8 +72,7 @@ def resume(run: Path, asked: Asked, watcher: Watcher) -> tuple[Path, dict[str, A
     stored = runs.read_config(run)
     if stored.command != asked.command:
         raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
-    fields = {k: str(Path(v).resolve()) if k in PATH_FIELDS else v for k, v in asked.fields.items()}
-    runs.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))
+    runs.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), _resolved(asked.fields, stored))))
     metrics = runs.read_metrics(run)
     if metrics is not None:
         watcher.note(f"{run} is finished")
@@ -98,6 +99,21 @@ def queue(
         else:
             finished.append(start(mine, run, watcher, overwrite=overwrite))
     return finished
+
+
+def _resolved(fields: Mapping[str, Any], stored: TrainOptions) -> dict[str, Any]:
+    """The fields as ``prepare`` writes them to config.toml, so that the same flags compare equal."""
+    ways: dict[str, Callable[[str], str]] = {
+        **dict.fromkeys(PATH_FIELDS, lambda v: str(Path(v).resolve())),
+        "backbone_weights": absolute_weights,
+        "method": absolute_methods,
+        "canvas": lambda v: str(Canvas.parse(v)),
+        "views": lambda v: format_views(parse_views(v)),
+    }
+    resolved: dict[str, Any] = {n: ways[n](value) if n in ways else value for n, value in fields.items()}
+    if resolved.get("model", {}).get("bn") == "auto":
+        resolved["model"] = {**resolved["model"], "bn": stored.model.bn}
+    return resolved
 
 
 def _environment(prepared: Prepared) -> dict[str, Any]:

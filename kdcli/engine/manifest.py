@@ -10,6 +10,7 @@ from typing import Any
 from kdcli.cache.reader import CacheReader, compare_manifests
 from kdcli.cache.schema import FORMAT_VERSION
 from kdcli.data.coco import Dataset
+from kdcli.data.views import format_views
 from kdcli.detectors.base import Detector
 from kdcli.engine.samples import SampleSource
 from kdcli.errors import StoreError
@@ -93,6 +94,6 @@ def require_match(
 def cache_command(data: str | Path, teacher: str, method: str, views: Sequence[str], canvas: Canvas, out: str) -> str:
     """The command that writes what a store lacks."""
     return (
-        f"kdcli cache-teacher --data {data} --teacher {teacher} --method {method} --views {','.join(views)} "
+        f"kdcli cache-teacher --data {data} --teacher {teacher} --method {method} --views {format_views(views)} "
         f"--canvas {canvas} --out {out}"
     )

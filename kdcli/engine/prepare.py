@@ -16,7 +16,7 @@ from kdcli.cache.schema import CacheSchema, plan_tensors, regions_of
 from kdcli.cache.writer import store_digest
 from kdcli.data.check import check_dataset
 from kdcli.data.coco import Dataset, open_split
-from kdcli.data.views import parse_views, to_canvas
+from kdcli.data.views import format_views, parse_views, to_canvas
 from kdcli.detectors.base import Detector, ModelSpec
 from kdcli.detectors.build import build_detector, parse_model_name
 from kdcli.detectors.weights import load_detector
@@ -25,7 +25,7 @@ from kdcli.engine.devices import make_deterministic, pick_amp, pick_device, pick
 from kdcli.engine.manifest import cache_command, region_spec, require_match, specs_of, with_classes
 from kdcli.engine.samples import SampleSource
 from kdcli.engine.watch import Watcher
-from kdcli.errors import DataError, OptionError, StoreError
+from kdcli.errors import DataError, OptionError, StoreError, UsageError
 from kdcli.geometry.assign import assign
 from kdcli.geometry.regions import compute_entries
 from kdcli.methods import find_methods
@@ -109,17 +109,28 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
     source = SampleSource(train, canvas, view_seed, student.grid, student.assigner, student.region_defaults)
     options = replace(
         options,
-        canvas=str(canvas), views=",".join(views), methods=resolved, threads=threads, data=str(Path(options.data).resolve()),
+        canvas=str(canvas), views=format_views(views), methods=resolved, threads=threads,
+        data=str(Path(options.data).resolve()),
         model=replace(options.model, bn=student.spec.bn, head_channels=student.spec.head_channels),
         cache=_absolute(options.cache), teacher=_absolute(options.teacher), init_from=_absolute(options.init_from),
-        backbone_weights=options.backbone_weights if options.backbone_weights in BACKBONE_WORDS
-        else str(Path(options.backbone_weights).resolve()),
+        backbone_weights=absolute_weights(options.backbone_weights), method=absolute_methods(options.method),
     )  # fmt: skip
     base = Prepared(
         options, train, val, positions, val_bad, canvas, views, device, amp, pick_workers(options.workers), student, {},
         source, None,
     )  # fmt: skip
     return _with_teacher(base, methods, side) if side else base
+
+
+def absolute_weights(weights: str) -> str:
+    """``--backbone-weights`` with a path made absolute."""
+    return weights if weights in BACKBONE_WORDS else str(Path(weights).resolve())
+
+
+def absolute_methods(text: str) -> str:
+    """``--method`` with the paths of a user's files made absolute."""
+    parts = [part.strip().rpartition(":") for part in text.split(",")] if text else []
+    return ",".join(f"{Path(path).resolve()}:{name}" if colon else name for path, colon, name in parts)
 
 
 def _absolute(path: str | None) -> str | None:
@@ -130,7 +141,7 @@ def _absolute(path: str | None) -> str | None:
 def make_student(options: TrainOptions, num_classes: int) -> Detector:
     """The detector of ``[model]``, from scratch, on a pretrained backbone or from a checkpoint."""
     if not options.model.name:
-        raise OptionError("--model is missing: name one such as gfl_resnet18; `kdcli models` lists them")
+        raise UsageError("--model is missing: name one such as gfl_resnet18; `kdcli models` lists them")
     detector, backbone = parse_model_name(options.model.name)
     table = {k: getattr(options.model, k) for k in ("fpn_channels", "tower_convs", "head_channels", "reg_max", "bn")}
     student = build_detector(
@@ -242,7 +253,12 @@ def _reader_for(whole: CacheReader, needs: tuple[Need, ...], base: Prepared, sid
         return CacheReader(whole.path, needs)
     except StoreError as error:
         fix = cache_command(
-            base.options.data, f"{side.name}-RUN", base.options.method, whole.views, base.canvas, f"{whole.path}-more"
+            base.options.data,
+            f"RUN-OF-{side.name}",
+            ",".join(dict.fromkeys([*str(whole.manifest["methods"]).split(","), *base.options.method.split(",")])),
+            whole.views,
+            base.canvas,
+            f"{whole.path}-more",
         )
         raise StoreError(f"{error}; write one that has them: {fix}") from error
 

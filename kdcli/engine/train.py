@@ -131,7 +131,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.unscale_(self.optimizer)
-        limit = self.options.optim.clip if self.options.optim.clip is not None else float("inf")
+        limit = self.options.optim.clip or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
         if not self.scaler.is_enabled():  # the scaler skips such a step by itself and lowers its scale
             require_finite({"gradient_norm": norm}, self.progress.step)
@@ -152,7 +152,9 @@ class Trainer:
             base = sum(values[n] for n in detection)
             for name in distillation:
                 ratio = values[name] / max(base, 1e-12)
-                if ratio != 0 and not RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1]:
+                # sparse terms start small by design (LD weighs by the student's own score); a dense one should not
+                low = RATIO_RANGE[0] if any(n.dense for n in self.step.owner(name).needs) else 0.0
+                if not low <= ratio <= RATIO_RANGE[1]:
                     self.watcher.note(
                         f"warning: {name} starts at {values[name]:.3g}, {ratio:.2g} times the detection loss "
                         f"({base:.3g}); usual is {RATIO_RANGE[0]} to {RATIO_RANGE[1]}"

@@ -13,6 +13,7 @@ from kdcli.cache.reader import CacheReader, compare_manifests
 from kdcli.cache.schema import CacheSchema, row_tensor
 from kdcli.cache.schema import collate as collate_rows
 from kdcli.cache.writer import read_journal, read_manifest
+from kdcli.data.views import format_views
 from kdcli.engine.caching import Plan, encode_rows, plan_store
 from kdcli.engine.watch import Watcher
 from kdcli.errors import StoreError
@@ -95,7 +96,7 @@ def plan_of_store(store: Path, data: str, teacher: str, watcher: Watcher) -> Pla
     run, left_out = manifest["teacher_run"], manifest["dataset"]["left_out"]
     options = CacheOptions(
         data=data, teacher=teacher, method=manifest["methods"], split=manifest["dataset"]["split"],
-        canvas=manifest["canvas"], views=",".join(manifest["views"]), view_seed=manifest["view_seed"],
+        canvas=manifest["canvas"], views=format_views(manifest["views"]), view_seed=manifest["view_seed"],
         precision=run["precision"], micro_batch=run["micro_batch"], threads=run["threads"],
         device=run["device"], shard_rows=schema.shard_rows, skip_bad=bool(left_out),
         methods=manifest["method_options"],

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import re
 import tracemalloc
 from typing import Any
 
@@ -30,7 +31,7 @@ from kdcli.cache.schema import (
     row_tensor,
     shard_rows_for,
 )
-from kdcli.errors import StoreError
+from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Canvas
 from kdcli.tensors import (
@@ -162,6 +163,33 @@ def test_row_tensor_is_float32() -> None:
 
 def test_digest_does_not_depend_on_order() -> None:
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
+
+
+def row_values(schema: CacheSchema, key: str, value: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """Zeros of one entry a region, with one other value in ``key``."""
+    values = {
+        t.need.key: np.zeros((schema.count(t) if t.need.dense else 1, *t.dims), np.float32) for t in schema.tensors
+    }
+    values[key].reshape(-1)[1] = value
+    return values
+
+
+@pytest.mark.parametrize("key", [n.key for n in NEEDS])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("encoding", ["default", "lossless"])
+def test_values_that_are_not_finite_stop_the_writing(key: str, value: float, encoding: str) -> None:
+    schema = make_schema(encoding)
+    with pytest.raises(GateError, match=f"{re.escape(key)} that is not finite") as caught:
+        schema.encode(row_values(schema, key, value), np.ones(44, bool))
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize("key", ["rank@main", "box_distribution@main+vlr"])
+def test_values_that_float16_cannot_hold_stop_the_writing(key: str) -> None:
+    values = row_values(make_schema(), key, -1e5)
+    with pytest.raises(GateError, match=f"{re.escape(key)} beyond 65504.*--encoding lossless"):
+        make_schema().encode(values, np.ones(44, bool))
+    make_schema("lossless").encode(values, np.ones(44, bool))
 
 
 BASE = make_schema().to_json()

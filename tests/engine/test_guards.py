@@ -29,7 +29,7 @@ class Mine(Method):
         self.factor, self.nan_at, self.calls = factor, nan_at, 0
 
     def forward(self, student, teacher, batch):
-        value = (student["cls_logits@main"] - teacher["cls_logits@main"]).square().mean() * self.factor
+        value = (student["cls_logits@main"] - teacher["cls_logits@main"]).square().sum() * self.factor * 1e-3
         self.calls += 1
         return {"mse": value * (float("nan") if self.calls == self.nan_at else 1.0)}
 """

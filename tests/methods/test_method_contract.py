@@ -134,8 +134,8 @@ def test_the_order_of_images_does_not_change_a_term(name: str, detector: str) ->
     ours, theirs = make_outputs(student, 3, STUDENT), make_outputs(student, 3, TEACHER)
     method = build(name, detector)
     before = terms_of(method, student, ours, theirs, batch)
-    turned = ({k: v[order] for k, v in outputs.items()} for outputs in (ours, theirs))
-    after = terms_of(method, student, *turned, take(batch, order))
+    ours, theirs = ({k: v[order] for k, v in outputs.items()} for outputs in (ours, theirs))
+    after = terms_of(method, student, ours, theirs, take(batch, order))
     for part, term in after.items():
         assert float(term.detach()) == pytest.approx(float(before[part].detach()), rel=1e-5), part
 
