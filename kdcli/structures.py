@@ -33,7 +33,7 @@ class Canvas:
     def parse(text: str) -> Canvas:
         """Read ``"640"`` (a square) or ``"800x1344"`` (height x width)."""
         parts = str(text).lower().split("x")
-        if len(parts) not in (1, 2) or not all(p.isdigit() for p in parts):
+        if len(parts) not in (1, 2) or not all(p.isascii() and p.isdigit() and len(p) < 7 for p in parts):
             raise OptionError(f"canvas '{text}': write one number or HEIGHTxWIDTH, e.g. 320 or 256x320")
         return Canvas(int(parts[0]), int(parts[-1]))
 

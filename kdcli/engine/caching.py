@@ -101,7 +101,7 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     positions = usable(dataset, options.skip_bad, watcher)
     source = SampleSource(
         dataset, canvas, options.view_seed, detector.grid, detector.assigner,
-        region_spec(detector, methods, resolved), regions_of(needs),
+        region_spec(detector.region_defaults, methods, resolved), regions_of(needs),
     )  # fmt: skip
     schema = CacheSchema(
         detector.grid, canvas, len(positions) * len(views), 1, plan_tensors(needs, specs, options.encoding)

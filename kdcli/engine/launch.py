@@ -62,6 +62,7 @@ def from_flags(
 
 def start(asked: Asked, out: Path, watcher: Watcher, *, overwrite: bool) -> tuple[Path, dict[str, Any]]:
     """A new run in ``out``. Everything is checked before the folder is made."""
+    runs.require_free(out, overwrite=overwrite)
     prepared = prepare(asked.options(), frozenset(asked.fields), watcher)
     runs.create_run(out, prepared.options, _environment(prepared), overwrite=overwrite)
     return out, Trainer(prepared, out, watcher).fit()
@@ -121,7 +122,7 @@ def _environment(prepared: Prepared) -> dict[str, Any]:
     return runs.environment(
         prepared.options,
         data_sha256=hashlib.sha256(data.encode()).hexdigest(),
-        store=prepared.store_hash,
-        teacher_sha256=prepared.teacher_sha256,
+        store=prepared.teacher and prepared.teacher.store_hash,
+        teacher_sha256=prepared.teacher and prepared.teacher.sha256,
         teacher=prepared.options.teacher,
     )

@@ -60,12 +60,12 @@ def with_classes(specs: Mapping[str, TensorSpec], num_classes: int) -> dict[str,
     return {n: TensorSpec(s.per, (num_classes,)) if n == "cls_logits" else s for n, s in specs.items()}
 
 
-def region_spec(detector: Detector, methods: Mapping[str, type[Method]], options: Mapping[str, Any]) -> RegionSpec:
-    """The regions that resolved method ``options`` ask for, on top of the detector's own."""
+def region_spec(base: RegionSpec, methods: Mapping[str, type[Method]], options: Mapping[str, Any]) -> RegionSpec:
+    """The regions that resolved method ``options`` ask for, on top of ``base``."""
     changes: dict[str, Any] = {}
     for name, method in methods.items():
         changes |= {o: options[name][o] for o in method.region_options}
-    return RegionSpec(**{**detector.region_defaults.to_json(), **changes})
+    return RegionSpec(**{**base.to_json(), **changes})
 
 
 def require_match(

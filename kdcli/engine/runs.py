@@ -31,15 +31,9 @@ PACKAGES = ("torch", "torchvision", "zarr", "numpy", "pycocotools", "pillow")
 
 
 def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Make the run folder. Raises OptionError when it exists and ``overwrite`` is not given."""
+    """Make the run folder; with ``overwrite`` the former one is deleted only now."""
+    require_free(out, overwrite=overwrite)
     if out.exists():
-        if not overwrite:
-            raise OptionError(
-                f"run folder '{out}' exists; continue it with --resume {out}, choose another --out, or replace it "
-                "with --overwrite"
-            )
-        if not (out / "config.toml").is_file() and any(out.iterdir()):
-            raise OptionError(f"'{out}' is not a run folder, so --overwrite will not delete it; choose another --out")
         shutil.rmtree(out)
     staging = out.with_name(f".{out.name}.creating")  # a rename makes the folder appear whole
     shutil.rmtree(staging, ignore_errors=True)
@@ -48,6 +42,18 @@ def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, over
     atomic_write_text(staging / "env.json", json.dumps(env, indent=1) + "\n")
     atomic_write_text(staging / "config.toml", tomli_w.dumps(to_plain(options)))
     staging.rename(out)
+
+
+def require_free(out: Path, *, overwrite: bool) -> None:
+    """Raises OptionError when ``out`` exists and ``overwrite`` is not given, or when it is no run folder."""
+    if out.exists():
+        if not overwrite:
+            raise OptionError(
+                f"run folder '{out}' exists; continue it with --resume {out}, choose another --out, or replace it "
+                "with --overwrite"
+            )
+        if not (out / "config.toml").is_file() and any(out.iterdir()):
+            raise OptionError(f"'{out}' is not a run folder, so --overwrite will not delete it; choose another --out")
 
 
 def read_config(run: Path) -> TrainOptions:

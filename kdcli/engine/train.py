@@ -111,7 +111,7 @@ class Trainer:
             group["lr"] = lr
         batch = batch.to(self.device)
         started = time.perf_counter()
-        teacher = self.prepared.teacher(batch) if self.prepared.teacher else {}
+        teacher = self.prepared.teacher.forward(batch) if self.prepared.teacher else {}
         self._add(teacher_s=time.perf_counter() - started)
         detection, distillation = self.step(batch, teacher)
         terms = detection | distillation
@@ -231,7 +231,11 @@ class Trainer:
 
     def _checkpoint(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         classes = [{"id": c.id, "name": c.name} for c in self.prepared.train.classes]
-        extra = {"ap": evaluation.get("ap"), "epoch": self.progress.epoch + 1, "store": self.prepared.store_hash}
+        extra = {
+            "ap": evaluation.get("ap"),
+            "epoch": self.progress.epoch + 1,
+            "store": None if self.prepared.teacher is None else self.prepared.teacher.store_hash,
+        }
         return export(self._final_student(), classes, str(self.prepared.canvas), extra)
 
     def _finish(self, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -243,6 +247,7 @@ class Trainer:
                 self.prepared.workers,
             )
             evaluation = self._evaluate(val_loader)
+        teacher = self.prepared.teacher
         seconds = [row["epoch_s"] for row in progress.history]
         metrics = {
             **{k: v for k, v in evaluation.items() if k != "evaluation_s"},
@@ -255,8 +260,8 @@ class Trainer:
             "train_images_per_s": progress.history[-1]["images_per_s"],
             "data_wait_percent": progress.history[-1]["data_wait_percent"],
             "student_parameters": count_parameters(self.prepared.student),
-            "store_bytes": self.prepared.store_bytes,
-            "teacher_ap": self.prepared.teacher_ap,
+            "store_bytes": None if teacher is None else teacher.store_bytes,
+            "teacher_ap": None if teacher is None else teacher.ap,
             "weights_sha256": {n: load_detector(f)[1].weights_sha256 for n, f in self._weights() if f.is_file()},
         }
         runs.write_metrics(self.run, metrics)

@@ -67,9 +67,9 @@ def test_a_row_does_not_depend_on_its_neighbours(shapes: Path, teacher: Path) ->
     wide = [i for i in items if run.source.geometry(i).canvas.size == (96, 128)][:4]
     samples = [run.source.load(i) for i in wide]
     assert run.teacher is not None
-    together = run.teacher(collate(samples, None))
-    reversed_ = run.teacher(collate(samples[::-1], None))
-    alone = run.teacher(collate(samples[:1], None))
+    together = run.teacher.forward(collate(samples, None))
+    reversed_ = run.teacher.forward(collate(samples[::-1], None))
+    alone = run.teacher.forward(collate(samples[:1], None))
     first = len(alone["box_distribution@main+vlr"])
     assert torch.equal(together["box_distribution@main+vlr"][:first], alone["box_distribution@main+vlr"])
     assert torch.equal(reversed_["box_distribution@main+vlr"][-first:], alone["box_distribution@main+vlr"])
@@ -92,9 +92,9 @@ def test_default_encodings_stay_close(shapes: Path, teacher: Path, default_store
     seen = 0
     for live_batch, cached_batch in zip(live_batches, cached_batches, strict=True):
         state = {k: v.clone() for k, v in step.state_dict().items()}
-        exact = gradients(step(live_batch, live.teacher(live_batch))[1], parameters)
+        exact = gradients(step(live_batch, live.teacher.forward(live_batch))[1], parameters)
         step.load_state_dict(state)  # batch norm moved on
-        close = gradients(step(cached_batch, cached.teacher(cached_batch))[1], parameters)
+        close = gradients(step(cached_batch, cached.teacher.forward(cached_batch))[1], parameters)
         for name, (value, gradient) in exact.items():
             tolerance = 1e-2 if name.startswith("pfi") else 1e-3
             assert close[name][0] == pytest.approx(value, rel=tolerance, abs=1e-12), name

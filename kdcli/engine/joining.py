@@ -1,0 +1,184 @@
+"""Joins a teacher, live or stored, to a student: what each method needs, checked against what both sides are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcli.cache.reader import CacheReader
+from kdcli.cache.schema import CacheSchema, plan_tensors, regions_of
+from kdcli.cache.writer import store_digest
+from kdcli.data.coco import Dataset
+from kdcli.data.views import to_canvas
+from kdcli.detectors.base import Detector
+from kdcli.detectors.weights import CheckpointMeta, load_detector
+from kdcli.engine import teacher as teachers
+from kdcli.engine.manifest import cache_command, region_spec, require_match, specs_of, with_classes
+from kdcli.engine.samples import SampleSource
+from kdcli.errors import OptionError, StoreError
+from kdcli.geometry.assign import assign
+from kdcli.geometry.regions import RegionSpec, compute_entries
+from kdcli.methods.base import Method, Pair, check_pair
+from kdcli.options import TrainOptions
+from kdcli.structures import Canvas, RowKey
+from kdcli.tensors import Need, TensorSpec
+
+RECHECKED_ROWS = 64
+RECHECK_TOLERANCE = 1e-3  # of a row's anchors: float64 on another CPU may move a tie
+
+
+@dataclass(frozen=True)
+class TeacherSide:
+    """What the teacher contributes before the student is known. Either ``reader`` or ``detector`` is set."""
+
+    name: str
+    specs: Mapping[str, TensorSpec]
+    canvas: Canvas
+    views: tuple[str, ...] | None  # of a store; a live teacher takes any
+    ap: float | None
+    sha256: str
+    reader: CacheReader | None = None
+    detector: Detector | None = None
+    meta: CheckpointMeta | None = None
+
+
+@dataclass(frozen=True)
+class JoinedTeacher:
+    """A teacher that fits: the callable of the loop, the methods, and where their tensors are read."""
+
+    forward: teachers.Teacher
+    methods: dict[str, Method]
+    source: SampleSource
+    ap: float | None
+    sha256: str
+    store_hash: str | None = None
+    store_bytes: int | None = None
+
+
+def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
+    """The store of ``--cache`` or the checkpoint of ``--teacher``. Raises OptionError for both or none."""
+    if bool(options.cache) == bool(options.teacher):
+        raise OptionError("distill takes either --cache STORE or --teacher CKPT (the live teacher), not both or none")
+    if options.cache:
+        reader = CacheReader(Path(options.cache))
+        entry = reader.manifest["teacher"]
+        name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
+        return TeacherSide(
+            name, specs_of(reader.manifest), reader.schema.canvas, reader.views, entry["ap"], entry["weights_sha256"],
+            reader=reader,
+        )  # fmt: skip
+    detector, meta = load_detector(str(options.teacher))
+    ap = meta.extra.get("ap")
+    return TeacherSide(
+        detector.spec.name, with_classes(detector.specs(), len(train.classes)), Canvas.parse(meta.canvas), None,
+        ap if isinstance(ap, float) else None, meta.weights_sha256, detector=detector, meta=meta,
+    )  # fmt: skip
+
+
+def inherit_regions(
+    resolved: Mapping[str, Mapping[str, Any]], methods: Mapping[str, type[Method]], reader: CacheReader,
+    given: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """A store's region options are the run's, unless the user ``given`` others (which then do not match)."""
+    stored = reader.manifest["regions"]
+    return {
+        name: {**values, **{o: stored[o] for o in methods[name].region_options if o not in given.get(name, {})}}
+        for name, values in resolved.items()
+    }
+
+
+def join_teacher(
+    side: TeacherSide, student: Detector, methods: Mapping[str, type[Method]], options: TrainOptions,
+    source: SampleSource, positions: NDArray[np.int64], views: Sequence[str], device: torch.device,
+) -> JoinedTeacher:  # fmt: skip
+    """Build the methods and the teacher's callable.
+
+    Raises OptionError when a method cannot work on the two models, and StoreError when the store is another one, lacks
+    a tensor, or its regions are not those computed here.
+    """
+    pair = Pair(student.specs(), side.specs, student.grid, source.canvas, student.spec.detector)
+    for name, method in methods.items():
+        check_pair(name, method, pair, student.spec.name, side.name)
+    built = {name: method(pair, **options.methods[name]) for name, method in methods.items()}
+    needs: tuple[Need, ...] = tuple(sorted({n for m in built.values() for n in m.needs}))
+    base = RegionSpec.from_json(side.reader.manifest["regions"]) if side.reader else student.region_defaults
+    source = replace(source, region_spec=region_spec(base, methods, options.methods), regions=regions_of(needs))
+    aligned = any(m.index_aligned for m in methods.values())
+    if side.reader is not None:
+        index_space = (student.grid, student.assigner, source.region_spec) if aligned else None
+        require_match(side.reader, source.dataset, source.canvas, views, index_space)
+        reader = _reader_for(side, needs, options)
+        source = replace(source, reader=reader)
+        recheck_regions(source, positions, views)
+        return JoinedTeacher(
+            teachers.cached(reader.schema, needs), built, source, side.ap, side.sha256, store_digest(reader.path),
+            reader.bytes_on_disk(),
+        )  # fmt: skip
+    assert side.detector is not None
+    assert side.meta is not None
+    if aligned and (side.detector.grid, side.detector.assigner) != (student.grid, student.assigner):
+        raise OptionError(
+            f"teacher {side.name} and student {student.spec.name} differ in anchors or assigner, and "
+            f"{', '.join(methods)} read(s) by anchor index; use a teacher of the same detector"
+        )
+    order = teachers.class_order([c["name"] for c in side.meta.classes], [c.name for c in source.dataset.classes])
+    detector = side.detector.to(device).to(memory_format=torch.channels_last)
+    forward = teachers.TeacherForward(detector.eval(), order, options.micro_batch, options.teacher_precision)
+    schema = CacheSchema(student.grid, source.canvas, 1, 1, plan_tensors(needs, side.specs, "lossless"))
+    return JoinedTeacher(teachers.live(forward, needs, schema), built, source, side.ap, side.sha256)
+
+
+def _reader_for(side: TeacherSide, needs: tuple[Need, ...], options: TrainOptions) -> CacheReader:
+    whole = side.reader
+    assert whole is not None
+    try:
+        return CacheReader(whole.path, needs)
+    except StoreError as error:
+        together = dict.fromkeys([*str(whole.manifest["methods"]).split(","), *options.method.split(",")])
+        fix = cache_command(
+            options.data,
+            f"RUN-OF-{side.name}",
+            ",".join(together),
+            whole.views,
+            whole.schema.canvas,
+            f"{whole.path}-more",
+        )
+        raise StoreError(f"{error}; write one that has them: {fix}") from error
+
+
+def recheck_regions(source: SampleSource, positions: NDArray[np.int64], views: Sequence[str]) -> int:
+    """Compute the entries of up to 64 rows again and compare them with the store's; returns how many rows were compared.
+
+    Raises StoreError when more than 0.1 % of a row's anchors differ.
+    """
+    reader = source.reader
+    if reader is None or not reader.schema.sparse:
+        return 0
+    step = max(1, len(positions) * len(views) // RECHECKED_ROWS)
+    chosen = [(int(p), v) for p in positions for v in views][::step][:RECHECKED_ROWS]
+    for item in chosen:
+        geometry = source.geometry(item)
+        boxes_np, _ = source.dataset.training_boxes(item[0])
+        boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
+        boxes = boxes[keep]
+        assigned = assign(source.assigner, source.grid, geometry.canvas, boxes, geometry.content)
+        ours = compute_entries(
+            reader.schema.regions, source.region_spec, source.grid, geometry.canvas, boxes, assigned, geometry.content
+        )
+        key = RowKey(source.dataset.image_id(item[0]), item[1])
+        theirs = reader.read(key).entries
+        assert theirs is not None
+        mine = set(zip(ours.index.tolist(), ours.flag.tolist(), strict=True))
+        stored = set(zip(theirs.index.tolist(), theirs.flag.tolist(), strict=True))
+        if len(mine ^ stored) > RECHECK_TOLERANCE * source.grid.num_total(geometry.canvas):
+            raise StoreError(
+                f"store '{reader.path}', {key}: {len(mine ^ stored)} region entries differ from those computed here; the "
+                "boxes or the region rules have changed: write the store again"
+            )
+    return len(chosen)
