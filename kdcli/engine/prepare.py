@@ -26,6 +26,7 @@ from kdcli.options import TrainOptions
 from kdcli.structures import Canvas
 
 BACKBONE_WORDS = ("none", "imagenet")
+DECODED_IMAGES = 1000  # about 3 s on two cores; all of COCO would take minutes at each start
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,12 @@ def make_student(options: TrainOptions, num_classes: int) -> Detector:
 
 
 def usable(dataset: Dataset, skip_bad: bool, watcher: Watcher) -> NDArray[np.int64]:
-    """Positions of the images that may be used. Raises DataError on a fault unless ``skip_bad``, which lists them."""
-    report = check_dataset(dataset, decode=False)
+    """Positions of the images that may be used. Raises DataError on a fault unless ``skip_bad``, which lists them.
+
+    Images are decoded whole when the set is small or when bad ones are to be left out; else their headers are read, and
+    an image that cannot be decoded stops the run when its turn comes.
+    """
+    report = check_dataset(dataset, decode=skip_bad or dataset.num_images <= DECODED_IMAGES)
     report.refuse(skip_bad)
     for fault in report.faults:
         watcher.note(f"left out: {fault.where}: {fault.message}")

@@ -57,6 +57,9 @@ def test_truncated_image(capsys: pytest.CaptureFixture[str], copy: Path, tmp_pat
     image.write_bytes(image.read_bytes()[:500])
     line = refused(capsys, 3, "train", "--data", copy, *STUDENT, "--out", tmp_path / "run")
     assert image.name in line
+    assert not (tmp_path / "run").exists()
+    assert run(["train", "--data", str(copy), *STUDENT, "--skip-bad", "--out", str(tmp_path / "run")]) == 0
+    assert image.name in capsys.readouterr().err.replace("\n", "")
 
 
 def test_data_check_lists_faults(capsys: pytest.CaptureFixture[str], copy: Path) -> None:
