@@ -70,21 +70,21 @@ class LD(Method):
         assert entries is not None
         union = entries.select("main+vlr")
         main = entries.select("main")[union]
-        vlr = entries.select("vlr")[union]
         edges = kl_rows(student[BOXES.key], teacher[BOXES.key], self.temperature).sum(dim=-1)  # [M]
         images = world_mean(torch.as_tensor(float(len(batch.keys)), device=edges.device))
         scale = self.weight * self.batch_ref / images
 
         score = student[CLASSES.key].detach().sigmoid().amax(dim=-1)  # [M main]
-        iou = entries.weight[union][vlr]
-        vlr_weight, divisor = (torch.ones_like(iou), VLR_MASK_DIVISOR) if self.vlr_mask else (iou, VLR_DIVISOR)
+        # both weights are 0 outside the VLR: summing over the union saves picking its rows
+        iou, mask = entries.weight[union], entries.select("vlr")[union].float()
+        vlr_weight, divisor = (mask, VLR_MASK_DIVISOR) if self.vlr_mask else (iou, VLR_DIVISOR)
         level = level_of(entries.index[entries.select("main")], self.grid, batch)
         classes = (student[CLASSES.key], teacher[CLASSES.key])
         terms = {}
         if self.weight:
             terms["main"] = scale * weighted_sum(edges[main], score, MAIN_DIVISOR)
         if self.weight and self.vlr:
-            terms["vlr"] = scale * self.vlr * weighted_sum(edges[vlr], vlr_weight, divisor)
+            terms["vlr"] = scale * self.vlr * weighted_sum(edges, vlr_weight, divisor)
         if self.kd_weight:
             terms["kd"] = self.kd_weight * class_kd(*classes, level, len(self.grid.strides), self.kd_temperature)
         return terms

@@ -127,7 +127,7 @@ def compare(runs: Sequence[Run], baseline: Path | None = None) -> Comparison:
         teachers=find_teachers(finished, {run.path: g.name for g in groups for run in g.runs}),
         baseline=groups[0].name if base is not None else None,
         unfinished=tuple(Unfinished(str(run.path), run.problem) for run in runs if run.problem is not None),
-        settings_diff=_settings_diff(groups),
+        settings_diff=_settings_diff([group for group in groups if group.role != "teacher"]),
         notes=tuple(notes),
     )
 
