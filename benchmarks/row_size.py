@@ -53,7 +53,6 @@ def main() -> None:
             store = Path(folder) / f"store-{split}"
             options = CacheOptions(data=str(args.data), teacher=str(teacher), method=args.method, split=split)
             plan = plan_store(options, Silent())
-            plan.manifest["teacher"]["ap"] = None
             write_store(plan, store, Silent())
             schema = CacheSchema.from_json(read_manifest(store)["schema"])
             for entry in read_journal(store).values():

@@ -33,7 +33,7 @@ from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export, load_detector
 from kdcli.engine import launch
 from kdcli.engine.caching import plan_store, write_store
-from kdcli.engine.devices import peak_memory_bytes
+from kdcli.engine.devices import peak_memory_bytes, reset_peak_memory
 from kdcli.engine.prepare import prepare
 from kdcli.engine.runs import hardware
 from kdcli.engine.samples import Loader
@@ -110,16 +110,13 @@ def main() -> None:
     if not args.data:
         args.data, args.teacher = draw(args.out, args.canvas)
     store = args.out / "store"
+    if args.only:
+        only(args, store)
+        return
     write_store(
         plan_store(CacheOptions(data=args.data, teacher=args.teacher, method="ld,rm,pfi", canvas=args.canvas), Silent()),
         store, Silent(),
     )  # fmt: skip
-    if args.only:
-        name, method, live = next(v for v in variants() if v[0] == args.only)
-        trainer = make_trainer(args, method, live, store)
-        steps(trainer, endless(trainer), 10)
-        print(json.dumps({"peak": peak_memory_bytes(trainer.device)}))
-        return
     running = {}
     for name, method, live in variants():
         trainer = make_trainer(args, method, live, store)
@@ -153,6 +150,15 @@ def main() -> None:
             indent=1,
         )
     )
+
+
+def only(args: argparse.Namespace, store: Path) -> None:
+    """Print the peak memory of one variant."""
+    reset_peak_memory(torch.device("cpu"))  # a child starts with its parent's peak
+    _, method, live = next(v for v in variants() if v[0] == args.only)
+    trainer = make_trainer(args, method, live, store)
+    steps(trainer, endless(trainer), 10)
+    print(json.dumps({"peak": peak_memory_bytes(trainer.device)}))
 
 
 def draw(out: Path, canvas: str) -> tuple[str, str]:

@@ -31,7 +31,15 @@ def atomic_save(obj: object, path: Path) -> None:
     """``torch.save`` of ``obj`` to ``path``. Raises NoSpaceError when the disk is full."""
     import torch
 
-    _replace(path, lambda file: torch.save(obj, file))
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(obj, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # the zip writer's own complaint hides the full disk
+                raise error.__context__ from None
+            raise
+
+    _replace(path, write)
 
 
 def load_torch(path: Path, *, what: str) -> Any:

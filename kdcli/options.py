@@ -78,6 +78,9 @@ class TrainOptions:
     optim: OptimOptions = field(default_factory=OptimOptions)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options of each method, resolved
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "epochs", "batch", "eval_every", "save_steps", "micro_batch", "threads")
+
 
 @dataclass(frozen=True)
 class CacheOptions:
@@ -100,6 +103,9 @@ class CacheOptions:
     min_teacher_ap: float = 0.0
     skip_bad: bool = False
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "micro_batch", "shard_rows", "threads")
 
 
 def build(cls: type[T], given: Mapping[str, Any], *, label: str = "") -> T:
@@ -168,6 +174,13 @@ def to_plain(options: Any) -> dict[str, Any]:
 
     result: dict[str, Any] = clean(dataclasses.asdict(options))
     return result
+
+
+def _require_positive(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise OptionError(f"{name} = {value}: must be at least 1")
 
 
 def _literal(text: str) -> Any:

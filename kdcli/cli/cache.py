@@ -136,6 +136,9 @@ def verify(
     teacher: Annotated[str | None, typer.Option(help="Run this teacher again on some rows.")] = None,
     data: Annotated[str | None, typer.Option(help="Data set folder; needed with --teacher.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows for --teacher.")] = 32,
+    device: Annotated[
+        str | None, typer.Option(help="Device for --teacher (default: the one that wrote the store).")
+    ] = None,
     json: f.Json = False,
 ) -> int:
     """Check every checksum and, with a teacher, run it again and compare.
@@ -151,7 +154,7 @@ def verify(
         if teacher:
             if not data:
                 raise UsageError("--teacher needs --data: the images that it is run on")
-            plan = plan_of_store(store, data, teacher, watcher)
+            plan = plan_of_store(store, data, teacher, device, watcher)
             result["rows_compared"], result["differences"] = verify_teacher(plan, store, rows, watcher)
         watcher.note(f"{store}: {files} shard files, {size / 2**20:.1f} MB, every checksum is right")
         for key, error in result["differences"].items():
@@ -167,13 +170,15 @@ def verify(
 def show(
     store: Store,
     image: Annotated[int, typer.Argument(help="Image id of the annotation file.")],
-    data: Annotated[str, typer.Option(help="Data set folder.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
+    data: Annotated[
+        str | None, typer.Option(help="Data set folder (default: where the store was written from).")
+    ] = None,
     view: Annotated[str | None, typer.Option(help="View (default: the store's first).")] = None,
 ) -> int:
     """Draw one row: the view with its boxes, the positives, the VLR, and the teacher's boxes.
 
-    Example: kdcli cache show STORE 17 --data DATA --out row.png
+    Example: kdcli cache show STORE 17 --out row.png
     """
     from kdcli.engine.showing import read_for_show
     from kdcli.report.row import draw_row

@@ -36,7 +36,7 @@ def methods(json: f.Json = False) -> int:
             }
         )
     if json:
-        print_json(rows)
+        print_json({"methods": rows})
         return 0
     table = Table("method", "teacher tensors", "detectors", "options (--set METHOD.OPTION=VALUE)", "source")
     for row in rows:
@@ -57,7 +57,7 @@ def models(json: f.Json = False) -> int:
     from kdcli.report.console import human_console
 
     if json:
-        print_json(model_names())
+        print_json({"models": model_names()})
     else:
         human_console().print("\n".join(model_names()), markup=False)
     return 0

@@ -5,6 +5,7 @@ Nothing heavy is imported at module level, so that ``kdcli --help`` answers at o
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -63,6 +64,13 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         # the reader of our output went away (`kdcli ... | head`): not an error of ours
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if debug:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return _fail(
+            f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another place", 5 if full else 3
+        )
 
 
 def _fail(message: str, code: int) -> int:

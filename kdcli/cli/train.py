@@ -80,9 +80,8 @@ def _launch(
             finished = [launch.start(asked, out, watcher, overwrite=overwrite)]
         _draw(finished)
     if as_json:
-        print_json(
-            [{"run": str(r), **m} for r, m in finished] if seeds else {"run": str(finished[0][0]), **finished[0][1]}
-        )
+        made = [{"run": str(run), **metrics} for run, metrics in finished]
+        print_json({"runs": made} if seeds else made[0])
     else:
         for run, metrics in finished:
             ap = "not defined" if metrics["ap"] is None else f"{metrics['ap']:.2f}"

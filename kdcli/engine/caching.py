@@ -117,7 +117,9 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     left_out = sorted(dataset.image_id(i) for i in set(range(dataset.num_images)) - set(positions.tolist()))
     teacher = teacher_entry(detector, meta.weights_sha256, None)
     manifest = make_manifest(source, views, teacher, run, order, left_out=left_out)
-    manifest |= {"methods": options.method, "method_options": resolved}
+    # for messages and `cache show`: where the store came from, not what it is
+    origin = {"data": str(Path(options.data).resolve()), "teacher": str(Path(options.teacher).resolve())}
+    manifest |= {"methods": options.method, "method_options": resolved, "origin": origin}
     detector = detector.to(device).to(memory_format=torch.channels_last)
     return Plan(
         options, TeacherForward(detector.eval(), order, options.micro_batch, options.precision), source, positions,
@@ -140,6 +142,7 @@ def write_store(plan: Plan, out: Path, watcher: Watcher) -> int:
             raise StoreError(
                 f"'{out}' is another store: {'; '.join(differences)}; choose another --out, or delete it first"
             )
+        require_able(stored["teacher"]["ap"], plan.options.min_teacher_ap)
     else:
         manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": measure_teacher(plan, watcher)}}
         create_store(out, plan.schema, manifest, plan.source.dataset.annotations.image_ids[plan.positions])
@@ -179,7 +182,7 @@ def _by_name(schema: dict[str, Any]) -> dict[str, Any]:
 def measure_teacher(plan: Plan, watcher: Watcher) -> float | None:
     """The teacher's AP on the val split (None without one), which the manifest keeps.
 
-    Raises GateError when it is below ``min_teacher_ap``: a teacher that knows nothing teaches nothing.
+    Raises GateError when it is below ``min_teacher_ap``.
     """
     root = Path(plan.options.data)
     if not has_split(root, "val"):
@@ -196,12 +199,17 @@ def measure_teacher(plan: Plan, watcher: Watcher) -> float | None:
     )  # fmt: skip
     ap = found.metrics.ap
     watcher.note(f"teacher AP on val: {'not defined' if ap is None else f'{ap:.1f}'}")
-    if ap is not None and ap < plan.options.min_teacher_ap:
-        raise GateError(
-            f"the teacher has {ap:.1f} AP on val, below --min-teacher-ap {plan.options.min_teacher_ap:g}; nothing was "
-            "written. Check its canvas and classes, or lower the gate"
-        )
+    require_able(ap, plan.options.min_teacher_ap)
     return ap
+
+
+def require_able(ap: float | None, least: float) -> None:
+    """Raises GateError when a measured AP is below ``--min-teacher-ap``: a teacher that knows nothing teaches nothing."""
+    if ap is not None and ap < least:
+        raise GateError(
+            f"the teacher has {ap:.1f} AP on val, below --min-teacher-ap {least:g}; nothing was written. Check its "
+            "canvas and classes, or lower the gate"
+        )
 
 
 def _chunks(plan: Plan, start: int, stop: int) -> list[list[Item]]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import sys
+from pathlib import Path
 
 import torch
 
-from kdcli.errors import OptionError
+from kdcli.errors import OptionError, nearest
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,9 +34,11 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     """``auto``: float32 on a CPU, bfloat16 on a GPU. None is float32."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
+    if name not in AMP:
+        raise OptionError(f"--amp '{name}'{nearest(name, ['auto', *AMP])}")
     if name == "fp16" and device.type != "cuda":
         raise OptionError("--amp fp16 needs a GPU; on a CPU use fp32 or bf16")
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return AMP[name]
 
 
 def pick_workers(workers: int | None) -> int:
@@ -55,8 +64,21 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak: a process may do several runs, and a child inherits its parent's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux alone has it; elsewhere the peak is the process's
+            CLEAR_REFS.write_text("5")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak of this process: allocated GPU memory, or resident memory on a CPU (data workers not counted)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if STATUS.is_file():
+        peak = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, kB elsewhere
+    return maximum if sys.platform == "darwin" else maximum * 1024

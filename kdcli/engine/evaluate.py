@@ -35,7 +35,7 @@ class Evaluation:
 
 def validation_source(dataset: coco.Dataset, detector: Detector, canvas: Canvas) -> SampleSource:
     """Samples of ``dataset`` for evaluation with ``detector``."""
-    return SampleSource(dataset, canvas, 0, detector.grid, detector.assigner, detector.region_defaults)
+    return SampleSource(dataset, canvas, 0, detector.grid, detector.assigner, detector.region_defaults, targets=False)
 
 
 def evaluation_batches(source: SampleSource, positions: list[int], batch: int) -> list[list[Item]]:

@@ -111,6 +111,13 @@ def join_teacher(
     source = replace(source, region_spec=region_spec(base, methods, options.methods), regions=regions_of(needs))
     aligned = any(m.index_aligned for m in methods.values())
     if side.reader is not None:
+        gone = set(side.reader.manifest["dataset"]["left_out"])
+        wanted = sorted(gone & {source.dataset.image_id(int(p)) for p in positions}) if gone else []
+        if wanted:
+            raise StoreError(
+                f"store '{side.reader.path}' was written without {len(wanted)} images of this run, the first is image "
+                f"{wanted[0]}; train with --skip-bad too, or write the store again"
+            )
         index_space = (student.grid, student.assigner, source.region_spec) if aligned else None
         require_match(side.reader, source.dataset, source.canvas, views, index_space)
         reader = _reader_for(side, needs, options)
@@ -143,13 +150,19 @@ def _reader_for(side: TeacherSide, needs: tuple[Need, ...], options: TrainOption
         together = dict.fromkeys([*str(whole.manifest["methods"]).split(","), *options.method.split(",")])
         fix = cache_command(
             options.data,
-            f"RUN-OF-{side.name}",
+            str(whole.manifest["origin"]["teacher"]),
             ",".join(together),
             whole.views,
             whole.schema.canvas,
             f"{whole.path}-more",
         )
         raise StoreError(f"{error}; write one that has them: {fix}") from error
+
+
+def spread(positions: NDArray[np.int64], views: Sequence[str], count: int) -> list[tuple[int, str]]:
+    """At most ``count`` items, evenly over the images and over the views."""
+    step = max(1, len(positions) // count)
+    return [(int(p), views[k % len(views)]) for k, p in enumerate(positions[::step][:count])]
 
 
 def recheck_regions(source: SampleSource, positions: NDArray[np.int64], views: Sequence[str]) -> int:
@@ -160,8 +173,7 @@ def recheck_regions(source: SampleSource, positions: NDArray[np.int64], views: S
     reader = source.reader
     if reader is None or not reader.schema.sparse:
         return 0
-    step = max(1, len(positions) * len(views) // RECHECKED_ROWS)
-    chosen = [(int(p), v) for p in positions for v in views][::step][:RECHECKED_ROWS]
+    chosen = spread(positions, views, RECHECKED_ROWS)
     for item in chosen:
         geometry = source.geometry(item)
         boxes_np, _ = source.dataset.training_boxes(item[0])

@@ -10,11 +10,13 @@ from typing import Any
 
 from kdcli.data.views import format_views, parse_views
 from kdcli.engine import runs
+from kdcli.engine.devices import reset_peak_memory
 from kdcli.engine.prepare import Prepared, absolute_methods, absolute_weights, prepare
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Watcher
 from kdcli.errors import OptionError, UsageError, nearest
 from kdcli.methods import find_methods
+from kdcli.methods.base import resolve_options
 from kdcli.options import TrainOptions, build, layer, to_plain
 from kdcli.structures import Canvas
 
@@ -65,6 +67,7 @@ def start(asked: Asked, out: Path, watcher: Watcher, *, overwrite: bool) -> tupl
     runs.require_free(out, overwrite=overwrite)
     prepared = prepare(asked.options(), frozenset(asked.fields), watcher)
     runs.create_run(out, prepared.options, _environment(prepared), overwrite=overwrite)
+    reset_peak_memory(prepared.device)
     return out, Trainer(prepared, out, watcher).fit()
 
 
@@ -83,6 +86,7 @@ def resume(run: Path, asked: Asked, watcher: Watcher) -> tuple[Path, dict[str, A
     changed = [k for k in ("data_sha256", "store", "teacher_sha256") if before.get(k) != now.get(k)]
     if changed:
         raise OptionError(f"--resume {run}: {', '.join(changed)} changed since the run began; start a new run")
+    reset_peak_memory(prepared.device)
     return run, Trainer(prepared, run, watcher).fit()
 
 
@@ -112,6 +116,13 @@ def _resolved(fields: Mapping[str, Any], stored: TrainOptions) -> dict[str, Any]
         "views": lambda v: format_views(parse_views(v)),
     }
     resolved: dict[str, Any] = {n: ways[n](value) if n in ways else value for n, value in fields.items()}
+    known = find_methods(stored.method) if stored.method else {}
+    for name in set(known) & set(resolved.get("methods", {})):
+        given = resolved["methods"][name]
+        read = resolve_options(name, known[name], stored.model.name.partition("_")[0], given)
+        # TOML has no null: an option that is None is not in config.toml
+        kept = {k: read[k] for k in given if read[k] is not None}
+        resolved["methods"] = {**resolved["methods"], name: kept}
     if resolved.get("model", {}).get("bn") == "auto":
         resolved["model"] = {**resolved["model"], "bn": stored.model.bn}
     return resolved

@@ -6,9 +6,10 @@ other workers and a run on several processes see the same pixels.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdcli.cache.reader import CacheReader
+from kdcli.cache.reader import CacheReader, Row
 from kdcli.cache.schema import collate as collate_rows
 from kdcli.data import coco
 from kdcli.data.images import read_image
@@ -63,6 +64,7 @@ class SampleSource:
     region_spec: RegionSpec
     regions: frozenset[str] = frozenset()
     reader: CacheReader | None = None
+    targets: bool = True  # False: evaluation, which reads no assignment
 
     @property
     def definition(self) -> str:
@@ -89,18 +91,11 @@ class SampleSource:
         boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
         boxes, labels = boxes[keep], torch.from_numpy(labels_np)[keep]
         canvas = geometry.canvas
-        assigned = assign(self.assigner, self.grid, canvas, boxes, geometry.content)
+        assigned = torch.empty(0, dtype=torch.int32)
+        if self.targets:
+            assigned = assign(self.assigner, self.grid, canvas, boxes, geometry.content)
         key = RowKey(self.dataset.image_id(position), view)
-        entries, arrays = None, {}
-        if self.reader is not None:
-            row = self.reader.read(key)
-            self._check_row(key, row.content, row.guard, row.geometry, content_hash, boxes, labels, geometry)
-            entries, arrays = row.entries, row.arrays
-        elif self.regions:
-            entries = compute_entries(
-                self.regions, self.region_spec, self.grid, canvas, boxes, assigned, geometry.content
-            )
-        return Sample(
+        sample = Sample(
             key=key,
             image=render(image, geometry),
             geometry=geometry,
@@ -109,28 +104,27 @@ class SampleSource:
             assigned=assigned,
             valid=self.grid.valid(canvas, geometry.content),
             content_hash=content_hash,
-            entries=entries,
-            arrays=arrays,
         )
+        if self.reader is not None:
+            row = self.reader.read(key)
+            self.check_row(row, sample)
+            return replace(sample, entries=row.entries, arrays=row.arrays)
+        if self.regions:
+            entries = compute_entries(
+                self.regions, self.region_spec, self.grid, canvas, boxes, assigned, geometry.content
+            )
+            return replace(sample, entries=entries)
+        return sample
 
-    def _check_row(
-        self,
-        key: RowKey,
-        stored_content: bytes,
-        stored_guard: bytes,
-        stored_geometry: NDArray[np.float64],
-        content: bytes,
-        boxes: Tensor,
-        labels: Tensor,
-        geometry: Geometry,
-    ) -> None:
+    def check_row(self, row: Row, sample: Sample) -> None:
+        """Raises StoreError when a stored row does not belong to the image, view, boxes and regions of ``sample``."""
         again = "write the store again"
-        if stored_content != content:
-            raise StoreError(f"{key}: the image file is not the one that the teacher saw; {again}")
-        if not np.array_equal(stored_geometry, geometry.to_array()):
-            raise StoreError(f"{key}: its view is not the one that the teacher saw; {again}")
-        if stored_guard != guard(boxes, labels, self.definition):
-            raise StoreError(f"{key}: its boxes, labels or regions are not those of the store; {again}")
+        if row.content != sample.content_hash:
+            raise StoreError(f"{sample.key}: the image file is not the one that the teacher saw; {again}")
+        if not np.array_equal(row.geometry, sample.geometry.to_array()):
+            raise StoreError(f"{sample.key}: its view is not the one that the teacher saw; {again}")
+        if row.guard != guard(sample.boxes, sample.labels, self.definition):
+            raise StoreError(f"{sample.key}: its boxes, labels or regions are not those of the store; {again}")
 
 
 def collate(samples: list[Sample], reader: CacheReader | None) -> Batch:
@@ -148,6 +142,45 @@ def collate(samples: list[Sample], reader: CacheReader | None) -> Batch:
         valid=torch.stack([s.valid for s in samples]),
     )
     return Batch(torch.stack([s.image for s in samples]), targets, [s.key for s in samples], entries, rows)
+
+
+class Loader:
+    """Batches (or lists of samples) in a planned order, made ahead by ``workers`` processes (0: in this one)."""
+
+    def __init__(self, source: SampleSource, workers: int) -> None:
+        self.source = source
+        self._plan = _Plan()
+        self._workers = workers
+        self._loaders: dict[Callable[..., Any], DataLoader[Any]] = {}
+
+    def samples(self, batches: list[list[Item]]) -> Iterator[list[Sample]]:
+        """The samples of each planned batch. Raises the first error that a worker met."""
+        for packed in self._run(batches, _pack):
+            yield [_unpack(p) for p in packed]
+
+    def batches(self, batches: list[list[Item]]) -> Iterator[Batch]:
+        """Collated batches in the planned order. Raises the first error that a worker met."""
+        for wire in self._run(batches, functools.partial(_to_wire, self.source.reader)):
+            yield _from_wire(wire)
+
+    def _run(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
+        self._plan.batches = batches
+        kind = collate_fn.func if isinstance(collate_fn, functools.partial) else collate_fn
+        if kind not in self._loaders:
+            self._loaders[kind] = DataLoader(
+                _Loadable(self.source),
+                batch_sampler=self._plan,  # items are (position, view), not numbers
+                num_workers=self._workers,
+                collate_fn=collate_fn,
+                persistent_workers=self._workers > 0,
+                prefetch_factor=4 if self._workers else None,
+                # of its own: DataLoader draws a seed at each pass, which must not move the run's random state
+                generator=torch.Generator().manual_seed(0),
+            )
+        for made in self._loaders[kind]:
+            if isinstance(made, KDError):
+                raise made
+            yield made
 
 
 class _Loadable(Dataset[Any]):
@@ -176,35 +209,40 @@ class _Plan:
         return len(self.batches)
 
 
-class Loader:
-    """Batches (or lists of samples) in a planned order, made ahead by ``workers`` processes (0: in this one)."""
+def _to_wire(reader: CacheReader | None, samples: list[Sample | KDError]) -> Any:
+    """A batch with its boxes end to end: each tensor that leaves a worker costs a file descriptor."""
+    good: list[Sample] = []
+    for sample in samples:
+        if isinstance(sample, KDError):
+            return sample
+        good.append(sample)
+    batch = collate(good, reader)
+    counts = [len(b) for b in batch.targets.boxes]
+    boxes, labels = torch.cat(batch.targets.boxes), torch.cat(batch.targets.labels)
+    return replace(batch, targets=replace(batch.targets, boxes=[boxes], labels=[labels])), counts
 
-    def __init__(self, source: SampleSource, workers: int, *, pin: bool = False) -> None:
-        self.source = source
-        self._plan = _Plan()
-        self._loader: DataLoader[Any] = DataLoader(
-            _Loadable(source),
-            batch_sampler=self._plan,  # items are (position, view), not numbers
-            num_workers=workers,
-            collate_fn=list,
-            persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
-        )
-        self._pin = pin
 
-    def samples(self, batches: list[list[Item]]) -> Iterator[list[Sample]]:
-        """The samples of each planned batch. Raises the first error that a worker met."""
-        self._plan.batches = batches
-        for loaded in self._loader:
-            for sample in loaded:
-                if isinstance(sample, KDError):
-                    raise sample
-            yield loaded
+def _from_wire(wire: tuple[Batch, list[int]]) -> Batch:
+    batch, counts = wire
+    boxes = list(torch.split(batch.targets.boxes[0], counts))
+    labels = list(torch.split(batch.targets.labels[0], counts))
+    return replace(batch, targets=replace(batch.targets, boxes=boxes, labels=labels))
 
-    def batches(self, batches: list[list[Item]]) -> Iterator[Batch]:
-        """Collated batches in the planned order."""
-        for samples in self.samples(batches):
-            yield collate(samples, self.source.reader)
+
+def _pack(samples: list[Sample | KDError]) -> Any:
+    """Samples with arrays in place of tensors, for the same reason; entries keep theirs."""
+    for sample in samples:
+        if isinstance(sample, KDError):
+            return sample
+    return [replace(s, **{n: getattr(s, n).numpy() for n in _TENSORS}) for s in samples if isinstance(s, Sample)]
+
+
+def _unpack(sample: Sample) -> Sample:
+    tensors: dict[str, Any] = {n: torch.from_numpy(getattr(sample, n)) for n in _TENSORS}
+    return replace(sample, **tensors)
+
+
+_TENSORS = ("image", "boxes", "labels", "assigned", "valid")
 
 
 def plan_epoch(

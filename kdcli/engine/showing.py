@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdcli.cache.reader import CacheReader
+from kdcli.cache.reader import CacheReader, compare_manifests
 from kdcli.cache.schema import collate
 from kdcli.data.coco import open_split
 from kdcli.data.images import read_image
@@ -34,10 +34,16 @@ class ShownRow:
     heat: Tensor | None  # [h, w] mean absolute feature of the finest level, when features are stored
 
 
-def read_for_show(store: Path, data: str, image_id: int, view: str | None) -> ShownRow:
-    """Read the row of an image. Raises StoreError when it is not in the store or the image has changed."""
+def read_for_show(store: Path, data: str | None, image_id: int, view: str | None) -> ShownRow:
+    """Read the row of an image; ``data``: None for the folder that the store was written from.
+
+    Raises StoreError when the row is not in the store, or annotations or image are not those that it was written from.
+    """
     reader = CacheReader(store)
-    dataset = open_split(Path(data), reader.manifest["dataset"]["split"])
+    dataset = open_split(Path(data or reader.manifest["origin"]["data"]), reader.manifest["dataset"]["split"])
+    differences = compare_manifests({"dataset": dataset.fingerprint()}, reader.manifest)
+    if differences:
+        raise StoreError(f"store '{store}' belongs to another data set: {'; '.join(differences)}")
     key = RowKey(image_id, view or reader.views[0])
     row = reader.read(key)
     geometry = Geometry.from_array(row.geometry)

@@ -33,6 +33,7 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch: loss terms, seconds, images
     shares: dict[str, float] = field(default_factory=dict)  # grad_share_* of this epoch
     zeros: dict[str, int] = field(default_factory=dict)
+    checked: list[str] = field(default_factory=list)  # terms whose first gradient was looked at
 
 
 def save_state(

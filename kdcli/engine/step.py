@@ -24,16 +24,20 @@ GRADIENT_LIMIT = 100.0  # times the detection loss's gradient norm
 class TrainStep(nn.Module):
     """The student and its methods; ``forward`` returns every weighted loss term."""
 
-    def __init__(self, student: Detector, methods: Mapping[str, Method], amp_dtype: torch.dtype | None) -> None:
+    def __init__(self, student: Detector, methods: Mapping[str, Method], amp_dtype: torch.dtype | None,
+        channels_last: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.student = student
         self.methods = nn.ModuleDict(dict(methods))
         self.amp_dtype = amp_dtype
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
         self.needs: tuple[Need, ...] = tuple(sorted({n for m in methods.values() for n in m.needs}))
 
     def forward(self, batch: Batch, teacher: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(detection terms, distillation terms) of a batch, each a scalar. The losses are computed in float32."""
-        images = batch.images.to(memory_format=torch.channels_last).float() / 255
+        images = batch.images.to(memory_format=self.memory_format).float() / 255
         with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             outputs = self.student(images)
         outputs = {name: value.float() for name, value in outputs.items()}
@@ -44,12 +48,23 @@ class TrainStep(nn.Module):
             distillation.update({f"{name}_{part}": term for part, term in method(student, teacher, batch).items()})
         return detection, distillation
 
-    def owner(self, term: str) -> Method:
-        """The method that gives ``term``, which is named ``<method>_<part>``."""
+    def owner(self, term: str) -> tuple[str, Method, str]:
+        """Name, method and part of ``term``, which is called ``<name>_<part>``."""
         names = [n for n in self.methods if term.startswith(f"{n}_")]
-        method = self.methods[max(names, key=len)]
+        name = max(names, key=len)
+        method = self.methods[name]
         assert isinstance(method, Method)
-        return method
+        return name, method, term[len(name) + 1 :]
+
+    def active(self, term: str, batch: Batch) -> bool:
+        """Whether ``term`` can differ from 0 on ``batch``."""
+        _, method, part = self.owner(term)
+        return method.active(batch, part)
+
+    def weight_option(self, term: str) -> str:
+        """``--set`` key that scales ``term``."""
+        name, method, part = self.owner(term)
+        return f"{name}.{method.weight_option(part)}"
 
 
 def require_finite(terms: Mapping[str, float], step: int) -> None:
@@ -76,13 +91,16 @@ def gradient_norms(parameters: list[nn.Parameter], terms: Mapping[str, Tensor]) 
     return norms
 
 
-def require_sane_gradients(norms: Mapping[str, float], detection: float) -> None:
-    """Raises GateError when a term's first gradient would drown the detection loss: it ruins students silently."""
+def require_sane_gradients(norms: Mapping[str, float], detection: float, options: Mapping[str, str]) -> None:
+    """Raises GateError when a term's first gradient would drown the detection loss: it ruins students silently.
+
+    ``options``: the ``--set`` key that scales each term.
+    """
     for name, norm in norms.items():
         if norm > GRADIENT_LIMIT * detection:
             raise GateError(
                 f"{name}: its first gradient norm is {norm:.3g}, {norm / max(detection, 1e-12):.0f} times that of the "
-                f"detection loss ({detection:.3g}); lower its weight (--set {name.split('_')[0]}.weight=...)"
+                f"detection loss ({detection:.3g}); lower its weight (--set {options[name]}=...)"
             )
 
 

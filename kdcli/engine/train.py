@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.detectors.base import Detector, count_parameters
+from kdcli.detectors.base import Detector
 from kdcli.detectors.weights import export, load_detector
 from kdcli.engine import runs
 from kdcli.engine.devices import peak_memory_bytes
@@ -41,9 +41,7 @@ class Trainer:
         options = prepared.options
         self.prepared, self.options, self.run, self.watcher = prepared, options, run, watcher
         self.device = prepared.device
-        self.step = TrainStep(prepared.student, prepared.methods, prepared.amp).to(self.device)
-        if options.channels_last:
-            self.step.to(memory_format=torch.channels_last)
+        self.step = TrainStep(prepared.student, prepared.methods, prepared.amp, options.channels_last).to(self.device)
         self.optimizer = make_optimizer(self.step, options.optim, options.batch)
         check_ownership(self.step, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=prepared.amp is torch.float16)
@@ -118,7 +116,7 @@ class Trainer:
         names, stacked = list(terms), torch.stack([t.detach() for t in terms.values()])
         values = dict(zip(names, stacked.tolist(), strict=True))
         require_finite(values, progress.step)
-        active = {name: self.step.owner(name).active(batch) for name in distillation}
+        active = {name: self.step.active(name, batch) for name in distillation}
         self.guard.check({name: values[name] for name in distillation}, active, progress.step)
         if progress.batch == 0 and distillation:
             self._measure_shares(detection, distillation, values)
@@ -147,13 +145,17 @@ class Trainer:
         """Gradient norms on the first batch of an epoch: each term's share, and the guards of the very first step."""
         whole = {"detection": torch.stack(list(detection.values())).sum(), **distillation}
         norms = gradient_norms(self.student_parameters, whole)
-        if self.progress.step == 0:
-            require_sane_gradients({n: norms[n] for n in distillation}, norms["detection"])
+        # a term's first gradient is that of the first measured batch on which it has one
+        first = [n for n in distillation if norms[n] > 0 and n not in self.progress.checked]
+        if first:
+            options = {n: self.step.weight_option(n) for n in first}
+            require_sane_gradients({n: norms[n] for n in first}, norms["detection"], options)
+            self.progress.checked += first
             base = sum(values[n] for n in detection)
-            for name in distillation:
+            for name in first:
                 ratio = values[name] / max(base, 1e-12)
                 # sparse terms start small by design (LD weighs by the student's own score); a dense one should not
-                low = RATIO_RANGE[0] if any(n.dense for n in self.step.owner(name).needs) else 0.0
+                low = RATIO_RANGE[0] if any(n.dense for n in self.step.owner(name)[1].needs) else 0.0
                 if not low <= ratio <= RATIO_RANGE[1]:
                     self.watcher.note(
                         f"warning: {name} starts at {values[name]:.3g}, {ratio:.2g} times the detection loss "
@@ -259,7 +261,6 @@ class Trainer:
             "peak_memory_bytes": progress.peak_memory_bytes,
             "train_images_per_s": progress.history[-1]["images_per_s"],
             "data_wait_percent": progress.history[-1]["data_wait_percent"],
-            "student_parameters": count_parameters(self.prepared.student),
             "store_bytes": None if teacher is None else teacher.store_bytes,
             "teacher_ap": None if teacher is None else teacher.ap,
             "weights_sha256": {n: load_detector(f)[1].weights_sha256 for n, f in self._weights() if f.is_file()},

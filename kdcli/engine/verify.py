@@ -15,6 +15,7 @@ from kdcli.cache.schema import collate as collate_rows
 from kdcli.cache.writer import read_journal, read_manifest
 from kdcli.data.views import format_views
 from kdcli.engine.caching import Plan, encode_rows, plan_store
+from kdcli.engine.joining import recheck_regions, spread
 from kdcli.engine.watch import Watcher
 from kdcli.errors import StoreError
 from kdcli.options import CacheOptions
@@ -55,14 +56,15 @@ def verify_teacher(plan: Plan, store: Path, rows: int, watcher: Watcher) -> tupl
     differences = compare_manifests({"weights_sha256": plan.manifest["teacher"]["weights_sha256"]}, stored)
     if differences:
         raise StoreError(f"store '{store}' was written by another teacher: {'; '.join(differences)}")
-    step = max(1, plan.schema.rows // rows)
-    chosen = [plan.item(r) for r in range(0, plan.schema.rows, step)][:rows]
+    recheck_regions(replace(plan.source, reader=reader), plan.positions, plan.views)
+    chosen = spread(plan.positions, plan.views, rows)
     watcher.stage("teacher again", len(chosen))
     meter = ErrorMeter()
     for item in chosen:
         sample = plan.source.load(item)
         values, _ = encode_rows(plan, [sample])
         row = reader.read(RowKey(plan.source.dataset.image_id(item[0]), item[1]))
+        plan.source.check_row(row, sample)
         decoded = reader.schema.decode(collate_rows([row.arrays], reader.layout.values()), plan.needs)
         for key, exact in values[0].items():
             theirs = row_tensor(decoded[key])
@@ -86,7 +88,7 @@ def _again(store: Path, shard: int) -> str:
     )
 
 
-def plan_of_store(store: Path, data: str, teacher: str, watcher: Watcher) -> Plan:
+def plan_of_store(store: Path, data: str, teacher: str, device: str | None, watcher: Watcher) -> Plan:
     """The plan that wrote ``store``, rebuilt from its manifest with the given data set and teacher.
 
     Raises StoreError when data or teacher are not those of the manifest.
@@ -98,7 +100,7 @@ def plan_of_store(store: Path, data: str, teacher: str, watcher: Watcher) -> Pla
         data=data, teacher=teacher, method=manifest["methods"], split=manifest["dataset"]["split"],
         canvas=manifest["canvas"], views=format_views(manifest["views"]), view_seed=manifest["view_seed"],
         precision=run["precision"], micro_batch=run["micro_batch"], threads=run["threads"],
-        device=run["device"], shard_rows=schema.shard_rows, skip_bad=bool(left_out),
+        device=device or run["device"], shard_rows=schema.shard_rows, skip_bad=bool(left_out),
         methods=manifest["method_options"],
     )  # fmt: skip
     plan = plan_store(options, watcher)

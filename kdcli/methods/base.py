@@ -47,8 +47,12 @@ class Method(nn.Module):
         """Weighted loss terms by name, each a scalar over the global batch; results call them ``<method>_<name>``."""
         raise AssertionError(f"{type(self).__name__} has no forward")
 
-    def active(self, batch: Batch) -> bool:
-        """Whether the terms can differ from 0 on this batch; a term that is 0 for long while active stops the run."""
+    def weight_option(self, part: str) -> str:
+        """The option that scales the term ``part``: what a message tells the user to lower."""
+        return "weight"
+
+    def active(self, batch: Batch, part: str) -> bool:
+        """Whether the term ``part`` can differ from 0 on this batch; one that is 0 for long while active stops the run."""
         return any(n.dense for n in self.needs) or (batch.entries is not None and len(batch.entries.index) > 0)
 
 

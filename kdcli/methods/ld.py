@@ -61,7 +61,9 @@ class LD(Method):
         self.grid, self.canvas = pair.grid, pair.canvas
         self.weight, self.temperature = weight, temperature
         self.vlr, self.vlr_mask = vlr, vlr_weight == "mask"
-        self.kd_weight, self.kd_temperature = kd_weight, kd_temperature
+        # a softmax over one class is constant: nothing to distil
+        self.kd_weight = kd_weight if pair.student[CLS_LOGITS].dims[0] > 1 else 0.0
+        self.kd_temperature = kd_temperature
         self.batch_ref = batch_ref
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
@@ -88,6 +90,14 @@ class LD(Method):
         if self.kd_weight:
             terms["kd"] = self.kd_weight * class_kd(*classes, level, len(self.grid.strides), self.kd_temperature)
         return terms
+
+    def active(self, batch: Batch, part: str) -> bool:
+        """``vlr`` needs a VLR, the others positives."""
+        return batch.entries is not None and bool(batch.entries.select("vlr" if part == "vlr" else "main").any())
+
+    def weight_option(self, part: str) -> str:
+        """``kd`` has a weight of its own."""
+        return "kd_weight" if part == "kd" else "weight"
 
 
 def weighted_sum(edge_loss: Tensor, weight: Tensor, divisor: float) -> Tensor:

@@ -68,7 +68,7 @@ class RM(Method):
             terms[name] = self.weight * factor * (loss * share).sum()
         return terms
 
-    def active(self, batch: Batch) -> bool:
+    def active(self, batch: Batch, part: str) -> bool:
         """A ranking needs two positives of one box."""
         assert batch.entries is not None
         main = batch.entries.select("main")

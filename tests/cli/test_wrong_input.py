@@ -297,6 +297,31 @@ def test_a_gate_stops_a_weak_teacher(
     assert not (tmp_path / "s").exists()
 
 
+def test_store_without_an_image_of_the_run(
+    capsys: pytest.CaptureFixture[str], copy: Path, teacher: Path, tmp_path: Path
+) -> None:
+    image = sorted((copy / "train").iterdir())[4]
+    data = image.read_bytes()
+    image.unlink()
+    store = write(cache_options(copy, teacher, method="rm", skip_bad=True), tmp_path / "store")
+    image.write_bytes(data)
+    line = refused(
+        capsys, 4, "distill", "--data", copy, "--cache", store, "--method", "rm", *STUDENT, "--out", tmp_path / "r"
+    )
+    assert "written without 1 images of this run, the first is image 5" in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_verify_notices_a_changed_image(
+    capsys: pytest.CaptureFixture[str], copy: Path, teacher: Path, tmp_path: Path
+) -> None:
+    store = write(cache_options(copy, teacher, method="rm"), tmp_path / "store")
+    for image in (copy / "train").iterdir():
+        image.write_bytes(image.read_bytes() + b"\0")
+    line = refused(capsys, 4, "cache", "verify", store, "--teacher", teacher, "--data", copy)
+    assert "the image file is not the one that the teacher saw" in line
+
+
 def test_run_folders_are_not_overwritten(capsys: pytest.CaptureFixture[str], shapes: Path, tmp_path: Path) -> None:
     flags = ["train", "--data", str(shapes), *STUDENT, "--out", str(tmp_path / "run")]
     assert run(flags) == 0

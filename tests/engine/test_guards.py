@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kdcli.engine import launch
 from kdcli.engine.optim import check_ownership
+from kdcli.engine.prepare import prepare
+from kdcli.engine.samples import Loader
 from kdcli.engine.state import STATE_FILE
 from kdcli.engine.step import ZERO_STEPS, ZeroGuard, gradient_norms, require_finite
 from kdcli.engine.watch import Silent
-from kdcli.errors import GateError, OptionError
+from kdcli.errors import GateError, NoSpaceError, OptionError
+from kdcli.files import atomic_save
+from kdcli.geometry.grid import Grid
+from kdcli.methods import LD
+from kdcli.methods.base import Pair
+from kdcli.options import TrainOptions, build
+from kdcli.structures import Canvas
+from kdcli.tensors import TensorSpec
 from tests.engine.conftest import asked
 
 METHOD = """
@@ -96,6 +106,50 @@ def test_gradient_norms_are_those_of_each_term_alone() -> None:
     other = torch.nn.Parameter(torch.tensor([1.0]))
     terms = {"square": 0.5 * weight.square().sum(), "linear": 2 * other.sum(), "none": torch.zeros(())}
     assert gradient_norms([weight, other], terms) == {"square": 5.0, "linear": 2.0, "none": 0.0}
+
+
+def test_a_disk_that_fills_up_while_weights_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save hides the full disk behind an error of its zip writer."""
+    import builtins
+    import errno
+    import io
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 20_000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    target = tmp_path / "weights.pt"
+    target.write_bytes(b"the weights of before")
+    monkeypatch.setattr(builtins, "open", lambda path, mode: Full(path, mode))
+    with pytest.raises(NoSpaceError):
+        atomic_save({"weight": torch.zeros(100_000)}, target)
+    monkeypatch.undo()
+    assert target.read_bytes() == b"the weights of before"
+    assert [f.name for f in tmp_path.iterdir()] == ["weights.pt"]
+
+
+def test_one_class_has_no_class_term(shapes: Path) -> None:
+    specs = {"cls_logits": TensorSpec("anchor", (1,)), "box_distribution": TensorSpec("anchor", (4, 17))}
+    method = LD(Pair(specs, specs, Grid(), Canvas(96, 128), "gfl"))
+    assert method.kd_weight == 0.0
+
+
+def test_random_numbers_of_a_run_do_not_depend_on_its_loaders(shapes: Path) -> None:
+    """A resumed run makes new loaders; torch's random state must not notice."""
+    fields = asked("train", shapes)
+    run = prepare(fields.options(), frozenset(fields.fields), Silent())
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        list(Loader(run.source, workers).batches([[(0, "identity")], [(1, "hflip")]]))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("field", ["epochs", "batch", "eval_every", "save_steps", "micro_batch"])
+def test_impossible_numbers_are_refused(field: str) -> None:
+    with pytest.raises(OptionError, match=f"{field} = 0: must be at least 1"):
+        build(TrainOptions, {field: 0})
 
 
 def test_an_unowned_adapter_is_found() -> None:

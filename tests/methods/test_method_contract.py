@@ -70,7 +70,9 @@ def test_terms_are_finite_scalars_with_a_graph(name: str, detector: str, scene: 
     total(terms).backward()
     for output in ours.values():
         assert output.grad is None or torch.isfinite(output.grad).all()
-    assert method.active(batch) == (any(n.dense for n in method.needs) or any(bool(t > 0) for t in terms.values()))
+    dense = any(n.dense for n in method.needs)
+    for part, term in terms.items():
+        assert method.active(batch, part) == (dense or bool(term > 0)), part
 
 
 @pytest.mark.parametrize(("name", "detector"), CASES)

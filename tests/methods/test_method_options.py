@@ -99,7 +99,7 @@ def test_a_users_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     method = mine(pair_of(gfl, gfl), **options)
     terms = method(ours, theirs, batch)
     assert torch.isfinite(terms["loss"])
-    assert method.active(batch)
+    assert method.active(batch, "loss")
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,8 @@ def test_rm_ranks_only_within_a_box() -> None:
 
 
 def test_rm_is_active_with_two_positives_of_one_box() -> None:
-    assert rm().active(make_batch(GFL, [TWO]))
-    assert not rm().active(make_batch(GFL, [NONE, NONE]))
+    assert rm().active(make_batch(GFL, [TWO]), "cls")
+    assert not rm().active(make_batch(GFL, [NONE, NONE]), "cls")
     batch = make_batch(GFL, [ONE, ONE])
     assert batch.entries is not None
     apart = batch.entries.gt * 0
@@ -139,7 +139,7 @@ def test_rm_is_active_with_two_positives_of_one_box() -> None:
     flag = torch.zeros_like(batch.entries.flag)
     flag[single] = 1  # one positive in each image: nothing to rank
     entries = type(batch.entries)(batch.entries.index, flag, apart, batch.entries.weight, batch.entries.image)
-    assert not rm().active(Batch(batch.images, batch.targets, batch.keys, entries))
+    assert not rm().active(Batch(batch.images, batch.targets, batch.keys, entries), "cls")
 
 
 Z_T = torch.tensor([[[2.0, -2.0], [0.0, 0.0]]], dtype=torch.float64)
