@@ -153,7 +153,7 @@ def _curves(comparison: Comparison) -> str:
 
 
 def _settings(comparison: Comparison) -> str:
-    names = [group.name for group in comparison.groups]
+    names = [group.name for group in comparison.groups if group.role != "teacher"]
     rows = [
         ("", [escape(plain(key)), *(escape(spelled(values[name])) for name in names)])
         for key, values in comparison.settings_diff.items()

@@ -70,7 +70,7 @@ def test_compare(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path)
     distilled = next(g for g in groups.values() if g["role"] == "distill")
     assert sorted(distilled["seeds"]) == [0, 1]
     assert distilled["diff"] is not None
-    assert "http" not in (tmp_path / "r.html").read_text().replace("http://www.w3.org", "")
+    assert "http:" not in (tmp_path / "r.html").read_text().replace("http://www.w3.org", "")
     assert {f.name for f in (tmp_path / "plots").iterdir()} <= {"ap.png", "learning_curves.png"}
     assert run(["compare", str(runs)]) == 0
 
