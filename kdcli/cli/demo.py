@@ -14,7 +14,9 @@ from kdcli.errors import OptionError
 CANVAS = "192"
 TEACHER = {"name": "gfl_resnet18", "fpn_channels": 64, "tower_convs": 2}
 STUDENT = {"name": "gfl_shufflenet_v2_x0_5", "fpn_channels": 32, "tower_convs": 2}
-TEACHER_EPOCHS, STUDENT_EPOCHS = 12, 12
+TEACHER_EPOCHS, STUDENT_EPOCHS = 12, 8
+# from scratch in minutes: 8 epochs of it gave the student the AP of 12 epochs of SGD (6.7 and 6.8)
+OPTIM = {"name": "adamw", "lr": 0.005, "weight_decay": 0.02, "schedule": "cosine"}
 IMAGES = (300, 100)  # training, validation
 METHODS = ("ld", "ld,pfi")
 PICTURES = 3
@@ -85,7 +87,7 @@ def _train(out: Path, name: str, model: dict[str, Any], epochs: int, quick: bool
     command = "distill" if distill else "train"
     fields = {
         "data": str(out / "shapes"), "canvas": CANVAS, "epochs": 1 if quick else epochs, "batch": 8, "model": model,
-        "optim": {"lr": 0.02, "schedule": "cosine"}, "eval_every": 1 if quick else 4, **distill,
+        "optim": OPTIM, "eval_every": 1 if quick else 4, **distill,
     }  # fmt: skip
     run, _ = launch.start(
         launch.from_flags(command, fields, {}, None, {}), out / "runs" / name, watcher, overwrite=False
