@@ -33,7 +33,8 @@ Rows = NDArray[np.float32]
 
 
 def numbers(limit: float) -> st.SearchStrategy[float]:
-    return st.floats(-limit, limit, width=32)
+    # a processor may flush subnormal numbers to 0; no logit is that small
+    return st.floats(-limit, limit, width=32, allow_subnormal=False)
 
 
 def arrays(shape: st.SearchStrategy[tuple[int, ...]] | tuple[int, ...], limit: float = 1000) -> st.SearchStrategy[Rows]:
@@ -89,7 +90,7 @@ def test_edge_affine_half_a_step_of_each_edge(value: Rows) -> None:
     decoded = round_trip(EdgeAffine8(), value)
     scale, offset = np.moveaxis(codes["affine"].astype(np.float32), -1, 0)[..., None]
     slack = 4 * EPS * (np.abs(offset) + 255 * scale)  # of the float32 arithmetic of decoding
-    assert (np.abs(decoded - value) <= scale / 2 + slack).all()
+    assert (np.abs(decoded - value) <= scale / 2 + slack + 1e-37).all()  # a step under the smallest float32 is 0
     # the float16 pair costs little: steps are those of the edge's range, plus what the rounding of the offset adds
     spread = np.ptp(value, axis=-1, keepdims=True)
     assert (scale * 255 <= (spread + 2.0**-9 * np.abs(value).max(-1, keepdims=True)) * 1.002 + 255 * 2.0**-23).all()
