@@ -42,6 +42,12 @@ def atomic_save(obj: object, path: Path) -> None:
     _replace(path, write)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that a killed ``atomic_*`` call left anywhere below ``folder``, whose only writer we are."""
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink()
+
+
 def load_torch(path: Path, *, what: str) -> Any:
     """Read a file of ``torch.save`` to the CPU without unpickling anything but tensors and plain values.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdcli.errors import MissingPathError, NoSpaceError, OptionError
-from kdcli.files import atomic_save, atomic_write_bytes, atomic_write_text, load_torch
+from kdcli.files import atomic_save, atomic_write_bytes, atomic_write_text, load_torch, remove_leftovers
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -70,3 +70,11 @@ def test_foreign_files_are_refused_and_run_nothing(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "made-by-a-pickle").exists()
     with pytest.raises(MissingPathError, match=r"teacher '.*gone.pt': no such file"):
         load_torch(tmp_path / "gone.pt", what="teacher")
+
+
+def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / ".last.pt.123.tmp").write_bytes(b"half")
+    (tmp_path / "weights" / "last.pt").write_bytes(b"whole")
+    remove_leftovers(tmp_path)
+    assert [f.name for f in (tmp_path / "weights").iterdir()] == ["last.pt"]

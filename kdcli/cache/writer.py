@@ -24,7 +24,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from kdcli.cache.schema import ArraySpec, CacheSchema, digest
 from kdcli.errors import MissingPathError, NoSpaceError, StoreError
-from kdcli.files import atomic_write_text, fsync_folder
+from kdcli.files import atomic_write_text, fsync_folder, remove_leftovers
 
 ZSTD_LEVEL = 1  # level 3 saved under 2 % on such rows and cost twice the time
 ATTRIBUTE = "kdcli"
@@ -100,8 +100,9 @@ class StoreWriter:
         # an all-zero row must differ from a missing one; zarr reads this setting when an array is opened
         with zarr.config.set({"array.write_empty_chunks": True}):
             self._arrays: dict[str, Any] = {a.path: self._group[a.path] for a in schema.layout()}
-        for leftover in path.rglob("*.partial"):  # what a killed write left behind
+        for leftover in path.rglob("*.partial"):  # what a killed write of zarr's left behind
             leftover.unlink()
+        remove_leftovers(path)
 
     def done(self) -> set[int]:
         """Shards that the journal names."""

@@ -28,7 +28,7 @@ from kdcli.engine.step import (
     require_sane_gradients,
 )
 from kdcli.engine.watch import Watcher
-from kdcli.files import atomic_save
+from kdcli.files import atomic_save, remove_leftovers
 from kdcli.structures import Batch
 
 RATIO_RANGE = (0.01, 10.0)  # of a term's first value to the detection loss's: outside, the weight deserves a look
@@ -55,6 +55,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch, evaluate, write the run folder's files, and return the final metrics."""
         options = self.options
+        remove_leftovers(self.run)
         self.progress = load_state(self.run, self.step, self.optimizer, self.scaler, self.average, self.guard)
         progress = self.progress
         loader = Loader(self.prepared.source, self.prepared.workers)
