@@ -26,7 +26,7 @@ from kdcli.options import TrainOptions
 from kdcli.structures import Canvas
 
 BACKBONE_WORDS = ("none", "imagenet")
-DECODED_IMAGES = 1000  # about 3 s on two cores; all of COCO would take minutes at each start
+DECODED_IMAGES = 1000  # seconds; all of COCO would take minutes at each start
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,9 @@ def test_file_without_the_classifier_loads(tmp_path: Path) -> None:
 def test_old_file_without_batch_counters_loads(tmp_path: Path) -> None:
     state = torchvision.models.resnet18(weights=None).state_dict()
     torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, tmp_path / "w.pth")
-    load_backbone_weights(Backbone("resnet18"), str(tmp_path / "w.pth"))
+    backbone = Backbone("resnet18")
+    load_backbone_weights(backbone, str(tmp_path / "w.pth"))
+    assert torch.equal(backbone.state_dict()["layer2.0.conv1.weight"], state["layer2.0.conv1.weight"])
 
 
 def _drop(state: dict[str, Tensor]) -> None:
