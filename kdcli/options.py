@@ -29,6 +29,8 @@ class ModelOptions:
     tower_convs: int = 4  # 3x3 convolutions in each of the head's two towers
     head_channels: int | None = None  # None: as many as fpn_channels
     reg_max: int = 16  # bins per edge minus one
+    box: Literal["default", "distribution"] = "default"  # distribution: edge logits, which LD needs, on any dense head
+    fcos: Literal["normalised", "plain"] = "normalised"  # fcos only; plain: without the later improvements
     bn: Literal["auto", "train", "frozen"] = "auto"  # auto: trained from scratch, frozen with pretrained weights
 
 
@@ -68,6 +70,7 @@ class TrainOptions:
     eval_every: int = 1  # epochs
     save_steps: int = 1000  # a resumable state is written every so many steps, and after each epoch
     skip_bad: bool = False
+    skip_empty: bool = False  # train on no image without a box to train on, as mmdet does
     deterministic: bool = False
     method: str = ""  # distill: comma list
     cache: str | None = None  # distill: the store ...

@@ -14,8 +14,13 @@ from kdcli.tensors import Tensors
 BACKGROUND = -1  # of Targets.assigned: a negative
 IGNORED = -2  # of Targets.assigned: outside the valid area, or between two IoU thresholds: no loss reads it
 
-MAIN = 1  # bits of Entries.flag
-VLR = 2
+# Bits of Entries.flag. The last three mark cells, by the first anchor of the cell.
+MAIN = 1  # positives of the assigner
+VLR = 2  # valuable localization region
+FINE_GRAINED = 4  # anchors near a box: LD's feature imitation
+OBJECT = 8  # DeFeat's foreground cells
+SAMPLE = 16  # a random share of DeFeat's background cells
+FLAGS = {"main": MAIN, "vlr": VLR, "fine_grained": FINE_GRAINED, "object": OBJECT, "sample": SAMPLE}
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class Canvas:
 class Entries:
     """The sparse positions of one image, or of a batch, where teacher tensors are read. Sorted by image, then index.
 
-    A tensor on region ``main`` has one row for each entry whose flag has the MAIN bit, in this order; likewise ``vlr``;
-    on ``main+vlr`` one row for every entry.
+    A tensor on region ``main`` has one row for each entry whose flag has the MAIN bit, in this order; likewise for the
+    other regions of FLAGS; on ``main+vlr`` one row for each entry with either bit.
     """
 
     index: Tensor  # [M] int64, anchor index in 0..N-1
@@ -67,13 +72,10 @@ class Entries:
 
     def select(self, region: str) -> Tensor:
         """Boolean mask [M] of the entries that belong to ``region``."""
-        if region == "main":
-            return (self.flag & MAIN) != 0
-        if region == "vlr":
-            return (self.flag & VLR) != 0
-        if region == "main+vlr":
-            return (self.flag & (MAIN | VLR)) != 0
-        raise AssertionError(f"not a sparse region: {region}")
+        wanted = 0
+        for part in region.split("+"):
+            wanted |= FLAGS[part]
+        return (self.flag & wanted) != 0
 
     @staticmethod
     def collate(parts: Sequence[Entries]) -> Entries:
@@ -108,6 +110,9 @@ class Targets:
     canvas: Canvas  # the orientation that all images of the batch share
     assigned: Tensor  # [B, N] int32
     valid: Tensor  # [B, P] bool, cells inside the content rounded up to 32
+    draws: Tensor | None = (
+        None  # [B] int64, a seed for each image, of (seed, epoch, image): what sampling heads draw from
+    )
 
     def to(self, device: torch.device) -> Targets:
         """A copy on ``device``."""
@@ -117,7 +122,7 @@ class Targets:
             labels=[x.to(device, non_blocking=True) for x in self.labels],
             content=self.content.to(device, non_blocking=True),
             assigned=self.assigned.to(device, non_blocking=True),
-            valid=self.valid.to(device, non_blocking=True),
+            valid=self.valid.to(device, non_blocking=True),  # draws stay on the CPU, where generators are seeded
         )
 
 

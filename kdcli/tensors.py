@@ -7,6 +7,7 @@ innermost. The same key is what a detector returns, what a method needs and what
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +21,25 @@ BOX_DISTRIBUTION = "box_distribution"  # [B, N, 4, E] edge logits, left top righ
 CENTERNESS = "centerness"  # [B, N, 1]
 BOXES = "boxes"  # [B, N, 4] decoded, xyxy canvas pixels
 RANK = "rank"  # [M, 2] ground-truth-class score and IoU of a positive (derived)
+BACKBONE = ("backbone/c2", "backbone/c3", "backbone/c4", "backbone/c5")  # [B, cells of that level, C] stage outputs
+GT_ROIS = "gt_rois"  # [sum G, 2, C, 3, 3] features of every box on the two finest levels, RoI-aligned (derived)
+PROPOSAL_BOXES = "proposals/boxes"  # [sum R, 4] the teacher's proposals and the ground-truth boxes, xyxy canvas pixels
+PROPOSAL_LOGITS = "proposals/logits"  # [sum R, K + 1] of the RoI head, background last
+PROPOSAL_COUNT = "proposals/count"  # [B] int64, R of each image; comes with the two above
+PROPOSAL_LABELS = "proposals/labels"  # [sum S] int64 of the sampled proposals, K = background; made in the step
+
+# what a derived tensor is computed from: a detector that gives the one can give the other
+DERIVED = {RANK: CLS_LOGITS, BOXES: CLS_LOGITS, GT_ROIS: FEATURES}
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a detector promises about one tensor: per cell or per anchor, and the trailing dims.
+    """What a detector promises about one tensor: what it has a row for, and the trailing dims.
 
-    ``per``: ``"cell"`` (P rows an image) or ``"anchor"`` (N rows). ``dims``: trailing shape, e.g. ``(4, 17)``.
+    ``per``: ``"cell"`` (P rows an image), ``"anchor"`` (N), ``"level1"`` (the cells of the second finest level; other
+    levels likewise), ``"box"`` (G) or ``"proposal"`` (R). ``dims``: trailing shape, e.g. ``(4, 17)``.
     """
 
     per: str
@@ -40,7 +51,9 @@ class Need:
     """A teacher tensor that a method reads: its name and the region where it reads it.
 
     Regions: ``all`` (dense), ``main`` (positives of the assigner), ``vlr`` (valuable localization region),
-    ``main+vlr``. Everything but ``all`` depends on ground truth alone and is stored sparse.
+    ``fine_grained``, ``object``, ``sample`` (see structures.FLAGS) and their unions such as ``main+vlr``: these depend
+    on ground truth alone and are stored sparse. ``gt``: a row for each ground-truth box; ``proposals``: for each
+    proposal of the teacher.
     """
 
     name: str
@@ -55,6 +68,23 @@ class Need:
     def dense(self) -> bool:
         """True when every valid cell is read."""
         return self.region == "all"
+
+    @property
+    def at_entries(self) -> bool:
+        """True when it is read at the entries of a region."""
+        return self.region not in ("all", "gt", "proposals")
+
+
+def spec_of(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+    """The spec of a tensor, derived ones included, of a detector with ``specs``. Raises KeyError when it has none."""
+    if name not in DERIVED or name in specs:
+        return specs[name]
+    dims = specs[DERIVED[name]].dims
+    return {
+        RANK: TensorSpec("anchor", (2,)),
+        BOXES: TensorSpec("anchor", (4,)),
+        GT_ROIS: TensorSpec("box", (2, *dims, 3, 3)),
+    }[name]
 
 
 def world_size() -> int:
@@ -74,9 +104,19 @@ def world_sum(value: Tensor) -> Tensor:
     return total
 
 
-def world_mean(value: Tensor) -> Tensor:
-    """Mean of ``value`` over all processes: what a normaliser must be, since DDP averages the gradients."""
-    return world_sum(value) / world_size()
+def world_mean(value: Tensor, least: float | None = None) -> Tensor:
+    """Mean of ``value`` over all processes: what a normaliser must be, since DDP averages the gradients.
+
+    ``least``: what the sum over all processes is clamped at, before it is divided by their number: a clamp of the mean
+    would be another one with each number of processes.
+    """
+    total = world_sum(value)
+    return (total if least is None else total.clamp(min=least)) / world_size()
+
+
+def precise(value: Tensor) -> Tensor:
+    """``value`` in float32 at least: losses are not computed in the 8 bits of bf16. float64 stays what it is."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def flatten_levels(maps: list[Tensor], trailing: tuple[int, ...]) -> Tensor:

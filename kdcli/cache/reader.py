@@ -21,11 +21,11 @@ import zarr
 import zstandard
 from numpy.typing import NDArray
 
-from kdcli.cache.schema import ENTRY_DTYPES, ArraySpec, CacheSchema, StoredTensor
+from kdcli.cache.schema import ENTRY_COUNT, ENTRY_DTYPES, ArraySpec, CacheSchema
 from kdcli.cache.writer import read_journal, read_manifest, shard_file
 from kdcli.errors import StoreError
-from kdcli.structures import MAIN, VLR, Entries, RowKey
-from kdcli.tensors import Need
+from kdcli.structures import FLAGS, Entries, RowKey
+from kdcli.tensors import PROPOSAL_COUNT, Need
 
 MISSING = 2**64 - 1  # of a shard index: this chunk was never written
 MAX_OPEN_FILES = 256  # a COCO-sized store has 10,000 shard files, a process may usually open 1,024
@@ -79,26 +79,30 @@ class CacheReader:
     def read(self, key: RowKey) -> Row:
         """The row of ``key``. Raises StoreError when it is missing or its bytes fail a checksum."""
         index = self.row_index(key)
-        count = int(self._array("entries/count", index, None)[0]) if self.schema.sparse else 0
-        if not 0 <= count <= self.schema.grid.num_total(self.schema.canvas):
-            raise StoreError(f"store '{self.path}', {key}: impossible count {count}; run `kdcli cache verify`")
-        entries = self._entries(index, count) if self.schema.sparse else None
-        lengths = (
-            {} if entries is None else {t.need.key: int(entries.select(t.need.region).sum()) for t in self._sparse()}
-        )
+        counts = {}
+        for path, most in self.schema.counts.items():
+            counts[path] = int(self._array(path, index, None)[0])
+            if not 0 <= counts[path] <= most:
+                raise StoreError(
+                    f"store '{self.path}', {key}: impossible {path} {counts[path]}; run `kdcli cache verify`"
+                )
+        entries = self._entries(index, counts[ENTRY_COUNT]) if self.schema.sparse else None
         arrays = {}
         for tensor in self.tensors:
+            length = None if tensor.count is None else counts[tensor.count]
+            if tensor.need.at_entries:
+                assert entries is not None
+                length = int(entries.select(tensor.need.region).sum())
             for spec in self.schema.tensor_arrays(tensor).values():
-                arrays[spec.path] = self._array(spec.path, index, lengths.get(tensor.need.key))
+                arrays[spec.path] = self._array(spec.path, index, length)
+            if tensor.count == PROPOSAL_COUNT:  # the boxes of each image are counted by its targets, proposals are not
+                arrays[PROPOSAL_COUNT] = np.array([counts[PROPOSAL_COUNT]], np.int32)
         identity = self._array("row/identity", index, None).tobytes()
         return Row(arrays, entries, identity[:32], identity[32:], self._array("row/geometry", index, None))
 
     def bytes_on_disk(self) -> int:
         """Bytes of all shard files, from the journal."""
         return sum(int(f["bytes"]) for e in read_journal(self.path).values() for f in e["files"].values())
-
-    def _sparse(self) -> list[StoredTensor]:
-        return [t for t in self.tensors if not t.need.dense]
 
     def _wanted(self) -> dict[str, ArraySpec]:
         specs = {a.path: a for a in self.schema.layout() if not a.path.startswith("tensors/")}
@@ -132,7 +136,7 @@ class CacheReader:
     def _entries(self, index: int, count: int) -> Entries:
         parts = {name: self._array(f"entries/{name}", index, count) for name in ENTRY_DTYPES}
         flag = parts["flag"]
-        if count and int((flag & ~np.uint8(MAIN | VLR)).max()):
+        if count and int((flag & ~np.uint8(sum(FLAGS.values()))).max()):
             raise StoreError(f"store '{self.path}', row {index}: unknown region flag; it was written by a newer kdcli")
         return Entries(
             index=torch.from_numpy(parts["index"].astype(np.int64)),

@@ -1,8 +1,8 @@
 """The format of a store, described once: writer, reader, estimate and verify all derive every array from here.
 
 A store is a Zarr v3 group. Each array has one row per (image, view) on its first axis, one chunk per row, and many rows
-per shard; sparse arrays are padded to N anchors and hold ``entries/count`` real ones. docs/store-format.md tells the
-same to people.
+per shard; sparse arrays are padded to the most that a row can hold, and ``entries/count``, ``boxes/count`` or
+``proposals/count`` says how many are real. docs/store-format.md tells the same to people.
 """
 
 from __future__ import annotations
@@ -24,8 +24,20 @@ from kdcli.cache import encodings
 from kdcli.cache.encodings import Encoding
 from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid
-from kdcli.structures import Canvas
-from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, FEATURES, RANK, Need, Tensors, TensorSpec
+from kdcli.structures import FLAGS, Canvas
+from kdcli.tensors import (
+    BACKBONE,
+    BOX_DISTRIBUTION,
+    BOXES,
+    CLS_LOGITS,
+    FEATURES,
+    PROPOSAL_BOXES,
+    PROPOSAL_COUNT,
+    Need,
+    Tensors,
+    TensorSpec,
+    spec_of,
+)
 
 FORMAT_VERSION = 1
 GEOMETRY_LENGTH = 11  # numbers of data.views.Geometry.to_array
@@ -34,7 +46,9 @@ MAX_SHARD_ROWS = 256
 ROW_BYTES_LIMIT = 2**31  # no real row comes near; a broken header must not allocate more
 
 TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9_]+)*")  # it becomes a folder: no way out of the store
-REGIONS = ("all", "main", "vlr", "main+vlr")
+PER = re.compile(r"cell|anchor|box|proposal|level[0-4]")
+MAX_PROPOSALS = 1000  # of a teacher's RPN after NMS; the ground-truth boxes come on top
+ENTRY_COUNT, BOX_COUNT = "entries/count", "boxes/count"
 
 # entries/* arrays: name -> dtype, one value per sparse entry
 ENTRY_DTYPES = {"index": "int32", "flag": "uint8", "gt": "int16", "weight": "float32"}
@@ -47,7 +61,12 @@ class ArraySpec:
     path: str
     shape: tuple[int, ...]
     dtype: str
-    sparse: bool  # the first dim counts entries: only a prefix is real
+    count: str | None = None  # path of the array that says how many of the first dim are real; None: all are
+
+    @property
+    def sparse(self) -> bool:
+        """True when only a prefix is real."""
+        return self.count is not None
 
     @property
     def row_bytes(self) -> int:
@@ -60,7 +79,7 @@ class StoredTensor:
     """A need with its shape and encoding."""
 
     need: Need
-    per: str  # "cell" or "anchor"
+    per: str  # what it has a row for: see TensorSpec
     dims: tuple[int, ...]
     encoding: Encoding
 
@@ -74,11 +93,19 @@ class StoredTensor:
             "encoding": self.encoding.to_json(),
         }
 
+    @property
+    def count(self) -> str | None:
+        """Path of the array that counts its rows; None when it is dense."""
+        if self.need.dense:
+            return None
+        return {"gt": BOX_COUNT, "proposals": PROPOSAL_COUNT}.get(self.need.region, ENTRY_COUNT)
+
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> StoredTensor:
         """Inverse of ``to_json``. Raises StoreError, KeyError, TypeError or ValueError for what it cannot be."""
         name, region, per = (str(data[field]) for field in ("name", "region", "per"))
-        if not TENSOR_NAME.fullmatch(name) or region not in REGIONS or per not in ("cell", "anchor"):
+        known = region in ("all", "gt", "proposals") or all(part in FLAGS for part in region.split("+"))
+        if not TENSOR_NAME.fullmatch(name) or not known or not PER.fullmatch(per):
             raise StoreError(f"unknown tensor {name}@{region} per {per}; this store was written by a newer kdcli")
         dims = tuple(_whole(n) for n in data["dims"])
         return StoredTensor(Need(name, region), per, dims, encodings.from_json(data["encoding"]))
@@ -93,16 +120,28 @@ class CacheSchema:
     rows: int
     shard_rows: int
     tensors: tuple[StoredTensor, ...]
+    max_boxes: int = 0  # ground-truth boxes of the row that has most
 
     @property
     def sparse(self) -> bool:
-        """True when some tensor is read on a region."""
-        return any(not t.need.dense for t in self.tensors)
+        """True when some tensor is read at the entries of a region."""
+        return any(t.need.at_entries for t in self.tensors)
 
     @property
     def regions(self) -> frozenset[str]:
-        """The elementary regions that the entries cover: ``main``, ``vlr``."""
+        """The elementary regions that the entries cover, e.g. ``main``, ``vlr``."""
         return regions_of(t.need for t in self.tensors)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The arrays that count real rows, each with the most that it may say."""
+        most = {
+            ENTRY_COUNT: self.grid.num_total(self.canvas),
+            BOX_COUNT: self.max_boxes,
+            PROPOSAL_COUNT: MAX_PROPOSALS + self.max_boxes,
+        }
+        used = {t.count for t in self.tensors}
+        return {path: limit for path, limit in most.items() if path in used}
 
     @property
     def num_shards(self) -> int:
@@ -114,19 +153,33 @@ class CacheSchema:
         return shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows)
 
     def sizes(self, tensor: StoredTensor) -> tuple[int, ...]:
-        """Cells (or anchors) of each level."""
+        """Allocated rows of ``tensor``, level by level where it has levels."""
         anchors = self.grid.level_sizes(self.canvas)
-        return tuple(n // self.grid.num_anchors for n in anchors) if tensor.per == "cell" else tuple(anchors)
+        cells = tuple(n // self.grid.num_anchors for n in anchors)
+        if tensor.per.startswith("level"):
+            return (cells[int(tensor.per[5:])],)
+        if tensor.per in ("box", "proposal"):
+            return (max(1, self.counts[str(tensor.count)]),)
+        return cells if tensor.per == "cell" else tuple(anchors)
 
     def count(self, tensor: StoredTensor) -> int:
-        """Allocated rows of ``tensor``: P or N."""
+        """Allocated rows of ``tensor``: P, N, the cells of its level, or the most boxes or proposals."""
         return sum(self.sizes(tensor))
+
+    def valid_rows(self, tensor: StoredTensor, valid: Tensor) -> Tensor:
+        """Which rows of a dense ``tensor`` are real, of ``valid`` [..., P] cells."""
+        if tensor.per == "anchor":
+            return valid.repeat_interleave(self.grid.num_anchors, dim=-1)
+        if tensor.per.startswith("level"):
+            cells = [n // self.grid.num_anchors for n in self.grid.level_sizes(self.canvas)]
+            return torch.split(valid, cells, dim=-1)[int(tensor.per[5:])]
+        return valid
 
     def tensor_arrays(self, tensor: StoredTensor) -> dict[str, ArraySpec]:
         """Encoding suffix -> array."""
         layout = tensor.encoding.layout(self.count(tensor), tensor.dims, self.sizes(tensor))
         return {
-            suffix: ArraySpec(_path(tensor.need, suffix), shape, dtype, sparse=not tensor.need.dense)
+            suffix: ArraySpec(_path(tensor.need, suffix), shape, dtype, tensor.count)
             for suffix, (shape, dtype) in layout.items()
         }
 
@@ -134,13 +187,13 @@ class CacheSchema:
         """Every per-row array of the store."""
         arrays = [
             # sha256 of the image file (32 bytes), then the guard of boxes, labels and region definition (16)
-            ArraySpec("row/identity", (48,), "uint8", sparse=False),
-            ArraySpec("row/geometry", (GEOMETRY_LENGTH,), "float64", sparse=False),
+            ArraySpec("row/identity", (48,), "uint8"),
+            ArraySpec("row/geometry", (GEOMETRY_LENGTH,), "float64"),
         ]
+        arrays += [ArraySpec(path, (1,), "int32") for path in self.counts]
         if self.sparse:
             anchors = self.grid.num_total(self.canvas)
-            arrays.append(ArraySpec("entries/count", (1,), "int32", sparse=False))
-            arrays += [ArraySpec(f"entries/{n}", (anchors,), d, sparse=True) for n, d in ENTRY_DTYPES.items()]
+            arrays += [ArraySpec(f"entries/{n}", (anchors,), d, ENTRY_COUNT) for n, d in ENTRY_DTYPES.items()]
         for tensor in self.tensors:
             arrays += self.tensor_arrays(tensor).values()
         return tuple(arrays)
@@ -152,9 +205,7 @@ class CacheSchema:
         """
         arrays = {}
         for tensor in self.tensors:
-            mask = None
-            if tensor.need.dense:
-                mask = valid if tensor.per == "cell" else np.repeat(valid, self.grid.num_anchors)
+            mask = self.valid_rows(tensor, torch.from_numpy(valid)).numpy() if tensor.need.dense else None
             key, value = tensor.need.key, values[tensor.need.key]
             if not np.isfinite(value).all():
                 raise GateError(
@@ -168,9 +219,11 @@ class CacheSchema:
         return arrays
 
     def decode(self, arrays: Tensors, needs: Iterable[Need]) -> Tensors:
-        """Float32 teacher tensors by ``Need.key`` from collated arrays by path."""
+        """Float32 teacher tensors by ``Need.key`` from collated arrays by path; with proposals, ``proposals/count`` [B]."""
         wanted = {n.key for n in needs}
         out = {}
+        if PROPOSAL_COUNT in arrays:
+            out[PROPOSAL_COUNT] = arrays[PROPOSAL_COUNT].flatten().long()
         for tensor in self.tensors:
             if tensor.need.key in wanted:
                 parts = {suffix: arrays[a.path] for suffix, a in self.tensor_arrays(tensor).items()}
@@ -193,6 +246,7 @@ class CacheSchema:
             "rows": self.rows,
             "shard_rows": self.shard_rows,
             "tensors": [t.to_json() for t in self.tensors],
+            "max_boxes": self.max_boxes,
         }
 
     @staticmethod
@@ -200,11 +254,12 @@ class CacheSchema:
         """Inverse of ``to_json``. Raises StoreError when a field is missing, of the wrong kind or beyond the bounds."""
         try:
             schema = CacheSchema(
-                grid=Grid.from_json(data["grid"]),
+                grid=Grid.from_json(data["grid"], complete=True),
                 canvas=Canvas.parse(data["canvas"]),
                 rows=_whole(data["rows"]),
                 shard_rows=_whole(data["shard_rows"]),
                 tensors=tuple(StoredTensor.from_json(t) for t in data["tensors"]),
+                max_boxes=_whole(data["max_boxes"], 0),
             )
             arrays = schema.layout()
             for size in (n for a in arrays for n in a.shape):
@@ -224,8 +279,8 @@ class CacheSchema:
 
 
 def regions_of(needs: Iterable[Need]) -> frozenset[str]:
-    """The elementary regions that ``needs`` read."""
-    return frozenset(part for n in needs if not n.dense for part in n.region.split("+"))
+    """The elementary regions that ``needs`` read at entries."""
+    return frozenset(part for n in needs if n.at_entries for part in n.region.split("+"))
 
 
 def plan_tensors(
@@ -234,23 +289,26 @@ def plan_tensors(
     """Choose an encoding for each need: ``default`` (8-bit where it is safe), ``float16`` or ``lossless`` (float32)."""
     planned = []
     for need in sorted(set(needs)):
-        spec = TensorSpec("anchor", (2,)) if need.name == RANK else specs[need.name]
+        spec = spec_of(need.name, specs)
         chosen: Encoding = encodings.FLOAT32
         if encoding == "float16":
             chosen = encodings.FLOAT16
         elif encoding == "default":
             chosen = _default_encoding(need)
-        planned.append(StoredTensor(need, spec.per if need.dense else "anchor", spec.dims, chosen))
+        planned.append(StoredTensor(need, spec.per, spec.dims, chosen))
     return tuple(planned)
 
 
 def _default_encoding(need: Need) -> Encoding:
     if need.name == BOX_DISTRIBUTION:
-        return encodings.EdgeAffine8()
-    if need.name == FEATURES:
-        return encodings.ChannelAffine8()
+        return encodings.VectorAffine8()
+    if need.name == FEATURES or need.name in BACKBONE:
+        # a region has no levels to share a range over: each cell has its own
+        return encodings.ChannelAffine8() if need.dense else encodings.VectorAffine8()
     if need.name == CLS_LOGITS and need.dense:
         return encodings.LogOdds8()
+    if need.name in (BOXES, PROPOSAL_BOXES):
+        return encodings.Box16() if need.dense else encodings.FLOAT32
     return encodings.FLOAT16  # class logits on main and ranks: a prototype lost 4e-3 of RM to 8 bits, 5e-5 to these
 
 
@@ -281,10 +339,10 @@ def row_tensor(value: Tensor) -> NDArray[np.float32]:
     return result
 
 
-def _whole(value: Any) -> int:
+def _whole(value: Any, least: int = 1) -> int:
     """A JSON number that counts something. Raises ValueError for another."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{str(value)[:40]} is not a whole number above 0")
+    if type(value) is not int or value < least:
+        raise ValueError(f"{str(value)[:40]} is not a whole number of at least {least}")
     return value
 
 

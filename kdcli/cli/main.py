@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -30,6 +32,23 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def load_plugins(
+    context: typer.Context,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(help="Python file with detectors or methods of yours; repeatable; also KDCLI_PLUGINS=FILE:FILE."),
+    ] = None,
+) -> None:
+    """Runs before every command."""
+    files = [Path(name) for name in os.environ.get("KDCLI_PLUGINS", "").split(os.pathsep) if name]
+    files += plugin or []
+    if files and "--help" not in context.obj:  # a plugin imports torch: 4 s
+        from kdcli.plugins import load
+
+        load(files)
+
+
 def main() -> None:
     """Entry point; exits with 0, 2 usage, 3 data or option, 4 store, 5 space, 6 gate, 130 interrupted."""
     # GNU OpenMP spins at barriers: with one other busy process on two cores a training step took 13.5 s instead of 0.21.
@@ -47,7 +66,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     from kdcli.cli import commands  # noqa: F401  registers the commands on ``app``
 
     try:
-        result = app(arguments, standalone_mode=False, prog_name="kdcli")
+        result = app(arguments, standalone_mode=False, prog_name="kdcli", obj=arguments)
         code = result if isinstance(result, int) else 0
         return _fail(INTERRUPTED, 130) if code == 130 else code  # typer turns Ctrl-C into an exit code
     except typer.TyperException as error:

@@ -61,13 +61,13 @@ def _launch(
     command: str, given: dict[str, Any], model: str | None, config: Path | None, assignments: list[str] | None,
     seeds: str | None, out: Path | None, resume: Path | None, overwrite: bool, as_json: bool,
 ) -> int:  # fmt: skip
-    from kdcli.cli.watch import ConsoleWatcher, print_json
-    from kdcli.engine import launch
+    from kdcli.cli.watch import print_json, watching
+    from kdcli.engine import distributed, launch
     from kdcli.options import parse_assignments, read_toml
 
     fields = read_toml(config) if config else {}
     asked = launch.from_flags(command, fields, given, model, parse_assignments(assignments or []))
-    with ConsoleWatcher() as watcher:
+    with distributed.joined(asked.fields.get("device", "auto")) as first, watching(first) as watcher:
         if resume:
             if out or seeds or overwrite:
                 raise OptionError("--resume RUN continues RUN: it does not go with --out, --seeds or --overwrite")
@@ -78,6 +78,8 @@ def _launch(
             finished = launch.queue(asked, _read_seeds(seeds), out, watcher, overwrite=overwrite)
         else:
             finished = [launch.start(asked, out, watcher, overwrite=overwrite)]
+        if not first:
+            return 0
         _draw(finished)
     if as_json:
         made = [{"run": str(run), **metrics} for run, metrics in finished]

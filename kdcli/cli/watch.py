@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from kdcli.engine.watch import Silent, Watcher
 from kdcli.report.console import human_console
 from kdcli.report.text import plain
 
@@ -50,6 +53,16 @@ class ConsoleWatcher:
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         self.console.print(Text(plain(text)))
+
+
+@contextmanager
+def watching(loud: bool) -> Iterator[Watcher]:
+    """A ConsoleWatcher, or a silent one in the processes that only compute."""
+    if loud:
+        with ConsoleWatcher() as watcher:
+            yield watcher
+    else:
+        yield Silent()
 
 
 def print_json(value: Any) -> None:

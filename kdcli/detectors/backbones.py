@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
 from kdcli.errors import MissingPathError, OptionError, nearest
 from kdcli.files import load_torch
@@ -41,6 +42,8 @@ BACKBONES: dict[str, Layout] = {
     "resnet34": _RESNET,
     "resnet50": _RESNET,
     "resnet101": _RESNET,
+    "resnet152": _RESNET,
+    "resnext101_64x4d": _RESNET,
     "mobilenet_v2": _features(4, 7, 14, 18),
     "mobilenet_v3_small": _features(2, 4, 9, 12),
     "mobilenet_v3_large": _features(4, 7, 13, 16),
@@ -53,10 +56,11 @@ class Backbone(nn.Module):
     """``name`` of BACKBONES with random weights (torchvision's initialisation).
 
     frozen: every batch norm stays in eval mode with fixed scale and shift, and the layers up to stride 4 (stem and,
-    where it has one, first stage) get no gradient: mmdet's rule for pretrained backbones. ``channels``: of C3, C4, C5.
+    where it has one, first stage) get no gradient: mmdet's rule for pretrained backbones. stride_in_1x1: see ModelSpec; no
+    other than a ResNet with bottlenecks. ``channels``: of C3, C4, C5.
     """
 
-    def __init__(self, name: str, *, frozen: bool = False) -> None:
+    def __init__(self, name: str, *, frozen: bool = False, stride_in_1x1: bool = False) -> None:
         super().__init__()
         if name not in BACKBONES:
             raise OptionError(f"backbone '{name}': unknown{nearest(name, BACKBONES)}")
@@ -64,6 +68,8 @@ class Backbone(nn.Module):
         self.frozen = False
         self._runs = BACKBONES[name].runs
         model = torchvision.models.get_model(name, weights=None)
+        if stride_in_1x1:
+            _move_strides(model, name)
         whole = set(model.state_dict())
         for child, module in _used_children(model, self._runs):
             self.add_module(child, module)
@@ -130,6 +136,15 @@ def load_backbone_weights(backbone: Backbone, source: str) -> None:
     if problems:
         raise OptionError(f"backbone weights '{source}' are not those of {backbone.name}: keys {'; '.join(problems)}")
     backbone.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)
+
+
+def _move_strides(model: nn.Module, name: str) -> None:
+    """Put the stride of each bottleneck into its first conv, of 1x1, as Caffe's ResNets have it (arXiv 1512.03385)."""
+    blocks = [m for m in model.modules() if isinstance(m, Bottleneck)]
+    if not blocks:
+        raise OptionError(f"model.stride_in_1x1: backbone {name} has no bottlenecks; leave it out")
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 def _used_children(model: nn.Module, runs: tuple[tuple[str, ...], ...]) -> list[tuple[str, nn.Module]]:

@@ -21,6 +21,11 @@ from kdcli.structures import Canvas, Detections, Targets
 from kdcli.tensors import Tensors, TensorSpec
 
 BatchNormMode = Literal["auto", "train", "frozen"]
+BoxBranch = Literal["default", "distribution"]
+FcosVariant = Literal["normalised", "plain"]
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1: what every torchvision backbone was trained with
+IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,13 @@ class ModelSpec(JsonSpec):
 
     detector, backbone: names in ``DETECTORS`` and ``BACKBONES``. num_classes: K, foreground classes.
     fpn_channels: C of the neck. tower_convs: 3x3 convs of each of the head's two towers. head_channels: their channels,
-    None for fpn_channels. reg_max: E - 1 of a box distribution. bn: backbone batch norm: ``train`` (and nothing
-    frozen), ``frozen`` (eval mode, stem and first stage fixed), ``auto`` = frozen with pretrained weights, else train;
-    a built detector never says ``auto``.
+    None for fpn_channels (of Faster R-CNN's two linear layers: None for 1024). reg_max: E - 1 of a box distribution. bn:
+    backbone batch norm: ``train`` (and nothing frozen), ``frozen`` (eval mode, stem and first stage fixed), ``auto`` =
+    frozen with pretrained weights, else train; a built detector never says ``auto``. box: ``distribution`` gives any
+    dense detector the edge logits that LD needs.
+    fcos: which of the two FCOS recipes; other detectors take the default alone. image_mean, stride_in_1x1: of converted
+    weights that were trained otherwise: the mean of RGB in 0..1 that is taken off an image; the stride of a bottleneck in
+    its first conv (Caffe's ResNets), not in its second.
     """
 
     detector: str
@@ -42,6 +51,10 @@ class ModelSpec(JsonSpec):
     head_channels: int | None = None
     reg_max: int = 16
     bn: BatchNormMode = "auto"
+    box: BoxBranch = "default"
+    fcos: FcosVariant = "normalised"
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    stride_in_1x1: bool = False
 
     def __post_init__(self) -> None:
         for name in ("detector", "backbone"):
@@ -54,8 +67,16 @@ class ModelSpec(JsonSpec):
                 continue
             if type(value) is not int or value < low:
                 raise OptionError(f"model.{name} = {value!r}: must be a whole number of at least {low}")
-        if self.bn not in get_args(BatchNormMode):
-            raise OptionError(f"model.bn = {self.bn!r}{nearest(str(self.bn), get_args(BatchNormMode))}")
+        for name, hint in (("bn", BatchNormMode), ("box", BoxBranch), ("fcos", FcosVariant)):
+            value, choices = getattr(self, name), get_args(hint)
+            if value not in choices:
+                raise OptionError(f"model.{name} = {value!r}{nearest(str(value), choices)}")
+        if len(self.image_mean) != 3 or not all(type(v) is float and 0 <= v <= 1 for v in self.image_mean):
+            raise OptionError(f"model.image_mean = {self.image_mean!r}: must be three numbers in 0..1")
+        if type(self.stride_in_1x1) is not bool:
+            raise OptionError(f"model.stride_in_1x1 = {self.stride_in_1x1!r}: must be true or false")
+        if self.fcos != "normalised" and self.detector != "fcos":
+            raise OptionError(f"model.fcos = {self.fcos!r}: the model is {self.detector}; leave it out or take fcos_*")
 
     @property
     def name(self) -> str:
@@ -101,6 +122,19 @@ class Detector(nn.Module):
 
     def dense_boxes(self, outputs: Tensors, canvas: Canvas) -> Tensor:
         """``boxes`` [B, N, 4]: ``decode_boxes`` of every anchor."""
+        raise NotImplementedError
+
+    def proposals(self, outputs: Tensors, content: Tensor, canvas: Canvas) -> list[Tensor]:
+        """Boxes [R, 4] of each image that a two-stage detector looks at more closely, best first; no gradient."""
+        raise NotImplementedError
+
+    def proposal_logits(self, outputs: Tensors, boxes: list[Tensor], canvas: Canvas) -> Tensor:
+        """RoI logits [sum R, K + 1] (background last) of ``boxes``, [R, 4] for each image."""
+        raise NotImplementedError
+
+    def sample_proposals(self, boxes: list[Tensor], targets: Targets) -> tuple[list[Tensor], Tensor]:
+        """What a training step would sample from ``boxes`` ([R, 4] each, ground truth included), drawn from
+        ``targets.draws``: (indices into each image's list, labels [sum S], K = background)."""
         raise NotImplementedError
 
     def specs(self) -> Mapping[str, TensorSpec]:

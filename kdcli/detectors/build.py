@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kdcli.detectors.backbones import BACKBONES, load_backbone_weights
+from kdcli.detectors.backbones import BACKBONES, Backbone, load_backbone_weights
 from kdcli.detectors.base import Detector, ModelSpec, count_parameters
+from kdcli.detectors.convert.recipes import MM_FASTER_RCNN, TORCHVISION, build_torchvision
 from kdcli.detectors.dense.detector import DenseDetector
-from kdcli.detectors.dense.recipes import GFL, RETINANET, Recipe
+from kdcli.detectors.dense.recipes import ATSS, FCOS, FCOS_PLAIN, GFL, RETINANET, Recipe, with_distribution
+from kdcli.detectors.two_stage.detector import TwoStageDetector
+from kdcli.detectors.two_stage.recipes import FASTER_RCNN, TwoStageRecipe
 from kdcli.errors import OptionError, nearest
 
 __all__ = [
@@ -16,25 +19,49 @@ __all__ = [
     "ModelSpec",
     "build_detector",
     "count_parameters",
+    "detector_names",
     "model_names",
     "parse_model_name",
+    "recipe_of",
 ]
 
-DETECTORS: dict[str, Recipe] = {recipe.name: recipe for recipe in (GFL, RETINANET)}
+DETECTORS: dict[str, Recipe | TwoStageRecipe | type[Detector]] = {  # kdcli.plugins adds a user's own
+    recipe.name: recipe for recipe in (GFL, RETINANET, ATSS, FCOS, FASTER_RCNN)
+}
+NAMES = (*DETECTORS, *TORCHVISION, MM_FASTER_RCNN.name)  # the latter: with the conventions of converted weights
+YOURS = "if it is yours, name its file with kdcli --plugin FILE"
+
+
+def detector_names() -> tuple[str, ...]:
+    """Every detector that ``--model`` takes: kdcli's, then those of plugins."""
+    return tuple(dict.fromkeys((*NAMES, *DETECTORS)))
 
 
 def model_names() -> list[str]:
     """Every ``<detector>_<backbone>``."""
-    return [f"{detector}_{backbone}" for detector in DETECTORS for backbone in BACKBONES]
+    return [f"{detector}_{backbone}" for detector in detector_names() for backbone in BACKBONES]
 
 
 def parse_model_name(name: str) -> tuple[str, str]:
     """Split ``gfl_resnet18`` into ``("gfl", "resnet18")``. Raises OptionError with the nearest name."""
-    for detector in DETECTORS:
+    for detector in detector_names():
         backbone = name.removeprefix(f"{detector}_")
         if backbone != name and backbone in BACKBONES:
             return detector, backbone
-    raise OptionError(f"model '{name}': unknown{nearest(name, model_names())}")
+    raise OptionError(f"model '{name}': unknown{nearest(name, model_names())}; {YOURS}")
+
+
+def recipe_of(spec: ModelSpec) -> Recipe | TwoStageRecipe:
+    """The recipe of ``spec``: of its detector, FCOS variant and box branch. Raises OptionError on an unknown detector."""
+    if spec.detector not in DETECTORS:
+        similar = nearest(spec.detector, detector_names())
+        unknown = f": unknown{similar}" if "did you mean" in similar else " is unknown"
+        raise OptionError(f"detector '{spec.detector}'{unknown}; {YOURS}")
+    recipe = FCOS_PLAIN if spec.fcos == "plain" else DETECTORS[spec.detector]
+    assert not isinstance(recipe, type)  # a user's class has no recipe: _build does not ask for it
+    if isinstance(recipe, Recipe) and spec.box == "distribution":
+        return with_distribution(recipe)
+    return recipe
 
 
 def build_detector(spec: ModelSpec, backbone_weights: str = "none") -> Detector:
@@ -43,12 +70,37 @@ def build_detector(spec: ModelSpec, backbone_weights: str = "none") -> Detector:
     backbone_weights: ``none``, ``imagenet`` (downloaded by torchvision) or the path of a torchvision state dict.
     ``spec.bn`` of ``auto`` becomes ``train`` without and ``frozen`` with pretrained weights. Raises OptionError on
     unknown names and weights of another backbone, MissingPathError on weights that are not there.
+    A user's class is built as ``cls(spec)``.
     """
-    if spec.detector not in DETECTORS:
-        raise OptionError(f"detector '{spec.detector}': unknown{nearest(spec.detector, DETECTORS)}")
     if spec.bn == "auto":
         spec = replace(spec, bn="train" if backbone_weights == "none" else "frozen")
-    detector = DenseDetector(spec, DETECTORS[spec.detector])
+    detector = _build(spec)
     if backbone_weights != "none":
-        load_backbone_weights(detector.backbone, backbone_weights)
+        backbone = getattr(detector, "backbone", None)
+        if not isinstance(backbone, Backbone):
+            raise OptionError(
+                f"detector '{spec.detector}' has no attribute backbone of kdcli.detectors.backbones.Backbone to load "
+                "pretrained weights into; leave --backbone-weights out"
+            )
+        load_backbone_weights(backbone, backbone_weights)
+    return detector
+
+
+def _build(spec: ModelSpec) -> Detector:
+    if spec.detector in TORCHVISION:
+        return build_torchvision(spec)
+    if spec.detector == MM_FASTER_RCNN.name:
+        return TwoStageDetector(spec, MM_FASTER_RCNN)
+    own = DETECTORS.get(spec.detector)
+    if isinstance(own, type):
+        return _build_class(spec, own)
+    recipe = recipe_of(spec)
+    return TwoStageDetector(spec, recipe) if isinstance(recipe, TwoStageRecipe) else DenseDetector(spec, recipe)
+
+
+def _build_class(spec: ModelSpec, cls: type[Detector]) -> Detector:
+    detector = cls(spec)
+    for name in ("spec", "grid", "assigner", "region_defaults"):
+        if not hasattr(detector, name):
+            raise OptionError(f"detector '{spec.detector}': {cls.__name__}.__init__ does not set self.{name}")
     return detector

@@ -95,17 +95,18 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     pair = Pair(specs, specs, detector.grid, canvas, detector.spec.detector)
     resolved = {}
     for name, method in methods.items():
-        check_pair(name, method, pair, detector.spec.name, detector.spec.name)
         resolved[name] = resolve_options(name, method, detector.spec.detector, options.methods.get(name, {}))
-    needs: tuple[Need, ...] = tuple(sorted({n for m in methods.values() for n in m.needs}))
+        check_pair(name, method, resolved[name], pair, detector.spec.name, detector.spec.name)
+    needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(resolved[k])}))
     positions = usable(dataset, options.skip_bad, watcher)
     source = SampleSource(
         dataset, canvas, options.view_seed, detector.grid, detector.assigner,
         region_spec(detector.region_defaults, methods, resolved), regions_of(needs),
     )  # fmt: skip
     schema = CacheSchema(
-        detector.grid, canvas, len(positions) * len(views), 1, plan_tensors(needs, specs, options.encoding)
-    )
+        detector.grid, canvas, len(positions) * len(views), 1, plan_tensors(needs, specs, options.encoding),
+        max_boxes=max((len(dataset.training_boxes(int(p))[0]) for p in positions), default=0),
+    )  # fmt: skip
     row_bytes = sum(a.row_bytes for a in schema.layout())
     schema = replace(schema, shard_rows=min(options.shard_rows or shard_rows_for(row_bytes), schema.rows))
     run = {
@@ -226,7 +227,7 @@ def encode_rows(plan: Plan, samples: list[Sample]) -> tuple[list[dict[str, NDArr
     """Teacher tensors (float32, by ``Need.key``) of samples of one orientation, and their stored arrays by path."""
     batch = collate(samples, None).to(plan.device)
     values = [
-        {key: row_tensor(value[0] if Need(*key.split("@")).dense else value) for key, value in row.items()}
+        {need.key: row_tensor(row[need.key][0] if need.dense else row[need.key]) for need in plan.needs}
         for row in plan.forward.rows(batch.images, batch.targets, batch.entries, plan.needs)
     ]
     rows = []
@@ -243,6 +244,8 @@ def encode_rows(plan: Plan, samples: list[Sample]) -> tuple[list[dict[str, NDArr
             arrays["entries/flag"] = entries.flag.numpy()
             arrays["entries/gt"] = entries.gt.numpy().astype(np.int16)
             arrays["entries/weight"] = entries.weight.numpy()
+        counts = {t.count: len(value[t.need.key]) for t in plan.schema.tensors if t.count and not t.need.at_entries}
+        arrays.update({str(path): np.array([count], np.int32) for path, count in counts.items()})
         arrays.update(plan.schema.encode(value, sample.valid.numpy()))
         rows.append(arrays)
     return values, rows
@@ -273,6 +276,5 @@ def _compare(
         theirs = other[key][0] if other[key].ndim > exact[key].ndim else other[key]
         keep: Any = slice(None)
         if tensor.need.dense:
-            valid = sample.valid.numpy()
-            keep = valid if tensor.per == "cell" else np.repeat(valid, plan.source.grid.num_anchors)
+            keep = plan.schema.valid_rows(tensor, sample.valid).numpy()
         meter.add(key, exact[key][keep], theirs[keep])

@@ -15,10 +15,11 @@ from kdcli.data import coco
 from kdcli.data.views import to_image
 from kdcli.detectors.base import Detector, count_parameters
 from kdcli.engine.coco_eval import Metrics, coco_results, evaluate_detections
+from kdcli.engine.distributed import gathered, world_rank
 from kdcli.engine.samples import Item, Loader, Sample, SampleSource, orientation
 from kdcli.errors import DataError
 from kdcli.structures import Canvas
-from kdcli.tensors import Tensors
+from kdcli.tensors import BACKBONE, Tensors, world_size
 
 IDENTITY = "identity"
 
@@ -66,7 +67,7 @@ def plain_forward(detector: Detector, amp: torch.dtype | None) -> Forward:
     def forward(images: Tensor) -> Tensors:
         with torch.autocast(images.device.type, amp, enabled=amp is not None):
             outputs = detector(images.to(memory_format=torch.channels_last).float() / 255)
-        return {name: value.float() for name, value in outputs.items()}
+        return {name: value.float() for name, value in outputs.items() if name not in BACKBONE}
 
     return forward
 
@@ -109,13 +110,14 @@ def evaluate(
     positions = [i for i in range(dataset.num_images) if i not in left_out]
     results: list[dict[str, Any]] = []
     seconds = 0.0
-    batches = evaluation_batches(loader.source, positions, batch)
+    batches = evaluation_batches(loader.source, positions[world_rank() :: world_size()], batch)
     forward = forward or plain_forward(detector, None)
     for sample, boxes, scores, labels, cost in detect(detector, forward, loader, batches, device):
         results += coco_results(sample.key.image_id, boxes, scores, category_ids[labels])
         seconds += cost
         if advance is not None:
-            advance(1)
+            advance(world_size())
+    results = gathered(results)
     truth = coco.coco_dict(dataset)
     if left_out:
         gone = {dataset.image_id(i) for i in left_out}

@@ -20,9 +20,9 @@ from kdcli.detectors.base import Detector
 from kdcli.detectors.weights import CheckpointMeta, load_detector
 from kdcli.engine import teacher as teachers
 from kdcli.engine.manifest import cache_command, region_spec, require_match, specs_of, with_classes
-from kdcli.engine.samples import SampleSource
+from kdcli.engine.samples import SampleSource, region_definition
 from kdcli.errors import OptionError, StoreError
-from kdcli.geometry.assign import assign
+from kdcli.geometry.assign import AssignerSpec, assign
 from kdcli.geometry.regions import RegionSpec, compute_entries
 from kdcli.methods.base import Method, Pair, check_pair
 from kdcli.options import TrainOptions
@@ -104,9 +104,10 @@ def join_teacher(
     """
     pair = Pair(student.specs(), side.specs, student.grid, source.canvas, student.spec.detector)
     for name, method in methods.items():
-        check_pair(name, method, pair, student.spec.name, side.name)
+        check_pair(name, method, options.methods[name], pair, student.spec.name, side.name)
     built = {name: method(pair, **options.methods[name]) for name, method in methods.items()}
-    needs: tuple[Need, ...] = tuple(sorted({n for m in built.values() for n in m.needs}))
+    needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(options.methods[k])}))
+    require_strides(side, student)
     base = RegionSpec.from_json(side.reader.manifest["regions"]) if side.reader else student.region_defaults
     source = replace(source, region_spec=region_spec(base, methods, options.methods), regions=regions_of(needs))
     aligned = any(m.index_aligned for m in methods.values())
@@ -121,8 +122,9 @@ def join_teacher(
         index_space = (student.grid, student.assigner, source.region_spec) if aligned else None
         require_match(side.reader, source.dataset, source.canvas, views, index_space)
         reader = _reader_for(side, needs, options)
-        source = replace(source, reader=reader)
-        recheck_regions(source, positions, views)
+        source = replace(source, reader=reader, row_definition=stored_definition(reader))
+        if aligned:
+            recheck_regions(source, positions, views)
         return JoinedTeacher(
             teachers.cached(reader.schema, needs), built, source, side.ap, side.sha256, store_digest(reader.path),
             reader.bytes_on_disk(),
@@ -139,6 +141,25 @@ def join_teacher(
     forward = teachers.TeacherForward(detector.eval(), order, options.micro_batch, options.teacher_precision)
     schema = CacheSchema(student.grid, source.canvas, 1, 1, plan_tensors(needs, side.specs, "lossless"))
     return JoinedTeacher(teachers.live(forward, needs, schema), built, source, side.ap, side.sha256)
+
+
+def require_strides(side: TeacherSide, student: Detector) -> None:
+    """Feature methods pair cells, so both grids must have the same ones, whatever their anchors. Raises OptionError."""
+    theirs = side.reader.schema.grid if side.reader else side.detector.grid if side.detector else student.grid
+    if theirs.strides != student.grid.strides:
+        raise OptionError(
+            f"teacher {side.name} has maps at strides {list(theirs.strides)}, student {student.spec.name} at "
+            f"{list(student.grid.strides)}; distillation needs the same strides on both sides"
+        )
+
+
+def stored_definition(reader: CacheReader) -> str:
+    """What the guard of a store's rows was made with: for features alone, the student's own anchors may differ."""
+    manifest = reader.manifest
+    return region_definition(
+        reader.schema.canvas, reader.schema.grid, AssignerSpec.from_json(manifest["assigner"]),
+        RegionSpec.from_json(manifest["regions"]),
+    )  # fmt: skip
 
 
 def _reader_for(side: TeacherSide, needs: tuple[Need, ...], options: TrainOptions) -> CacheReader:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli.data.views import format_views, parse_views
-from kdcli.engine import runs
+from kdcli.engine import distributed, runs
 from kdcli.engine.devices import reset_peak_memory
 from kdcli.engine.prepare import Prepared, absolute_methods, absolute_weights, prepare
 from kdcli.engine.train import Trainer
@@ -64,9 +64,11 @@ def from_flags(
 
 def start(asked: Asked, out: Path, watcher: Watcher, *, overwrite: bool) -> tuple[Path, dict[str, Any]]:
     """A new run in ``out``. Everything is checked before the folder is made."""
-    runs.require_free(out, overwrite=overwrite)
+    if distributed.is_main():
+        runs.require_free(out, overwrite=overwrite)
     prepared = prepare(asked.options(), frozenset(asked.fields), watcher)
-    runs.create_run(out, prepared.options, _environment(prepared), overwrite=overwrite)
+    if distributed.is_main():
+        runs.create_run(out, prepared.options, _environment(prepared), overwrite=overwrite)
     reset_peak_memory(prepared.device)
     return out, Trainer(prepared, out, watcher).fit()
 
@@ -99,7 +101,7 @@ def queue(
         mine = replace(asked, fields={**asked.fields, "seed": seed})
         run = out / f"seed-{seed}"
         watcher.note(f"seed {seed}: {run}")
-        if (run / "config.toml").is_file() and not overwrite:
+        if distributed.from_main((run / "config.toml").is_file()) and not overwrite:
             finished.append(resume(run, mine, watcher))
         else:
             finished.append(start(mine, run, watcher, overwrite=overwrite))

@@ -19,7 +19,7 @@ from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec
 from kdcli.methods.base import Method
 from kdcli.structures import Canvas
-from kdcli.tensors import TensorSpec
+from kdcli.tensors import CLS_LOGITS, PROPOSAL_LOGITS, TensorSpec
 
 
 def teacher_entry(detector: Detector, weights_sha256: str, ap: float | None) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def specs_of(manifest: Mapping[str, Any]) -> dict[str, TensorSpec]:
 
 def with_classes(specs: Mapping[str, TensorSpec], num_classes: int) -> dict[str, TensorSpec]:
     """``specs`` once the class logits are reordered to a data set's classes."""
-    return {n: TensorSpec(s.per, (num_classes,)) if n == "cls_logits" else s for n, s in specs.items()}
+    counts = {CLS_LOGITS: num_classes, PROPOSAL_LOGITS: num_classes + 1}
+    return {n: TensorSpec(s.per, (counts[n],)) if n in counts else s for n, s in specs.items()}
 
 
 def region_spec(base: RegionSpec, methods: Mapping[str, type[Method]], options: Mapping[str, Any]) -> RegionSpec:

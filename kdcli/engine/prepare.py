@@ -68,6 +68,8 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
     views = side.views if side and side.views and "views" not in given else parse_views(options.views)
 
     positions = usable(train, options.skip_bad, watcher)
+    if options.skip_empty:
+        positions = with_boxes(train, positions, watcher)
     val_bad = frozenset(range(val.num_images)) - frozenset(usable(val, options.skip_bad, watcher).tolist())
     torch.manual_seed(options.seed)
     student = make_student(options, len(train.classes))
@@ -115,7 +117,8 @@ def make_student(options: TrainOptions, num_classes: int) -> Detector:
     if not options.model.name:
         raise UsageError("--model is missing: name one such as gfl_resnet18; `kdcli models` lists them")
     detector, backbone = parse_model_name(options.model.name)
-    table = {k: getattr(options.model, k) for k in ("fpn_channels", "tower_convs", "head_channels", "reg_max", "bn")}
+    names = ("fpn_channels", "tower_convs", "head_channels", "reg_max", "bn", "box", "fcos")
+    table = {k: getattr(options.model, k) for k in names}
     student = build_detector(
         ModelSpec(detector=detector, backbone=backbone, num_classes=num_classes, **table), options.backbone_weights
     )
@@ -142,3 +145,18 @@ def usable(dataset: Dataset, skip_bad: bool, watcher: Watcher) -> NDArray[np.int
         watcher.note(f"left out: {fault.where}: {fault.message}")
     keep = np.array([i for i in range(dataset.num_images) if i not in report.bad_images], dtype=np.int64)
     return keep
+
+
+def with_boxes(dataset: Dataset, positions: NDArray[np.int64], watcher: Watcher) -> NDArray[np.int64]:
+    """Those of ``positions`` whose image has a box to train on: no crowd, no side below a pixel of the image.
+
+    Raises DataError when none is left.
+    """
+    keep = np.array([len(dataset.training_boxes(int(p))[0]) > 0 for p in positions], dtype=bool)
+    if not keep.any():
+        raise DataError(
+            f"{dataset.annotations_path}: no image has a box to train on; correct it, or leave skip_empty out"
+        )
+    if not keep.all():
+        watcher.note(f"left out: {int((~keep).sum())} of {len(keep)} images, which have no box to train on")
+    return positions[keep]

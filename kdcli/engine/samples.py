@@ -65,12 +65,14 @@ class SampleSource:
     regions: frozenset[str] = frozenset()
     reader: CacheReader | None = None
     targets: bool = True  # False: evaluation, which reads no assignment
+    row_definition: str | None = None  # of the reader's rows
 
     @property
     def definition(self) -> str:
         """What the entries of a row depend on beside its boxes; part of the row's guard."""
-        parts = (str(self.canvas), self.grid.to_json(), self.assigner.to_json(), self.region_spec.to_json())
-        return repr(parts)
+        if self.row_definition is not None:
+            return self.row_definition
+        return region_definition(self.canvas, self.grid, self.assigner, self.region_spec)
 
     def geometry(self, item: Item) -> Geometry:
         """Where the pixels of ``item`` go."""
@@ -125,6 +127,11 @@ class SampleSource:
             raise StoreError(f"{sample.key}: its view is not the one that the teacher saw; {again}")
         if row.guard != guard(sample.boxes, sample.labels, self.definition):
             raise StoreError(f"{sample.key}: its boxes, labels or regions are not those of the store; {again}")
+
+
+def region_definition(canvas: Canvas, grid: Grid, assigner: AssignerSpec, regions: RegionSpec) -> str:
+    """What the entries of a row depend on beside its boxes, as one text."""
+    return repr((str(canvas), grid.to_json(), assigner.to_json(), regions.to_json()))
 
 
 def collate(samples: list[Sample], reader: CacheReader | None) -> Batch:
@@ -278,6 +285,12 @@ def orientation(source: SampleSource, item: Item) -> Canvas:
     if item[1].startswith("crop-"):
         return source.geometry(item).canvas
     return orient(source.canvas, *source.dataset.image_size(item[0]))
+
+
+def image_draws(keys: list[RowKey], seed: int, epoch: int) -> Tensor:
+    """A seed for what is drawn at random about each image, [B] int64: of (seed, epoch, image id) alone."""
+    ids = np.array([key.image_id for key in keys], dtype=np.int64)
+    return torch.from_numpy((_mix(ids.astype(np.uint64), _salt("draw", seed, epoch)) >> np.uint64(1)).astype(np.int64))
 
 
 def _salt(what: str, seed: int, epoch: int) -> np.uint64:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.detectors.base import Detector
-from kdcli.detectors.read import read
+from kdcli.detectors.read import read, sample_proposals
 from kdcli.errors import GateError
 from kdcli.methods.base import Method
 from kdcli.structures import Batch
-from kdcli.tensors import Need, Tensors
+from kdcli.tensors import BACKBONE, Need, Tensors, precise
 
 ZERO_STEPS = 50  # a term may be exactly 0 for so many active steps in a row
 GRADIENT_LIMIT = 100.0  # times the detection loss's gradient norm
@@ -33,17 +33,24 @@ class TrainStep(nn.Module):
         self.amp_dtype = amp_dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
-        self.needs: tuple[Need, ...] = tuple(sorted({n for m in methods.values() for n in m.needs}))
+        both = [m.needs if m.student_needs is None else m.student_needs for m in methods.values()]
+        self.student_needs: tuple[Need, ...] = tuple(sorted({n for needs in both for n in needs}))
 
     def forward(self, batch: Batch, teacher: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(detection terms, distillation terms) of a batch, each a scalar. The losses are computed in float32."""
-        images = batch.images.to(memory_format=self.memory_format).float() / 255
+        # the student's own precision: float32, or float64 where a test compares sums
+        images = batch.images.to(memory_format=self.memory_format).to(next(self.student.parameters()).dtype) / 255
         with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             outputs = self.student(images)
-        outputs = {name: value.float() for name, value in outputs.items()}
+        # backbone stages are 60 MB an image at 800x1344: copied to float32 only where a method reads them
+        read_names = {need.name for need in self.student_needs}
+        outputs = {n: precise(value) for n, value in outputs.items() if n not in BACKBONE or n in read_names}
         detection = self.student.loss(outputs, batch.targets)
         distillation: dict[str, Tensor] = {}
-        student = read(self.student, outputs, self.needs, batch.entries, batch.targets)
+        proposals = None
+        if any(n.region == "proposals" for n in self.student_needs):
+            teacher, proposals = sample_proposals(self.student, teacher, batch.targets)
+        student = read(self.student, outputs, self.student_needs, batch.entries, batch.targets, proposals)
         for name, method in self.methods.items():
             distillation.update({f"{name}_{part}": term for part, term in method(student, teacher, batch).items()})
         return detection, distillation

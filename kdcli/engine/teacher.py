@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdcli.cache.schema import CacheSchema
+from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema
 from kdcli.detectors.base import Detector
 from kdcli.detectors.read import read
 from kdcli.errors import DataError
 from kdcli.structures import Batch, Entries, Targets
-from kdcli.tensors import CLS_LOGITS, Need, Tensors
+from kdcli.tensors import CLS_LOGITS, PROPOSAL_BOXES, PROPOSAL_COUNT, PROPOSAL_LOGITS, Need, Tensors
 
 Teacher = Callable[[Batch], Tensors]
 
@@ -44,8 +44,23 @@ class TeacherForward:
                 # image by image: a vectorised sigmoid may round the last elements of a longer array differently
                 one = {name: value[offset : offset + 1] for name, value in outputs.items()}
                 part = None if entries is None else single(entries, start + offset)
-                rows.append(read(self.detector, one, wanted, part, _single_target(targets, start + offset)))
+                target = _single_target(targets, start + offset)
+                proposals = self._proposals(one, target) if any(n.region == "proposals" for n in wanted) else None
+                rows.append(self._reorder(read(self.detector, one, wanted, part, target, proposals)))
         return rows
+
+    def _proposals(self, outputs: Tensors, target: Targets) -> list[Tensor]:
+        """The proposals of one image with its ground-truth boxes behind them: what a student samples from."""
+        found = self.detector.proposals(outputs, target.content, target.canvas)[0][:MAX_PROPOSALS]
+        return [torch.cat([found, target.boxes[0].to(found)])]
+
+    def _reorder(self, row: Tensors) -> Tensors:
+        """RoI logits with the classes in the data set's order, background last."""
+        key = Need(PROPOSAL_LOGITS, "proposals").key
+        if key in row:
+            background = row[key].shape[-1] - 1
+            row[key] = row[key][:, [*self.class_order, background]].contiguous()
+        return row
 
     @torch.no_grad()
     def outputs(self, chunk: Tensor) -> Tensors:
@@ -57,7 +72,7 @@ class TeacherForward:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             outputs = self.detector(pixels)
         outputs = {name: value[:real].float() for name, value in outputs.items()}
-        if self.class_order != tuple(range(outputs[CLS_LOGITS].shape[-1])):
+        if CLS_LOGITS in outputs and self.class_order != tuple(range(outputs[CLS_LOGITS].shape[-1])):
             outputs[CLS_LOGITS] = outputs[CLS_LOGITS][..., list(self.class_order)].contiguous()
         return outputs
 
@@ -74,11 +89,12 @@ def live(forward: TeacherForward, needs: tuple[Need, ...], schema: CacheSchema) 
                 tensors[key] = torch.cat([r[key] for r in rows])
                 continue
             value = torch.cat([r[key] for r in rows])
-            valid = batch.targets.valid
-            if stored.per == "anchor":
-                valid = valid.repeat_interleave(schema.grid.num_anchors, dim=1)
+            valid = schema.valid_rows(stored, batch.targets.valid)
             # a store holds 0 in invalid cells
             tensors[key] = value.masked_fill(~valid.reshape(*valid.shape, *[1] * (value.ndim - 2)), 0)
+        if any(n.region == "proposals" for n in needs):
+            counts = [len(r[Need(PROPOSAL_BOXES, "proposals").key]) for r in rows]
+            tensors[PROPOSAL_COUNT] = torch.tensor(counts, device=batch.images.device)
         return tensors
 
     return teacher

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from kdcli.detectors.base import Detector
 from kdcli.detectors.weights import export, load_detector
-from kdcli.engine import runs
+from kdcli.engine import distributed, runs
 from kdcli.engine.devices import peak_memory_bytes
 from kdcli.engine.evaluate import evaluate, plain_forward, validation_source
 from kdcli.engine.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
 from kdcli.engine.prepare import Prepared
-from kdcli.engine.samples import Loader, plan_epoch
+from kdcli.engine.samples import Loader, image_draws, plan_epoch
 from kdcli.engine.state import STATE_FILE, Progress, load_state, save_state
 from kdcli.engine.step import (
     TrainStep,
@@ -30,6 +31,7 @@ from kdcli.engine.step import (
 from kdcli.engine.watch import Watcher
 from kdcli.files import atomic_save, remove_leftovers
 from kdcli.structures import Batch
+from kdcli.tensors import world_mean, world_size
 
 RATIO_RANGE = (0.01, 10.0)  # of a term's first value to the detection loss's: outside, the weight deserves a look
 
@@ -42,6 +44,7 @@ class Trainer:
         self.prepared, self.options, self.run, self.watcher = prepared, options, run, watcher
         self.device = prepared.device
         self.step = TrainStep(prepared.student, prepared.methods, prepared.amp, options.channels_last).to(self.device)
+        self.synchronised = distributed.synchronised(self.step, self.device)
         self.optimizer = make_optimizer(self.step, options.optim, options.batch)
         check_ownership(self.step, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=prepared.amp is torch.float16)
@@ -55,7 +58,9 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch, evaluate, write the run folder's files, and return the final metrics."""
         options = self.options
-        remove_leftovers(self.run)
+        if distributed.is_main():
+            remove_leftovers(self.run)
+        distributed.barrier()
         self.progress = load_state(self.run, self.step, self.optimizer, self.scaler, self.average, self.guard)
         progress = self.progress
         loader = Loader(self.prepared.source, self.prepared.workers)
@@ -82,6 +87,8 @@ class Trainer:
             seed=self.options.seed,
             epoch=epoch,
             batch=self.options.batch,
+            world=world_size(),
+            rank=distributed.world_rank(),
         )
 
     def _run_epoch(self, loader: Loader, plan: list[Any]) -> None:
@@ -96,7 +103,7 @@ class Trainer:
             progress.batch += 1
             progress.step += 1
             now = time.perf_counter()
-            self._add(seconds=now - mark, wait_s=waited, images=len(batch.keys), steps=1)
+            self._add(seconds=now - mark, wait_s=waited, images=len(batch.keys) * world_size(), steps=1)
             progress.wall_s += now - mark
             mark = now
             self.watcher.advance(1, info)
@@ -108,16 +115,20 @@ class Trainer:
         lr = self.peak_lr * lr_factor(options.optim, progress.step, steps_per_epoch, options.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch = batch.to(self.device)
+        draws = image_draws(batch.keys, options.seed, progress.epoch)
+        batch = replace(batch, targets=replace(batch.targets, draws=draws)).to(self.device)
         started = time.perf_counter()
         teacher = self.prepared.teacher.forward(batch) if self.prepared.teacher else {}
         self._add(teacher_s=time.perf_counter() - started)
-        detection, distillation = self.step(batch, teacher)
+        detection, distillation = self.synchronised(batch, teacher)
         terms = detection | distillation
-        names, stacked = list(terms), torch.stack([t.detach() for t in terms.values()])
-        values = dict(zip(names, stacked.tolist(), strict=True))
+        flags = torch.tensor([float(self.step.active(name, batch)) for name in distillation], device=self.device)
+        stacked = torch.cat([torch.stack([t.detach() for t in terms.values()]), flags])
+        # the global batch's terms, and whether one is active anywhere: every process then decides the same
+        found = world_mean(stacked).tolist()
+        values = dict(zip(terms, found[: len(terms)], strict=True))
         require_finite(values, progress.step)
-        active = {name: self.step.active(name, batch) for name in distillation}
+        active = dict(zip(distillation, (flag > 0 for flag in found[len(terms) :]), strict=True))
         self.guard.check({name: values[name] for name in distillation}, active, progress.step)
         if progress.batch == 0 and distillation:
             self._measure_shares(detection, distillation, values)
@@ -145,7 +156,8 @@ class Trainer:
     ) -> None:
         """Gradient norms on the first batch of an epoch: each term's share, and the guards of the very first step."""
         whole = {"detection": torch.stack(list(detection.values())).sum(), **distillation}
-        norms = gradient_norms(self.student_parameters, whole)
+        local = gradient_norms(self.student_parameters, whole)
+        norms = dict(zip(local, world_mean(torch.tensor(list(local.values()))).tolist(), strict=True))
         # a term's first gradient is that of the first measured batch on which it has one
         first = [n for n in distillation if norms[n] > 0 and n not in self.progress.checked]
         if first:
@@ -217,14 +229,17 @@ class Trainer:
         }
         progress.history.append(row)
         ap = evaluation.get("ap")
-        checkpoint = self._checkpoint(evaluation)
+        files = ["last"]
         if ap is not None and (progress.best_ap is None or ap > progress.best_ap):
             progress.best_ap, progress.best_epoch = ap, progress.epoch + 1
-            atomic_save(checkpoint, self.run / "weights" / "best.pt")
-        atomic_save(checkpoint, self.run / "weights" / "last.pt")
+            files = ["best", "last"]
+        if distributed.is_main():
+            checkpoint = self._checkpoint(evaluation)
+            for name in files:
+                atomic_save(checkpoint, self.run / "weights" / f"{name}.pt")
+            runs.write_results(self.run, progress.history)
         progress.epoch += 1
         progress.batch = 0
-        runs.write_results(self.run, progress.history)
         self._save()
         shown = "" if ap is None else f"  AP {ap:.1f}  AP50 {evaluation['ap50']:.1f}"
         self.watcher.note(
@@ -250,6 +265,7 @@ class Trainer:
                 self.prepared.workers,
             )
             evaluation = self._evaluate(val_loader)
+        distributed.barrier()  # the weights are written
         teacher = self.prepared.teacher
         seconds = [row["epoch_s"] for row in progress.history]
         metrics = {
@@ -266,14 +282,18 @@ class Trainer:
             "teacher_ap": None if teacher is None else teacher.ap,
             "weights_sha256": {n: load_detector(f)[1].weights_sha256 for n, f in self._weights() if f.is_file()},
         }
-        runs.write_metrics(self.run, metrics)
-        (self.run / STATE_FILE).unlink(missing_ok=True)
+        if distributed.is_main():
+            runs.write_metrics(self.run, metrics)
+            (self.run / STATE_FILE).unlink(missing_ok=True)
+        distributed.barrier()  # the next run of a queue looks at these files
         return metrics
 
     def _weights(self) -> list[tuple[str, Path]]:
         return [(name, self.run / "weights" / f"{name}.pt") for name in ("last", "best")]
 
     def _save(self) -> None:
+        if not distributed.is_main():
+            return
         save_state(self.run, self.progress, self.step, self.optimizer, self.scaler, self.average, self.guard)
 
     def _add(self, **values: float) -> None:

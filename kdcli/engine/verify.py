@@ -66,16 +66,13 @@ def verify_teacher(plan: Plan, store: Path, rows: int, watcher: Watcher) -> tupl
         row = reader.read(RowKey(plan.source.dataset.image_id(item[0]), item[1]))
         plan.source.check_row(row, sample)
         decoded = reader.schema.decode(collate_rows([row.arrays], reader.layout.values()), plan.needs)
-        for key, exact in values[0].items():
+        for tensor in plan.schema.tensors:
+            key, exact = tensor.need.key, values[0][tensor.need.key]
             theirs = row_tensor(decoded[key])
             theirs = theirs[0] if theirs.ndim > exact.ndim else theirs
             if theirs.shape != exact.shape:
                 raise StoreError(f"{RowKey(plan.source.dataset.image_id(item[0]), item[1])}: its regions have changed")
-            dense = key.endswith("@all")
-            keep: Any = slice(None)
-            if dense:
-                valid = sample.valid.repeat_interleave(len(exact) // len(sample.valid)).numpy()
-                keep = valid
+            keep: Any = plan.schema.valid_rows(tensor, sample.valid).numpy() if tensor.need.dense else slice(None)
             meter.add(key, exact[keep], theirs[keep])
         watcher.advance(1)
     return len(chosen), summarise([meter.sums])

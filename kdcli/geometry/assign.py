@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kdcli.errors import OptionError, nearest
-from kdcli.geometry.boxes import encode_distances, pairwise_iou
+from kdcli.geometry.boxes import area, encode_distances, pairwise_iou
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.spec import JsonSpec
 from kdcli.structures import BACKGROUND, IGNORED, Canvas
@@ -27,19 +28,29 @@ CHUNK = 4_000_000  # box x anchor pairs at a time: 32 MB a temporary; 100 boxes 
 
 @dataclass(frozen=True)
 class AssignerSpec(JsonSpec):
-    """Parameters of an assigner; ``topk`` is read by ATSS alone, the IoU thresholds by max_iou alone."""
+    """Parameters of an assigner; ``topk`` is read by ATSS alone, the IoU thresholds by max_iou alone, ``ranges`` and
+    ``center_radius`` by FCOS alone.
 
-    kind: Literal["atss", "max_iou"]
+    ranges: the largest distance from a point to the farthest edge of its box, in canvas pixels, on each level but the
+    last. center_radius: a point lies less than so many strides from the centre of its box, in x and in y; 0: anywhere
+    inside.
+    """
+
+    kind: Literal["atss", "max_iou", "fcos", "none"]
     topk: int = 9
     pos_iou: float = 0.5
     neg_iou: float = 0.4
     min_pos_iou: float = 0.0
+    ranges: tuple[float, ...] = (64.0, 128.0, 256.0, 512.0)
+    center_radius: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise OptionError(f"assigner '{self.kind}' is unknown{nearest(self.kind, _KINDS)}")
         if self.topk < 1 or not 0 <= self.min_pos_iou <= 1 or not 0 <= self.neg_iou <= self.pos_iou <= 1:
             raise OptionError(f"{self}: topk must be >= 1 and 0 <= neg_iou <= pos_iou <= 1, 0 <= min_pos_iou <= 1")
+        if self.center_radius < 0 or any(high <= low for low, high in pairwise((0.0, *self.ranges))):
+            raise OptionError(f"{self}: ranges must be positive and ascend, center_radius must not be negative")
 
 
 @dataclass(frozen=True)
@@ -67,15 +78,15 @@ def closest_anchors(
     window = torch.cartesian_prod(span, span)  # (row, column), row-major: ascending index
     center = (boxes[:, :2] + boxes[:, 2:]) / 2
     indices, reals, start = [], [], 0
-    for stride, (h, w), (rows, cols) in zip(
-        grid.strides, grid.level_shapes(canvas), grid.valid_shapes(canvas, content), strict=True
+    for (down, across), (h, w), (rows, cols) in zip(
+        grid.steps(canvas), grid.level_shapes(canvas), grid.valid_shapes(canvas, content), strict=True
     ):
-        limit = torch.tensor([cols, rows])
-        near = torch.ceil(center / stride - grid.offset - 0.5).long().clamp(min=0).minimum(limit - 1)  # [G, 2] x, y
+        limit, step = torch.tensor([cols, rows]), torch.tensor([across, down])
+        near = torch.ceil(center / step - grid.offset - 0.5).long().clamp(min=0).minimum(limit - 1)  # [G, 2] x, y
         col, row = near[:, :1] + window[:, 1], near[:, 1:] + window[:, 0]
         real = (col >= 0) & (col < cols) & (row >= 0) & (row < rows)
-        dx = (col + grid.offset) * stride - center[:, :1]
-        dy = (row + grid.offset) * stride - center[:, 1:]
+        dx = (col + grid.offset) * across - center[:, :1]
+        dy = (row + grid.offset) * down - center[:, 1:]
         distance = (dx**2 + dy**2).masked_fill(~real, torch.inf)
         best = distance.sort(dim=1, stable=True).indices[:, :cells]
         cell = (row * w + col).masked_fill(~real, 0).gather(1, best)
@@ -145,18 +156,54 @@ def _max_iou(spec: AssignerSpec, grid: Grid, canvas: Canvas, boxes: Tensor, cont
     return torch.full((grid.num_total(canvas),), IGNORED).index_copy(0, usable, chosen)
 
 
+def _fcos(spec: AssignerSpec, grid: Grid, canvas: Canvas, boxes: Tensor, content: tuple[int, int]) -> Tensor:
+    """The smallest box around each point whose farthest edge lies in the range of the point's level, ends included."""
+    assert grid.num_anchors == 1
+    assert len(spec.ranges) == len(grid.strides) - 1
+    points = grid.centers(canvas)  # [P, 2]
+    limits = torch.tensor([-1.0, *spec.ranges, torch.inf], dtype=torch.float64)
+    sizes = torch.tensor(grid.level_sizes(canvas))
+    low, high = limits[:-1].repeat_interleave(sizes), limits[1:].repeat_interleave(sizes)
+    radius = spec.center_radius * grid.anchor_strides(canvas)
+    best = torch.full((len(points),), torch.inf, dtype=torch.float64)
+    owner = torch.full((len(points),), BACKGROUND)
+    size = max(1, CHUNK // (4 * len(points)))
+    for start in range(0, len(boxes), size):
+        part = boxes[start : start + size, None]  # [g, 1, 4]
+        distances = encode_distances(points, part)  # [g, P, 4]
+        farthest = distances.amax(dim=-1)
+        fits = (distances.amin(dim=-1) > 0) & (farthest >= low) & (farthest <= high)
+        if spec.center_radius:
+            middle = (part[..., :2] + part[..., 2:]) / 2
+            fits &= (points - middle).abs().amax(dim=-1) < radius
+        areas = area(part).expand_as(fits).masked_fill(~fits, torch.inf)
+        index = areas.argmin(dim=0)  # the first of equals, as in mmdet
+        least = areas.gather(0, index[None])[0]
+        owner = torch.where(least < best, index + start, owner)
+        best = torch.minimum(best, least)
+    return owner
+
+
+def _none(spec: AssignerSpec, grid: Grid, canvas: Canvas, boxes: Tensor, content: tuple[int, int]) -> Tensor:
+    """Nothing is positive: a two-stage detector matches in its own loss (0.2 s an image at 800x1344 are saved)."""
+    return torch.full((grid.num_total(canvas),), BACKGROUND)
+
+
 _Assigner = Callable[[AssignerSpec, Grid, Canvas, Tensor, tuple[int, int]], Tensor]
-_KINDS: dict[str, _Assigner] = {"atss": _atss, "max_iou": _max_iou}
+_KINDS: dict[str, _Assigner] = {"atss": _atss, "max_iou": _max_iou, "fcos": _fcos, "none": _none}
 
 
 def assign(spec: AssignerSpec, grid: Grid, canvas: Canvas, boxes: Tensor, content: tuple[int, int]) -> Tensor:
     """Assign one image's boxes [G, 4] (float32 xyxy canvas pixels) to the N anchors.
 
     Returns [N] int32: index of the box, BACKGROUND, or IGNORED (between two IoU thresholds, or outside the valid area
-    of the content (height, width)). Sources: ATSS arXiv 1912.02424, max-IoU arXiv 1708.02002, both as in mmdet.
+    of the content (height, width); FCOS ignores nothing, as mmdet's trains on the padding as background). Sources: ATSS
+    arXiv 1912.02424, max-IoU arXiv 1708.02002, FCOS arXiv 1904.01355, all as in mmdet.
     """
     if len(boxes) == 0:
         assigned = torch.full((grid.num_total(canvas),), BACKGROUND)
     else:
         assigned = _KINDS[spec.kind](spec, grid, canvas, boxes.double(), content)
+    if spec.kind == "fcos":
+        return assigned.to(torch.int32)
     return assigned.masked_fill(~grid.valid_anchors(canvas, content), IGNORED).to(torch.int32)

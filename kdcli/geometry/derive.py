@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdcli.geometry.boxes import aligned_iou, decode_distances
+from kdcli.tensors import precise
 
 
 def integral(distribution: Tensor) -> Tensor:
@@ -14,7 +15,7 @@ def integral(distribution: Tensor) -> Tensor:
     Not a matrix product, which autocast would do in bf16: 16 strides of 128 px would be off by 4 px.
     """
     bins = torch.arange(distribution.shape[-1], dtype=torch.float32, device=distribution.device)
-    return (distribution.float().softmax(dim=-1) * bins).sum(dim=-1)
+    return (precise(distribution).softmax(dim=-1) * bins).sum(dim=-1)
 
 
 def decode_distribution(distribution: Tensor, centers: Tensor, strides: Tensor) -> Tensor:
@@ -27,5 +28,5 @@ def rank(cls_logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor)
 
     ``cls_logits`` [M, K], ``boxes`` [M, 4] decoded, ``gt_boxes`` [M, 4], ``gt_labels`` [M]. Differentiable.
     """
-    score = cls_logits.float().gather(1, gt_labels[:, None]).squeeze(1).sigmoid()
-    return torch.stack([score, aligned_iou(boxes.float(), gt_boxes.float())], dim=-1)
+    score = precise(cls_logits).gather(1, gt_labels[:, None]).squeeze(1).sigmoid()
+    return torch.stack([score, aligned_iou(precise(boxes), precise(gt_boxes))], dim=-1)

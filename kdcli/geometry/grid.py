@@ -1,22 +1,25 @@
 """The grid of cells and anchors that a dense head predicts on.
 
 The rule is mmdet's: a level has ceil(size / stride) cells, a cell's centre is (index + offset) * stride, also where it
-lies over the edge of the canvas, and base anchors are not rounded. torchvision's generator differs (base anchors
-rounded by up to 0.63 px, stride = image // grid, 44 px off on P7 of a canvas 320 wide), hence a grid of our own.
+lies over the edge of the canvas, and base anchors are not rounded. torchvision's generator differs: the sides of base
+anchors are cut to whole pixels and their corners rounded (up to 0.63 px), and centres lie canvas // cells apart (106 px
+on P7 of a canvas 320 wide, so that the last one is 44 px off). Its weights were trained so: two fields say which rule.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from kdcli.errors import OptionError
+from kdcli.errors import OptionError, nearest
 from kdcli.geometry.spec import JsonSpec
 from kdcli.structures import Canvas
 
+StrideRule = Literal["nominal", "image_over_grid"]
 VALID_MULTIPLE = 32  # the content is rounded up to this many pixels: mmdet's pad_shape (pad_size_divisor)
 
 
@@ -32,8 +35,14 @@ class Grid(JsonSpec):
     base_scale: float = 8.0  # side of the base anchor / stride: 8 for ATSS and GFL, 4 for RetinaNet
     scales: tuple[float, ...] = (1.0,)  # of the base anchor: 2^0, 2^(1/3), 2^(2/3) for RetinaNet
     ratios: tuple[float, ...] = (1.0,)  # height / width
+    stride_rule: StrideRule = "nominal"  # distance of centres; image_over_grid: canvas side // cells, torchvision's
+    rounded_base: bool = False  # torchvision's: base sides cut to whole pixels, then corners rounded
 
     def __post_init__(self) -> None:
+        if self.stride_rule not in get_args(StrideRule):
+            raise OptionError(
+                f"stride_rule '{self.stride_rule}': unknown{nearest(self.stride_rule, get_args(StrideRule))}"
+            )
         if not (self.strides and self.scales and self.ratios):
             raise OptionError(f"{self}: strides, scales and ratios need at least one number each")
         if min(*self.strides, *self.scales, *self.ratios, self.base_scale) <= 0:
@@ -51,6 +60,12 @@ class Grid(JsonSpec):
     def level_sizes(self, canvas: Canvas) -> list[int]:
         """Anchors of each level; their sum is N."""
         return [h * w * self.num_anchors for h, w in self.level_shapes(canvas)]
+
+    def steps(self, canvas: Canvas) -> list[tuple[int, int]]:
+        """(down, across): pixels between the centres of neighbouring cells of each level. The stride, or nearly so."""
+        if self.stride_rule == "nominal":
+            return [(s, s) for s in self.strides]
+        return [(canvas.height // h, canvas.width // w) for h, w in self.level_shapes(canvas)]
 
     def num_cells(self, canvas: Canvas) -> int:
         """P: cells of all levels; the same for a canvas and its transpose."""
@@ -99,9 +114,9 @@ class Grid(JsonSpec):
 @lru_cache(maxsize=64)
 def _centers(grid: Grid, canvas: Canvas, dtype: torch.dtype, device: torch.device) -> Tensor:
     parts = []
-    for stride, (h, w) in zip(grid.strides, grid.level_shapes(canvas), strict=True):
-        y = (torch.arange(h, dtype=torch.float64) + grid.offset) * stride
-        x = (torch.arange(w, dtype=torch.float64) + grid.offset) * stride
+    for (down, across), (h, w) in zip(grid.steps(canvas), grid.level_shapes(canvas), strict=True):
+        y = (torch.arange(h, dtype=torch.float64) + grid.offset) * down
+        x = (torch.arange(w, dtype=torch.float64) + grid.offset) * across
         parts.append(torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1))
     return torch.cat(parts).to(device=device, dtype=dtype)
 
@@ -110,12 +125,16 @@ def _centers(grid: Grid, canvas: Canvas, dtype: torch.dtype, device: torch.devic
 def _anchors(grid: Grid, canvas: Canvas, dtype: torch.dtype, device: torch.device) -> Tensor:
     root = torch.tensor(grid.ratios, dtype=torch.float64).sqrt()[:, None]
     scales = torch.tensor(grid.scales, dtype=torch.float64)[None] * grid.base_scale
-    half = torch.stack([(scales / root).reshape(-1), (scales * root).reshape(-1)], dim=-1) / 2  # [A, 2], in strides
-    base = torch.cat([-half, half], dim=-1)
     cpu = torch.device("cpu")
+    strides = _anchor_strides(grid, canvas, torch.float64, cpu)[:: grid.num_anchors, None, None]
+    sides = scales * strides  # [P, 1, scales], pixels
+    if grid.rounded_base:
+        sides = sides.floor()
+    half = torch.stack([(sides / root).flatten(1), (sides * root).flatten(1)], dim=-1) / 2  # [P, A, 2]
+    if grid.rounded_base:
+        half = half.round()
     shift = _centers(grid, canvas, torch.float64, cpu).repeat(1, 2)[:, None]
-    cell_strides = _anchor_strides(grid, canvas, torch.float64, cpu)[:: grid.num_anchors, None, None]
-    return (shift + base[None] * cell_strides).reshape(-1, 4).to(device=device, dtype=dtype)
+    return (shift + torch.cat([-half, half], dim=-1)).reshape(-1, 4).to(device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=64)

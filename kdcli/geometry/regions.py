@@ -1,8 +1,10 @@
 """The sparse regions where teacher tensors are read: a pure function of ground truth and geometry.
 
 ``main`` are the positives of the student's assigner. ``vlr``, the valuable localization region of LD (arXiv
-2102.12252), are anchors that overlap a box, though less than a positive does. Computed in float64 on the CPU; the index
-that a store holds is what distillation reads, guarded by ``guard``.
+2102.12252), are anchors that overlap a box, though less than a positive does. ``fine_grained`` (arXiv 1906.03609, as LD's
+repository uses it) are cells with an anchor that overlaps a box at least half as much as the best anchor does. ``object``
+and ``sample`` are DeFeat's foreground cells and a random share of its background (arXiv 2103.14475). Computed in float64
+on the CPU; the index that a store holds is what distillation reads, guarded by ``guard``.
 """
 
 from __future__ import annotations
@@ -16,27 +18,32 @@ from torch import Tensor
 
 from kdcli.errors import OptionError
 from kdcli.geometry.assign import CHUNK, atss_candidates
-from kdcli.geometry.boxes import aligned_iou, pairwise_diou, pairwise_diou_official
+from kdcli.geometry.boxes import aligned_iou, pairwise_diou, pairwise_diou_official, pairwise_iou
+from kdcli.geometry.defeat_mask import defeat_cells
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.spec import JsonSpec
-from kdcli.structures import MAIN, VLR, Canvas, Entries
+from kdcli.structures import FINE_GRAINED, FLAGS, MAIN, OBJECT, SAMPLE, VLR, Canvas, Entries
 
-REGIONS = frozenset({"main", "vlr"})
+FINE_GRAINED_SHARE = 0.5  # of a box's highest IoU
 
 
 @dataclass(frozen=True)
 class RegionSpec(JsonSpec):
-    """What the valuable localization region is: gamma * alpha <= metric < alpha."""
+    """What the valuable localization region is: gamma * alpha <= metric < alpha; and the share of a thinned background."""
 
-    vlr_metric: Literal["diou", "official"] = "diou"  # official: LD's repository, whose union is the anchor's area
+    # official: LD's repository, whose union is the anchor's area. inside: background points inside a box (LD on FCOS)
+    vlr_metric: Literal["diou", "official", "inside"] = "diou"
     vlr_gamma: float = 0.25
     vlr_alpha: float | None = None  # None: ATSS's mean + deviation of the IoUs of a box's closest anchors
     vlr_topk: int = 9  # closest anchors a level for that statistic
     vlr_keep_positives: bool = True  # False (RetinaNet): positives of the assigner are not in the region
+    keep: float = 0.1  # probability with which a background cell is in ``sample``
 
     def __post_init__(self) -> None:
-        if self.vlr_metric not in ("diou", "official"):
-            raise OptionError(f"vlr_metric '{self.vlr_metric}' is unknown; choose from diou, official")
+        if self.vlr_metric not in ("diou", "official", "inside"):
+            raise OptionError(f"vlr_metric '{self.vlr_metric}' is unknown; choose from diou, official, inside")
+        if not 0 < self.keep <= 1:
+            raise OptionError(f"keep {self.keep}: must be a share above 0, at most 1")
         if not 0 <= self.vlr_gamma <= 1 or self.vlr_topk < 1:
             raise OptionError(f"{self}: vlr_gamma must be in 0..1 and vlr_topk >= 1")
         if self.vlr_alpha is not None and not 0 < self.vlr_alpha <= 1:
@@ -46,12 +53,15 @@ class RegionSpec(JsonSpec):
 def vlr_weights(spec: RegionSpec, grid: Grid, canvas: Canvas, boxes: Tensor, content: tuple[int, int]) -> Tensor:
     """IoU of each anchor with the best box whose region it is in, [N] float64; 0 outside the region.
 
-    ``boxes`` [G, 4] xyxy canvas pixels, ``content`` (height, width) in pixels. Does not look at positives.
+    ``boxes`` [G, 4] xyxy canvas pixels, ``content`` (height, width) in pixels. Does not look at positives. With the
+    metric ``inside`` there is no IoU to weigh by: 1 for every anchor whose centre lies inside a box.
     """
     weights = torch.zeros(grid.num_total(canvas), dtype=torch.float64)
     if len(boxes) == 0:
         return weights
     boxes = boxes.double()
+    if spec.vlr_metric == "inside":
+        return weights.masked_fill(_inside(grid, canvas, boxes) & grid.valid_anchors(canvas, content), 1.0)
     if spec.vlr_alpha is None:
         alpha = atss_candidates(grid, canvas, boxes, content, spec.vlr_topk).threshold
     else:
@@ -69,6 +79,40 @@ def vlr_weights(spec: RegionSpec, grid: Grid, canvas: Canvas, boxes: Tensor, con
     return weights.index_copy(0, usable, best)
 
 
+def _inside(grid: Grid, canvas: Canvas, boxes: Tensor) -> Tensor:
+    """Anchors [N] whose centre lies strictly inside one of the boxes [G, 4]."""
+    centers = grid.centers(canvas)
+    found = torch.zeros(len(centers), dtype=torch.bool)
+    size = max(1, CHUNK // len(centers))
+    for start in range(0, len(boxes), size):
+        part = boxes[start : start + size, None]
+        found |= ((centers > part[..., :2]) & (centers < part[..., 2:])).all(dim=-1).any(dim=0)
+    return found.repeat_interleave(grid.num_anchors)
+
+
+def fine_grained_cells(grid: Grid, canvas: Canvas, boxes: Tensor, content: tuple[int, int]) -> Tensor:
+    """Cells [P] bool with a valid anchor whose IoU with a box is above half of that box's highest (arXiv 1906.03609).
+
+    ``boxes`` [G, 4] xyxy canvas pixels, ``content`` (height, width) in pixels.
+    """
+    usable = torch.nonzero(grid.valid_anchors(canvas, content)).squeeze(1)
+    anchors = grid.anchors(canvas)[usable]
+    near = torch.zeros(len(usable), dtype=torch.bool)
+    size = max(1, CHUNK // len(usable))
+    for start in range(0, len(boxes), size):
+        iou = pairwise_iou(boxes[start : start + size].double(), anchors)
+        near |= (iou > FINE_GRAINED_SHARE * iou.amax(dim=1, keepdim=True)).any(dim=0)
+    whole = torch.zeros(grid.num_total(canvas), dtype=torch.bool).index_copy(0, usable, near)
+    return whole.reshape(-1, grid.num_anchors).any(dim=1)
+
+
+def sampled_cells(spec: RegionSpec, boxes: Tensor, cells: int) -> Tensor:
+    """A random choice [cells] bool, each with probability ``spec.keep``: of the boxes [G, 4] alone, so that it is the
+    same whenever and wherever it is drawn."""
+    seed = int.from_bytes(guard(boxes, torch.zeros(0), f"sample {spec.keep}")[:8], "little") >> 1
+    return torch.rand(cells, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) < spec.keep
+
+
 def compute_entries(
     regions: frozenset[str],
     spec: RegionSpec,
@@ -78,24 +122,33 @@ def compute_entries(
     assigned: Tensor,
     content: tuple[int, int],
 ) -> Entries:
-    """Entries of one image for ``regions``, a subset of {"main", "vlr"}; sorted by index, each anchor once.
+    """Entries of one image for ``regions``, names of FLAGS; sorted by index, each anchor once.
 
     ``boxes`` [G, 4] float32 xyxy canvas pixels, ``assigned`` [N] from ``assign``, ``content`` (height, width) pixels.
-    Raises OptionError for another region.
+    Cells outside the valid area are in no region. Raises OptionError for another region.
     """
-    if not regions <= REGIONS:
-        raise OptionError(f"region '{min(regions - REGIONS)}' is not sparse; choose from main, vlr")
+    for region in sorted(regions):
+        if region not in FLAGS:
+            raise OptionError(f"region '{region}' is not sparse; choose from {', '.join(FLAGS)}")
     total = grid.num_total(canvas)
-    gt = torch.full((total,), -1)
     weight = torch.zeros(total, dtype=torch.float64)
-    positive = assigned >= 0
-    if "main" in regions:
-        gt = torch.where(positive, assigned.long(), -1)
+    positive = (assigned >= 0) & grid.valid_anchors(canvas, content)
+    gt = torch.where(positive, assigned.long(), -1) if "main" in regions else torch.full((total,), -1)
+    flag = (gt >= 0).to(torch.uint8) * MAIN
     if "vlr" in regions:
         weight = vlr_weights(spec, grid, canvas, boxes, content)
         if not spec.vlr_keep_positives:
             weight = weight.masked_fill(positive, 0.0)
-    flag = (gt >= 0).to(torch.uint8) * MAIN | (weight > 0).to(torch.uint8) * VLR
+        flag |= (weight > 0).to(torch.uint8) * VLR
+    if "fine_grained" in regions:
+        flag |= _at_first_anchor(fine_grained_cells(grid, canvas, boxes, content), grid) * FINE_GRAINED
+    if "object" in regions or "sample" in regions:
+        valid = grid.valid(canvas, content)
+        inside = defeat_cells(boxes, grid, canvas) & valid
+        if "object" in regions:
+            flag |= _at_first_anchor(inside, grid) * OBJECT
+        if "sample" in regions:
+            flag |= _at_first_anchor(sampled_cells(spec, boxes, len(valid)) & valid & ~inside, grid) * SAMPLE
     index = torch.nonzero(flag).squeeze(1)
     return Entries(
         index=index,
@@ -104,6 +157,13 @@ def compute_entries(
         weight=weight[index].float(),
         image=torch.zeros_like(index),
     )
+
+
+def _at_first_anchor(cells: Tensor, grid: Grid) -> Tensor:
+    """[N] uint8: 1 at the first anchor of each of the ``cells`` [P] bool."""
+    flags = torch.zeros(len(cells), grid.num_anchors, dtype=torch.uint8)
+    flags[:, 0] = cells.to(torch.uint8)
+    return flags.reshape(-1)
 
 
 def guard(boxes: Tensor, labels: Tensor, definition: str) -> bytes:

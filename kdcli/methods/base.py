@@ -20,7 +20,16 @@ from kdcli.errors import OptionError, nearest
 from kdcli.geometry.grid import Grid
 from kdcli.options import convert
 from kdcli.structures import Batch, Canvas
-from kdcli.tensors import RANK, Need, Tensors, TensorSpec
+from kdcli.tensors import (
+    BACKBONE,
+    BOX_DISTRIBUTION,
+    BOX_REGRESSION,
+    DERIVED,
+    FEATURES,
+    Need,
+    Tensors,
+    TensorSpec,
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,18 @@ class Method(nn.Module):
     """Base of all methods. Options are the keyword-only arguments of ``__init__`` after ``pair``."""
 
     title: ClassVar[str]  # paper, venue, arXiv id
-    needs: ClassVar[tuple[Need, ...]]
+    evidence: ClassVar[str]  # what the implementation rests on, and what of it is ours; one line
+    offline: ClassVar[str]  # from a store: "exact" (sparse), "exact, dense" or "approximation"; up to the encoding
+    needs: tuple[Need, ...]  # of the teacher; a class attribute, and one of an instance whose options change it
+    student_needs: tuple[Need, ...] | None = None  # what is read of the student, when it is not the same
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # detector -> options that differ there
     region_options: ClassVar[tuple[str, ...]] = ()  # options that decide which entries a store holds
     index_aligned: ClassVar[bool] = True  # reads logits or boxes by anchor index: both grids must be equal
+
+    @classmethod
+    def reads(cls, options: Mapping[str, Any]) -> tuple[Need, ...]:
+        """The needs under resolved ``options``: what a store must hold. ``needs`` unless an option changes them."""
+        return cls.needs
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
         """Weighted loss terms by name, each a scalar over the global batch; results call them ``<method>_<name>``."""
@@ -80,18 +97,21 @@ def resolve_options(name: str, method: type[Method], detector: str, given: Mappi
     return resolved
 
 
-def check_pair(name: str, method: type[Method], pair: Pair, student: str, teacher: str) -> None:
+def check_pair(
+    name: str, method: type[Method], options: Mapping[str, Any], pair: Pair, student: str, teacher: str
+) -> None:
     """Raise OptionError when ``student`` or ``teacher`` (model names) lacks a tensor that the method needs."""
-    for need in method.needs:
-        # rank is derived from the class logits and the decoded box, which every dense detector gives
-        wanted = "cls_logits" if need.name == RANK else need.name
+    for need in method.reads(options):
+        wanted = DERIVED.get(need.name, need.name)
         for side, model, specs in (("student", student, pair.student), ("teacher", teacher, pair.teacher)):
             if wanted not in specs:
+                box = wanted == BOX_DISTRIBUTION and BOX_REGRESSION in specs
+                fix = "train it with --set model.box=distribution; " if box else ""
                 raise OptionError(
-                    f"method '{name}' needs {wanted}, which the {side} {model} does not give; "
+                    f"method '{name}' needs {wanted}, which the {side} {model} does not give; {fix}"
                     f"`kdcli methods` lists which detectors each method works on"
                 )
-        if need.name != "features" and wanted in pair.teacher:
+        if wanted != FEATURES and wanted not in BACKBONE:
             ours, theirs = pair.student[wanted].dims, pair.teacher[wanted].dims
             if ours != theirs:
                 raise OptionError(

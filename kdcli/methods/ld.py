@@ -8,39 +8,58 @@ and geometry alone decide, so a sparse store holds everything exactly. Numbers a
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcli.geometry.grid import Grid
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.divergence import kl_rows
-from kdcli.structures import Batch
-from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, Need, Tensors, world_mean
+from kdcli.methods.ld_imitation import general_instances, level_mean_square, levels_with_positives
+from kdcli.structures import Batch, Entries
+from kdcli.tensors import BOX_DISTRIBUTION, BOXES, CLS_LOGITS, FEATURES, Need, Tensors, world_mean
 
-BOXES = Need(BOX_DISTRIBUTION, "main+vlr")
+EDGES = Need(BOX_DISTRIBUTION, "main+vlr")
 CLASSES = Need(CLS_LOGITS, "main")
+STUDENT_SCORES = Need(CLS_LOGITS, "main+vlr")  # what the VLR is weighed by on FCOS
+FINE = Need(FEATURES, "fine_grained")
+GENERAL = (Need(FEATURES, "all"), Need(CLS_LOGITS, "all"), Need(BOXES, "all"))
 
 MAIN_DIVISOR = 4.0  # the code's avg_factor on the positives: the four edges
 VLR_DIVISOR = 16.0  # and on the VLR
 VLR_MASK_DIVISOR = 64.0  # with 0/1 weights instead of the IoU, whose mean is about 0.25: the same scale
 
+Imitation = Literal["none", "fine_grained", "gi"]
+
 
 class LD(Method):
-    """Main LD, VLR LD and class KD.
+    """Main LD, VLR LD, class KD and, optionally, feature imitation.
 
     Options: ``weight``, ``temperature`` of both LD terms; ``vlr`` scales the VLR term (0 = main only); ``kd_weight``,
-    ``kd_temperature`` of the class term; ``vlr_weight`` = ``iou`` (the code) or ``mask`` (the paper); ``batch_ref``: the
-    official loss is a plain sum over the images of a process, tuned for 2 (3 for R18/R34): ours is scaled by
-    batch_ref / images, so that the batch size does not change it. ``vlr_metric``, ``vlr_gamma``, ``vlr_alpha`` define
-    the region: ``diou`` (the paper) or ``official`` (the code's overlap / anchor area), between gamma * alpha and alpha,
-    where alpha is ATSS's mean + std unless a number is given.
+    ``kd_temperature`` of the class term; ``vlr_weight`` = ``iou`` (the code), ``mask`` (the paper) or ``score`` (the
+    student's own, the code on FCOS); ``joint`` takes one softmax over the four edges' bins together, as the code does on
+    RetinaNet (its weight is 5 then); ``batch_ref``: the official loss is a plain sum over the images of a process, tuned
+    for 2 (3 for R18/R34): ours is scaled by batch_ref / images, so that the batch size does not change it.
+    ``vlr_metric``, ``vlr_gamma``, ``vlr_alpha`` define the region: ``diou`` (the paper), ``official`` (the code's overlap
+    / anchor area) or ``inside`` (background inside a box: FCOS has no anchors), between gamma * alpha and alpha, where
+    alpha is ATSS's mean + std unless a number is given. ``imitation``: ``fine_grained`` or ``gi`` (general instances,
+    which the student chooses: it needs a dense store), with ``imitation_weight``.
     """
 
     title = "Localization Distillation for Dense Object Detection, CVPR 2022, arXiv 2102.12252"
-    needs = (BOXES, CLASSES)
+    evidence = "paper's abstract, official code; on RetinaNet one softmax an edge, and its weight, are ours"
+    offline = "exact"
+    needs: tuple[Need, ...] = (EDGES, CLASSES)
     region_options = ("vlr_metric", "vlr_gamma", "vlr_alpha")
+    # the VLR weight of the code, as a share of ours: .15 / 4 against 1 / 16 on ATSS, .25 / 4 on FCOS, .03 / 4 on RetinaNet,
+    # whose .3125 is 5 / 16: per edge what 5 is for the joint softmax
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "atss": {"vlr": 0.6},
+        "fcos": {"vlr": 1.0, "vlr_weight": "score", "vlr_metric": "inside"},
+        "retinanet": {"weight": 0.3125, "vlr": 0.12, "kd_temperature": 8.0},
+    }
 
     def __init__(
         self,
@@ -49,55 +68,103 @@ class LD(Method):
         weight: float = 0.25,
         temperature: float = 10.0,
         vlr: float = 1.0,
-        vlr_weight: Literal["iou", "mask"] = "iou",
+        vlr_weight: Literal["iou", "mask", "score"] = "iou",
         kd_weight: float = 10.0,
         kd_temperature: float = 2.0,
+        joint: bool = False,
         batch_ref: float = 2.0,
-        vlr_metric: Literal["diou", "official"] = "diou",
+        vlr_metric: Literal["diou", "official", "inside"] = "diou",
         vlr_gamma: float = 0.25,
         vlr_alpha: float | None = None,
+        imitation: Imitation = "none",
+        imitation_weight: float = 2.0,
     ) -> None:
         super().__init__()
         self.grid, self.canvas = pair.grid, pair.canvas
-        self.weight, self.temperature = weight, temperature
-        self.vlr, self.vlr_mask = vlr, vlr_weight == "mask"
+        self.weight, self.temperature, self.joint = weight, temperature, joint
+        self.vlr, self.vlr_weight = vlr, vlr_weight
         # a softmax over one class is constant: nothing to distil
         self.kd_weight = kd_weight if pair.student[CLS_LOGITS].dims[0] > 1 else 0.0
         self.kd_temperature = kd_temperature
         self.batch_ref = batch_ref
+        self.imitation, self.imitation_weight = imitation, imitation_weight
+        self.needs = self.reads({"imitation": imitation})
+        self.student_needs = (*self.needs, STUDENT_SCORES) if vlr_weight == "score" else self.needs
+        self.adapter: nn.Module = nn.Identity()
+        if imitation != "none" and pair.student[FEATURES].dims != pair.teacher[FEATURES].dims:
+            self.adapter = nn.Linear(pair.student[FEATURES].dims[0], pair.teacher[FEATURES].dims[0], bias=False)
+
+    @classmethod
+    def reads(cls, options: Mapping[str, Any]) -> tuple[Need, ...]:
+        """Edges and class logits, and what the imitation reads."""
+        return (*cls.needs, *{"none": (), "fine_grained": (FINE,), "gi": GENERAL}[options["imitation"]])
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
-        """``main``, ``vlr`` and ``kd``, without those whose weight is 0."""
+        """``main``, ``vlr``, ``kd`` and ``imitation``, without those whose weight is 0."""
         entries = batch.entries
         assert entries is not None
         union = entries.select("main+vlr")
         main = entries.select("main")[union]
-        edges = kl_rows(student[BOXES.key], teacher[BOXES.key], self.temperature).sum(dim=-1)  # [M]
+        ours, theirs = student[EDGES.key], teacher[EDGES.key]
+        if self.joint:
+            edges = kl_rows(ours.flatten(1), theirs.flatten(1), self.temperature)
+        else:
+            edges = kl_rows(ours, theirs, self.temperature).sum(dim=-1)  # [M]
         images = world_mean(torch.as_tensor(float(len(batch.keys)), device=edges.device))
         scale = self.weight * self.batch_ref / images
-
         score = student[CLASSES.key].detach().sigmoid().amax(dim=-1)  # [M main]
-        # both weights are 0 outside the VLR: summing over the union saves picking its rows
-        iou, mask = entries.weight[union], entries.select("vlr")[union].float()
-        vlr_weight, divisor = (mask, VLR_MASK_DIVISOR) if self.vlr_mask else (iou, VLR_DIVISOR)
         level = level_of(entries.index[entries.select("main")], self.grid, batch)
-        classes = (student[CLASSES.key], teacher[CLASSES.key])
         terms = {}
         if self.weight:
             terms["main"] = scale * weighted_sum(edges[main], score, MAIN_DIVISOR)
         if self.weight and self.vlr:
-            terms["vlr"] = scale * self.vlr * weighted_sum(edges, vlr_weight, divisor)
+            weight = self._vlr_weights(student, entries, union)
+            divisor = VLR_MASK_DIVISOR if self.vlr_weight == "mask" else VLR_DIVISOR
+            terms["vlr"] = scale * self.vlr * weighted_sum(edges, weight, divisor)
         if self.kd_weight:
+            classes = (student[CLASSES.key], teacher[CLASSES.key])
             terms["kd"] = self.kd_weight * class_kd(*classes, level, len(self.grid.strides), self.kd_temperature)
+        if self.imitation != "none" and self.imitation_weight:
+            gate = levels_with_positives(level, len(self.grid.strides))
+            terms["imitation"] = self.imitation_weight * self._imitation(student, teacher, batch, gate)
         return terms
+
+    def _vlr_weights(self, student: Tensors, entries: Entries, union: Tensor) -> Tensor:
+        """Of each entry of the union [M], 0 outside the VLR: summing over the union saves picking the VLR's rows."""
+        mask = entries.select("vlr")[union].float()
+        if self.vlr_weight == "score":
+            return mask * student[STUDENT_SCORES.key].detach().sigmoid().amax(dim=-1)
+        return mask if self.vlr_weight == "mask" else entries.weight[union]
+
+    def _imitation(self, student: Tensors, teacher: Tensors, batch: Batch, gate: Tensor) -> Tensor:
+        if self.imitation == "fine_grained":
+            assert batch.entries is not None
+            level = level_of(batch.entries.index[batch.entries.select("fine_grained")], self.grid, batch)
+            return level_mean_square(self.adapter(student[FINE.key]), teacher[FINE.key], level, gate)
+        features, logits, boxes = (need.key for need in GENERAL)
+        images, cells, levels = [], [], []
+        sizes = self.grid.level_sizes(batch.targets.canvas)
+        valid = batch.targets.valid.repeat_interleave(self.grid.num_anchors, dim=1)
+        for i in range(len(batch.keys)):
+            start = 0
+            for k, size in enumerate(sizes):
+                anchors = start + torch.nonzero(valid[i, start : start + size]).squeeze(1)
+                scores = student[logits][i, anchors].sigmoid(), teacher[logits][i, anchors].sigmoid()
+                kept = anchors[general_instances(*scores, student[boxes][i, anchors], teacher[boxes][i, anchors])]
+                images.append(torch.full_like(kept, i))
+                levels.append(torch.full_like(kept, k))
+                cells.append(kept // self.grid.num_anchors)
+                start += size
+        place, level = (torch.cat(images), torch.cat(cells)), torch.cat(levels)
+        return level_mean_square(self.adapter(student[features][place]), teacher[features][place], level, gate)
 
     def active(self, batch: Batch, part: str) -> bool:
         """``vlr`` needs a VLR, the others positives."""
         return batch.entries is not None and bool(batch.entries.select("vlr" if part == "vlr" else "main").any())
 
     def weight_option(self, part: str) -> str:
-        """``kd`` has a weight of its own."""
-        return "kd_weight" if part == "kd" else "weight"
+        """``kd`` and ``imitation`` have a weight of their own."""
+        return {"kd": "kd_weight", "imitation": "imitation_weight"}.get(part, "weight")
 
 
 def weighted_sum(edge_loss: Tensor, weight: Tensor, divisor: float) -> Tensor:

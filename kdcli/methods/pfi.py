@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdcli.methods.base import Method, Pair
 from kdcli.structures import Batch
-from kdcli.tensors import CLS_LOGITS, FEATURES, Need, Tensors, world_mean
+from kdcli.tensors import CLS_LOGITS, FEATURES, Need, Tensors, precise, world_mean
 
 MAPS = Need(FEATURES, "all")
 CLASSES = Need(CLS_LOGITS, "all")
@@ -32,6 +32,8 @@ class PFI(Method):
     """
 
     title = "Prediction-guided Feature Imitation, AAAI 2022, arXiv 2112.04840"
+    evidence = "paper's abstract, re-implementations; probabilities instead of logits are ours"
+    offline = "exact, dense"
     needs = (MAPS, CLASSES)
 
     def __init__(
@@ -55,7 +57,7 @@ class PFI(Method):
         """``loss``, unless its weight is 0."""
         if not self.weight:
             return {}
-        features = self.adapter(student[MAPS.key]).float()
+        features = precise(self.adapter(student[MAPS.key]))
         p_dif = prediction_difference(
             student[CLASSES.key], teacher[CLASSES.key], batch.targets.valid.shape[1], space=self.pred_space
         )

@@ -26,6 +26,8 @@ class RM(Method):
     """
 
     title = "Rank Mimicking, AAAI 2022, arXiv 2112.04840"
+    evidence = "paper's abstract, re-implementations; no sorting and one weight for all detectors are ours"
+    offline = "exact"
     needs = (RANKS,)
 
     def __init__(

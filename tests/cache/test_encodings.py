@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from kdcli.cache import encodings
-from kdcli.cache.encodings import ChannelAffine8, EdgeAffine8, Encoding, Float, LogOdds8, from_json
+from kdcli.cache.encodings import ChannelAffine8, Encoding, Float, LogOdds8, VectorAffine8, from_json
 from kdcli.errors import StoreError
 
 ALL: list[Encoding] = [
@@ -22,7 +22,7 @@ ALL: list[Encoding] = [
     Float("float16"),
     LogOdds8(),
     LogOdds8(-4.0, 4.5),
-    EdgeAffine8(),
+    VectorAffine8(),
     ChannelAffine8(),
 ]
 CHECKED = settings(deadline=None, max_examples=80)
@@ -86,8 +86,8 @@ def test_log_odds_are_in_logit_space() -> None:
 @CHECKED
 @given(arrays(st.tuples(st.integers(0, 6), st.just(4), st.integers(1, 17))))
 def test_edge_affine_half_a_step_of_each_edge(value: Rows) -> None:
-    codes = EdgeAffine8().encode(value, None, SIZES)
-    decoded = round_trip(EdgeAffine8(), value)
+    codes = VectorAffine8().encode(value, None, SIZES)
+    decoded = round_trip(VectorAffine8(), value)
     scale, offset = np.moveaxis(codes["affine"].astype(np.float32), -1, 0)[..., None]
     slack = 4 * EPS * (np.abs(offset) + 255 * scale)  # of the float32 arithmetic of decoding
     assert (np.abs(decoded - value) <= scale / 2 + slack + 1e-37).all()  # a step under the smallest float32 is 0
@@ -118,7 +118,7 @@ def test_channel_affine_half_a_step_of_each_level_and_channel(value: Rows, valid
 def test_invalid_rows_are_code_0_and_touch_nothing(encoding: Encoding, value: Rows, valid: NDArray[np.bool_]) -> None:
     codes = encoding.encode(value, valid, SIZES)
     assert not codes[""][~valid].any()
-    if isinstance(encoding, EdgeAffine8):
+    if isinstance(encoding, VectorAffine8):
         assert not codes["affine"][~valid].any()
     other = np.where(valid[:, None, None], value, np.float32(-5000))
     for suffix, code in encoding.encode(other, valid, SIZES).items():
@@ -135,7 +135,7 @@ def test_a_constant_vector(encoding: Encoding, constant: float) -> None:
     error = np.abs(round_trip(encoding, value) - value).max()
     if isinstance(encoding, ChannelAffine8) or encoding == Float("float32"):
         assert error == 0  # scale 0, every code 0, the offset exact
-    elif isinstance(encoding, EdgeAffine8):
+    elif isinstance(encoding, VectorAffine8):
         # what the float16 offset misses is spanned by the 255 steps: at most half of one of 2^-10 * |constant| / 255
         assert error <= 2.0**-10 * abs(constant) / 255 + 2.0**-25
     elif isinstance(encoding, LogOdds8):
@@ -165,7 +165,7 @@ def test_batches_decode_as_single_rows() -> None:
 def test_a_softmax_does_not_see_a_coarse_offset() -> None:
     # logits far from 0: float16 offsets are 4 apart there, and all bins share the offset
     value = np.linspace(5000, 5012, 17, dtype=np.float32).reshape(1, 1, 17).repeat(4, 1)
-    decoded = round_trip(EdgeAffine8(), value)
+    decoded = round_trip(VectorAffine8(), value)
     ours, exact = (torch.softmax(torch.from_numpy(v), -1) for v in (decoded, value))
     assert float((ours - exact).abs().max()) < 0.02
 

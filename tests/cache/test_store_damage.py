@@ -234,7 +234,7 @@ def test_an_impossible_count_is_refused(tmp_path: Path) -> None:
         rows[0]["entries/count"] = np.array([-1 if shard else 10_000], np.int32)
         StoreWriter(store, SCHEMA).write_shard(shard, rows, {})
     reader = CacheReader(store)
-    with pytest.raises(StoreError, match="image 7, view identity: impossible count 10000"):
+    with pytest.raises(StoreError, match="image 7, view identity: impossible entries/count 10000"):
         reader.read(keys()[0])
     with pytest.raises(StoreError, match="impossible count -1"):
         reader.read(keys()[SHARD_ROWS])

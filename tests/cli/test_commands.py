@@ -94,7 +94,7 @@ def test_cache_info_verify_show_estimate(
     assert isinstance(info, dict)
     assert info["complete"]
     assert info["rows"] == 48
-    assert info["tensors"]["box_distribution@main+vlr"]["encoding"] == "edge_affine_8"
+    assert info["tensors"]["box_distribution@main+vlr"]["encoding"] == "vector_affine_8"
     assert 0 < info["tensors"]["box_distribution@main+vlr"]["error"]["relative"] < 0.01
     on_disk = sum(f.stat().st_size for f in default_store.rglob("c/**/*") if f.is_file())
     assert info["bytes"] == pytest.approx(on_disk, rel=0.01)
@@ -117,10 +117,41 @@ def test_cache_info_verify_show_estimate(
     assert priced["bytes_total"] == pytest.approx(info["bytes"], rel=0.15)
 
 
-def test_methods_and_models(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = out_json(capsys, "methods")["methods"]
-    works_on = {row["method"]: row["detectors"] for row in rows}
-    assert works_on == {"ld": ["gfl"], "rm": ["gfl", "retinanet"], "pfi": ["gfl", "retinanet"]}
+def test_methods_and_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = out_json(capsys, "methods", "--canvas", "320", "--classes", "20")
+    assert (found["canvas"], found["classes"], found["boxes"], found["compressed"]) == ("320", 20, 7, False)
+    rows = {row["method"]: row for row in found["methods"]}
+    works_on = {name: [d for d, on in row["detectors"].items() if not on["missing"]] for name, row in rows.items()}
+    dense, every = ["gfl", "retinanet", "atss", "fcos"], ["gfl", "retinanet", "atss", "fcos", "faster_rcnn"]
+    assert works_on == {
+        **dict.fromkeys(("ld", "rm", "pfi", "bckd"), dense),
+        **dict.fromkeys(("defeat", "defeat_thin", "drkd", "drkd_lite", "cwd", "pkd", "fgd"), every),
+    }
+    assert {d: rows["ld"]["detectors"][d]["set"] for d in dense} == {
+        "gfl": "", **dict.fromkeys(("retinanet", "atss", "fcos"), "model.box=distribution")
+    }  # fmt: skip
+    assert rows["pkd"]["detectors"]["faster_rcnn"]["weights"] == {"weight": 6.0}
+    assert rows["ld"]["detectors"]["fcos"]["other_defaults"] == {"vlr_weight": "score", "vlr_metric": "inside"}
+    assert rows["ld"]["detectors"]["faster_rcnn"] == {"missing": ["box_distribution", "cls_logits"]}
+    for name, row in rows.items():
+        assert row["offline"] == {"ld": "exact", "rm": "exact", "defeat_thin": "approximation",
+            "drkd_lite": "approximation"}.get(name, "exact, dense")  # fmt: skip
+        assert 0 < len(row["evidence"]) < 120
+        for detector in works_on[name]:
+            on = row["detectors"][detector]
+            assert on["bytes"] == sum(on["bytes_by_array"].values()) > 200
+            assert {path.split("/values")[0].removeprefix("tensors/") for path in on["bytes_by_array"]} >= {
+                *on["needs"]
+            }
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run(["methods", "--canvas", "320"]) == 0
+    out, shown = capsys.readouterr()
+    assert out == ""
+    assert max(map(len, shown.splitlines())) <= 120
+    for text in ("with model.box=distribution", "7 boxes", "before compression", "imitation_weight=2", *rows):
+        assert text in " ".join(shown.split()), text
+    assert run(["methods", "--canvas", "100"]) == 3
+    assert run(["methods", "--classes", "0"]) == 2
     names = out_json(capsys, "models")["models"]
     assert {"gfl_resnet18", "retinanet_mobilenet_v3_small"} <= set(names)
 

@@ -17,6 +17,8 @@ CHANNELS = {
     "resnet34": (128, 256, 512),
     "resnet50": (512, 1024, 2048),
     "resnet101": (512, 1024, 2048),
+    "resnet152": (512, 1024, 2048),
+    "resnext101_64x4d": (512, 1024, 2048),
     "mobilenet_v2": (32, 96, 320),
     "mobilenet_v3_small": (24, 48, 96),
     "mobilenet_v3_large": (40, 112, 160),

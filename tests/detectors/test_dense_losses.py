@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from kdcli.detectors.dense.decode import decode
-from kdcli.detectors.dense.losses import atss_loss, distribution_focal, gfl_loss, quality_focal, retinanet_loss
+from kdcli.detectors.dense.losses import (
+    atss_loss,
+    distribution_focal,
+    fcos_loss,
+    gfl_loss,
+    quality_focal,
+    retinanet_loss,
+)
 from kdcli.geometry.assign import AssignerSpec, assign
 from kdcli.geometry.grid import Grid
 from kdcli.structures import IGNORED, Canvas, Targets
@@ -18,13 +27,24 @@ GRID = Grid()
 RETINA = Grid(base_scale=4.0, scales=(1.0, 2 ** (1 / 3), 2 ** (2 / 3)), ratios=(0.5, 1.0, 2.0))
 BOXES = torch.tensor([[10.0, 12.0, 60.0, 50.0], [70.0, 8.0, 118.0, 58.0]])
 LABELS = torch.tensor([2, 0])
-KINDS = ["gfl", "retinanet", "atss"]
+POINTS = Grid(offset=0.5)
+FCOS_KINDS = ["fcos", "fcos plain", "fcos distribution"]
+KINDS = ["gfl", "retinanet", "atss", "retinanet distribution", "atss distribution", *FCOS_KINDS]
+ASSIGNERS = {
+    "gfl": AssignerSpec("atss"),
+    "atss": AssignerSpec("atss"),
+    "retinanet": AssignerSpec("max_iou"),
+    "fcos": AssignerSpec("fcos", center_radius=1.5),
+}
+
+
+def grid_of(kind: str) -> Grid:
+    return {"retinanet": RETINA, "fcos": POINTS}.get(kind.split()[0], GRID)
 
 
 def targets_of(kind: str, counts: list[int]) -> Targets:
     """A batch whose images have the first ``counts[i]`` of two boxes."""
-    grid = RETINA if kind == "retinanet" else GRID
-    spec = AssignerSpec("max_iou" if kind == "retinanet" else "atss")
+    grid, spec = grid_of(kind), ASSIGNERS[kind.split()[0]]
     boxes = [BOXES[:n] for n in counts]
     return Targets(
         boxes=boxes,
@@ -37,18 +57,24 @@ def targets_of(kind: str, counts: list[int]) -> Targets:
 
 
 def outputs_of(kind: str, batch: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    grid = RETINA if kind == "retinanet" else GRID
-    trailing = {"gfl": [(K,), (4, 9)], "retinanet": [(K,), (4,)], "atss": [(K,), (4,), (1,)]}[kind]
+    detector, _, form = kind.partition(" ")
+    box = (4, 9) if detector == "gfl" or form == "distribution" else (4,)
+    trailing = [(K,), box, (1,)] if detector in ("atss", "fcos") else [(K,), box]
     generator = torch.Generator().manual_seed(0)
-    shapes = [(batch, grid.num_total(CANVAS), *t) for t in trailing]
-    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+    shapes = [(batch, grid_of(kind).num_total(CANVAS), *t) for t in trailing]
+    outputs = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    if detector == "fcos" and form != "distribution":
+        outputs[1] = outputs[1].abs()  # distances
+    return [o.requires_grad_() for o in outputs]
 
 
 def loss_of(kind: str, outputs: list[Tensor], targets: Targets) -> dict[str, Tensor]:
     if kind == "gfl":
         return gfl_loss(outputs[0], outputs[1], targets, GRID)
-    if kind == "retinanet":
+    if kind.startswith("retinanet"):
         return retinanet_loss(outputs[0], outputs[1], targets, RETINA)
+    if kind in FCOS_KINDS:
+        return fcos_loss(*outputs, targets, POINTS, log_iou=kind == "fcos plain")  # type: ignore[misc]
     return atss_loss(outputs[0], outputs[1], outputs[2], targets, GRID)
 
 
@@ -67,7 +93,7 @@ def test_images_without_boxes_give_zeros_with_a_graph(kind: str) -> None:
         assert torch.isfinite(output.grad).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in FCOS_KINDS])
 def test_ignored_anchors_get_no_gradient(kind: str) -> None:
     outputs, targets = outputs_of(kind, 2), targets_of(kind, [2, 1])
     losses = loss_of(kind, outputs, targets)
@@ -79,6 +105,89 @@ def test_ignored_anchors_get_no_gradient(kind: str) -> None:
         assert output.grad is not None
         assert not output.grad[ignored].any()
         assert output.grad[~ignored].any()
+
+
+@pytest.mark.parametrize("kind", FCOS_KINDS)
+def test_fcos_reads_the_padding_as_background(kind: str) -> None:
+    outputs, targets = outputs_of(kind, 2), targets_of(kind, [2, 1])
+    losses = loss_of(kind, outputs, targets)
+    assert all(loss > 0 for loss in losses.values())
+    sum(losses.values(), torch.zeros(())).backward()
+    assert (~targets.valid).any()
+    assert outputs[0].grad is not None
+    assert (outputs[0].grad[~targets.valid] > 0).all()
+    positive = targets.assigned >= 0
+    for output in outputs[1:]:
+        assert output.grad is not None
+        assert not output.grad[~positive].any()
+
+
+def test_fcos_divides_by_the_positives_of_the_batch() -> None:
+    """An image without boxes adds its class loss, and nothing to the divisor."""
+    outputs = outputs_of("fcos", 2)
+    both = loss_of("fcos", outputs, targets_of("fcos", [2, 0]))
+    alone = loss_of("fcos", [o[:1] for o in outputs], targets_of("fcos", [2]))
+    for name in ("loss_bbox", "loss_centerness"):
+        torch.testing.assert_close(both[name], alone[name])
+    positives = int((targets_of("fcos", [2]).assigned >= 0).sum())
+    empty = loss_of("fcos", [o[1:] for o in outputs], targets_of("fcos", [0]))  # divided by 1
+    torch.testing.assert_close(both["loss_cls"], alone["loss_cls"] + empty["loss_cls"] / positives)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k.endswith("distribution")])
+def test_one_hot_at_the_true_edges_has_no_box_loss(kind: str) -> None:
+    """Boxes whose edges lie whole strides from the centres of their positives."""
+    grid = POINTS if kind.startswith("fcos") else RETINA if kind.startswith("retinanet") else GRID
+    stride, cell = 8, 3 * 16 + 5  # of the finest level: row 3, column 5
+    center = grid.centers(CANVAS, torch.float32)[cell]
+    distances = torch.tensor([2, 1, 3, 2])
+    low, high = center - distances[:2] * stride, center + distances[2:] * stride
+    anchor = cell * grid.num_anchors + grid.num_anchors // 2
+    assigned = torch.full((1, grid.num_total(CANVAS)), -1, dtype=torch.int32)
+    assigned[0, anchor] = 0
+    box = torch.cat([low, high])[None]
+    targets = Targets([box], [LABELS[:1]], torch.tensor([CONTENT]), CANVAS, assigned, grid.valid(CANVAS, CONTENT)[None])
+    outputs = outputs_of(kind, 1)
+    rows = torch.full((4, 9), -1e4)
+    rows[range(4), distances] = 1e4
+    exact = outputs[1].detach().clone()
+    exact[0, anchor] = rows
+    off = exact.clone()
+    off[0, anchor] = rows.roll(1, dims=-1)
+    loss = loss_of(kind, [outputs[0], exact, *outputs[2:]], targets)["loss_bbox"]
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert loss_of(kind, [outputs[0], off, *outputs[2:]], targets)["loss_bbox"] > 0.1
+
+
+def test_weights_of_the_distribution_losses() -> None:
+    """GIoU x2 on RetinaNet and ATSS, x1 on FCOS, in a case that is reckoned by hand: a hull twice the true box."""
+    for kind, weight in (("retinanet distribution", 2.0), ("atss distribution", 2.0), ("fcos distribution", 1.0)):
+        grid = grid_of(kind)
+        center = grid.centers(CANVAS, torch.float32)[53]
+        targets = targets_of(kind, [0])
+        targets.assigned[0, 53 * grid.num_anchors] = 0
+        box = torch.cat([center - 16, center + 16])[None]  # 4 x 4 strides around the centre: centerness 1
+        targets = Targets([box], [LABELS[:1]], targets.content, CANVAS, targets.assigned, targets.valid)
+        outputs = outputs_of(kind, 1)
+        rows = torch.full((4, 9), -1e4)
+        rows[range(4), [2, 2, 6, 2]] = 1e4  # 8 x 4 strides: IoU = GIoU = 1/2
+        predicted = outputs[1].detach().clone()
+        predicted[0, 53 * grid.num_anchors] = rows
+        loss = loss_of(kind, [outputs[0], predicted, *outputs[2:]], targets)["loss_bbox"]
+        assert float(loss.detach()) == pytest.approx(weight / 2, rel=1e-5), kind
+
+
+def test_plain_fcos_has_the_log_of_the_iou() -> None:
+    center = POINTS.centers(CANVAS, torch.float32)[53]
+    empty = targets_of("fcos", [0])
+    empty.assigned[0, 53] = 0
+    box = torch.cat([center - 16, center + 16])[None]
+    targets = Targets([box], [LABELS[:1]], empty.content, CANVAS, empty.assigned, empty.valid)
+    outputs = outputs_of("fcos plain", 1)
+    predicted = outputs[1].detach().clone()
+    predicted[0, 53] = torch.tensor([2.0, 2.0, 6.0, 2.0])
+    loss = loss_of("fcos plain", [outputs[0], predicted, outputs[2]], targets)["loss_bbox"]
+    assert float(loss.detach()) == pytest.approx(math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,6 +239,18 @@ def test_decode_keeps_classes_apart_and_clips_to_the_content() -> None:
     assert found.scores.tolist() == pytest.approx([0.9, 0.7, 0.6])  # the second box of class 0 is suppressed
     assert found.boxes.tolist() == [[0, 0, 20, 20], [0, 0, 21, 20], [30, 30, 50, 40]]
     assert float(box_iou(found.boxes[1:2], found.boxes[2:])) == 0.0
+
+
+def test_decode_multiplies_by_centerness_after_choosing() -> None:
+    """mmdet 3.3.0: threshold and order within a level are those of the class score; NMS and output, of the product."""
+    corner = torch.tensor([[0.0, 0], [30, 0], [60, 0]])
+    boxes = torch.cat([corner, corner + 20], dim=1)[None]
+    scores, centerness = torch.tensor([[[0.9], [0.5], [0.04]]]), torch.tensor([[0.05, 1.0, 1.0]])
+    (found,) = decode(boxes, scores, [3], torch.tensor([[40, 90]]), centerness=centerness)
+    assert found.scores.tolist() == pytest.approx([0.5, 0.045])
+    assert found.boxes[:, 0].tolist() == [30, 0]
+    (one,) = decode(boxes, scores, [3], torch.tensor([[40, 90]]), centerness=centerness, nms_pre=1)
+    assert one.scores.tolist() == pytest.approx([0.045])
 
 
 def test_decode_limits_levels_and_images() -> None:

@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdcli.detectors.backbones import BACKBONES
 from kdcli.detectors.base import ModelSpec, count_parameters
-from kdcli.detectors.build import DETECTORS, build_detector, model_names, parse_model_name
+from kdcli.detectors.build import DETECTORS, NAMES, build_detector, model_names, parse_model_name
 from kdcli.detectors.dense.detector import DenseDetector
+from kdcli.detectors.dense.recipes import GFL, RETINANET, Recipe
 from kdcli.errors import OptionError
 from kdcli.geometry.assign import assign
 from kdcli.structures import Canvas, Targets
-from kdcli.tensors import BOX_DISTRIBUTION, BOX_REGRESSION, CLS_LOGITS, FEATURES
+from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOX_REGRESSION, CENTERNESS, CLS_LOGITS, FEATURES
 
+DENSE = [name for name, recipe in DETECTORS.items() if isinstance(recipe, Recipe)]
 CANVAS = Canvas(64, 96)
 CELLS = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2 + 1 * 1
 
@@ -39,7 +42,9 @@ def make_targets(detector: DenseDetector, canvas: Canvas, boxes: list[Tensor]) -
     )
 
 
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize(
+    "name", [f"gfl_{backbone}" for backbone in BACKBONES] + [f"{name}_shufflenet_v2_x0_5" for name in DENSE]
+)
 def test_shapes_are_what_specs_promise(name: str) -> None:
     detector = small(*parse_model_name(name)).eval()
     with torch.no_grad():
@@ -47,22 +52,23 @@ def test_shapes_are_what_specs_promise(name: str) -> None:
     anchors = detector.grid.num_anchors
     assert detector.grid.num_cells(CANVAS) == CELLS
     assert detector.spec.name == name
-    rows = {"cell": CELLS, "anchor": CELLS * anchors}
+    rows = {"cell": CELLS, "anchor": CELLS * anchors, "level0": 8 * 12, "level1": 4 * 6, "level2": 2 * 3}
     assert {k: tuple(v.shape) for k, v in outputs.items()} == {
         k: (1, rows[s.per], *s.dims) for k, s in detector.specs().items()
     }
     box = (BOX_DISTRIBUTION, (4, 17)) if name.startswith("gfl") else (BOX_REGRESSION, (4,))
-    assert set(outputs) == {FEATURES, CLS_LOGITS, box[0]}
+    centerness = {CENTERNESS} if name.startswith(("atss", "fcos")) else set()
+    assert set(outputs) == {FEATURES, CLS_LOGITS, box[0], *centerness, *BACKBONE[1:]}
     assert detector.specs()[box[0]].dims == box[1]
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", DENSE)
 def test_scores_start_at_the_prior(name: str) -> None:
     scores = small(name)(torch.rand(2, 3, *CANVAS.size))[CLS_LOGITS].sigmoid()
     assert 0.005 < scores.median() < 0.02
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", DENSE)
 def test_gradient_reaches_every_trainable_parameter(name: str) -> None:
     detector = small(name)
     canvas = Canvas(128, 160)
@@ -81,7 +87,7 @@ def test_gradient_reaches_every_trainable_parameter(name: str) -> None:
         assert parameter.grad.abs().max() > 0, key
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", DENSE)
 def test_images_without_boxes_give_every_parameter_a_gradient(name: str) -> None:
     detector = small(name)
     losses = detector.loss(
@@ -93,7 +99,7 @@ def test_images_without_boxes_give_every_parameter_a_gradient(name: str) -> None
         assert torch.isfinite(parameter.grad).all(), key
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", DENSE)
 def test_boxes_of_single_anchors_are_the_dense_ones(name: str) -> None:
     detector = small(name)
     total = CELLS * detector.grid.num_anchors
@@ -126,7 +132,7 @@ def test_zero_deltas_are_the_anchors() -> None:
     torch.testing.assert_close(boxes, detector.grid.anchors(CANVAS, torch.float32)[index])
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", DENSE)
 def test_boxes_ignore_autocast(name: str) -> None:
     detector = small(name)
     rows = torch.randn(50, *detector.box_dims)
@@ -136,13 +142,13 @@ def test_boxes_ignore_autocast(name: str) -> None:
     assert torch.equal(inside, detector.decode_boxes(rows, index, CANVAS))
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", DENSE)
 def test_decode_finds_what_the_outputs_say(name: str) -> None:
     detector = small(name)
     total = CELLS * detector.grid.num_anchors
     logits = torch.full((2, total, 3), -9.0)
     logits[1, 40 * detector.grid.num_anchors, 2] = 2.0
-    outputs = {CLS_LOGITS: logits, detector.box_name: torch.zeros(2, total, *detector.box_dims)}
+    outputs = {CLS_LOGITS: logits, detector.box_name: torch.ones(2, total, *detector.box_dims)}
     empty, found = detector.decode(outputs, torch.tensor([CANVAS.size] * 2), CANVAS)
     assert len(empty.boxes) == 0
     assert found.labels.tolist() == [2]
@@ -152,7 +158,7 @@ def test_decode_finds_what_the_outputs_say(name: str) -> None:
     torch.testing.assert_close(found.boxes[0], box.clamp(min=0).minimum(limit))
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", DENSE)
 def test_images_of_a_batch_do_not_influence_each_other(name: str) -> None:
     detector = small(name).eval()
     a, b, c = torch.rand(3, 3, *CANVAS.size)
@@ -202,7 +208,7 @@ def test_students_can_be_small() -> None:
     assert count_parameters(small("gfl", fpn_channels=32, tower_convs=0)) < 0.3e6
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", DENSE)
 def test_batches_of_both_orientations_have_the_same_rows(name: str) -> None:
     detector = small(name).eval()
     with torch.no_grad():
@@ -212,7 +218,7 @@ def test_batches_of_both_orientations_have_the_same_rows(name: str) -> None:
 
 
 def test_recipes_hold_mmdets_numbers() -> None:
-    gfl, retinanet = DETECTORS["gfl"], DETECTORS["retinanet"]
+    gfl, retinanet = GFL, RETINANET
     assert (gfl.grid.num_anchors, retinanet.grid.num_anchors) == (1, 9)
     assert (gfl.nms_iou, retinanet.nms_iou) == (0.6, 0.5)
     assert gfl.grid.anchors(CANVAS)[0].tolist() == [-32, -32, 32, 32]
@@ -221,7 +227,9 @@ def test_recipes_hold_mmdets_numbers() -> None:
 
 
 def test_model_names() -> None:
-    assert len(model_names()) == 18
+    assert len(model_names()) == len(set(model_names())) == len(NAMES) * len(BACKBONES)
+    assert parse_model_name("tv_retinanet_v2_resnet50") == ("tv_retinanet_v2", "resnet50")
+    assert parse_model_name("faster_rcnn_resnet18") == ("faster_rcnn", "resnet18")
     assert parse_model_name("gfl_mobilenet_v3_small") == ("gfl", "mobilenet_v3_small")
     with pytest.raises(OptionError, match="did you mean 'gfl_resnet18'"):
         parse_model_name("gfl_resnet81")
@@ -241,6 +249,9 @@ def test_model_names() -> None:
         ({"head_channels": 0}, "model.head_channels = 0"),
         ({"reg_max": True}, "model.reg_max = True"),
         ({"bn": "frosen"}, "model.bn = 'frosen'; did you mean 'frozen'"),
+        ({"box": "distributions"}, "model.box = 'distributions'; did you mean 'distribution'"),
+        ({"fcos": "plane"}, "model.fcos = 'plane'; did you mean 'plain'"),
+        ({"fcos": "plain"}, "model.fcos = 'plain': the model is gfl"),
         ({"backbone": ["x"]}, "model.backbone = .*must be a name"),
     ],
 )
@@ -255,3 +266,11 @@ def test_spec_json_round_trip() -> None:
     assert ModelSpec.from_json(spec.to_json()) == spec
     with pytest.raises(OptionError, match=r"fpn_chanels.*did you mean 'fpn_channels'"):
         ModelSpec.from_json({**spec.to_json(), "fpn_chanels": 1})
+
+
+def test_spec_of_an_older_version_takes_the_defaults() -> None:
+    spec = ModelSpec("retinanet", "resnet18", 3, tower_convs=2)
+    old = {k: v for k, v in spec.to_json().items() if k not in ("box", "fcos")}
+    assert ModelSpec.from_json(old) == spec
+    with pytest.raises(OptionError, match="'num_classes' is missing"):
+        ModelSpec.from_json({k: v for k, v in old.items() if k != "num_classes"})

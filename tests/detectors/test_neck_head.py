@@ -76,7 +76,7 @@ def test_initialisation_is_mmdets() -> None:
 
 
 def test_centerness_and_regression_outputs() -> None:
-    head = DenseHead(8, 8, 1, norm="none", num_anchors=1, num_classes=2, box_dims=(4,), centerness=True)
+    head = DenseHead(8, 8, 1, norm="none", num_anchors=1, num_classes=2, box_dims=(4,), centerness="box")
     out = head([torch.randn(2, 8, 2, 2)])
     assert {k: tuple(v.shape) for k, v in out.items()} == {
         CLS_LOGITS: (2, 4, 2),

@@ -127,7 +127,7 @@ def _drop_weight(content: dict[str, Any]) -> None:
         (_set("classes", CLASSES[:1]), "1 classes for 2 outputs"),
         (_set("canvas", "33"), "multiple of 32"),
         (lambda c: c["model"].update(backbone="resnet19"), "did you mean 'resnet18'"),
-        (lambda c: c["model"].pop("reg_max"), "'reg_max' is missing"),
+        (lambda c: c["model"].pop("num_classes"), "'num_classes' is missing"),
         (lambda c: c["model"].update(num_classes=3), "size mismatch"),
         (_drop_weight, "neck.p7.weight"),
         (lambda c: c["weights"]["neck.p7.weight"].add_(1), "corrupt"),

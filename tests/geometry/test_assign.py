@@ -17,6 +17,8 @@ from kdcli.geometry.grid import Grid
 from kdcli.structures import BACKGROUND, IGNORED, Canvas
 
 ATSS, MAX_IOU = AssignerSpec("atss"), AssignerSpec("max_iou")
+FCOS, CENTERED = AssignerSpec("fcos"), AssignerSpec("fcos", center_radius=1.5)
+POINTS = Grid(offset=0.5)
 RETINA = Grid(base_scale=4.0, scales=(1.0, 2 ** (1 / 3), 2 ** (2 / 3)), ratios=(0.5, 1.0, 2.0))
 CANVAS, CONTENT = Canvas(160, 224), (100, 200)
 
@@ -67,7 +69,7 @@ def plain_atss(grid: Grid, boxes: Tensor, topk: int) -> list[int]:
     return [o if v else IGNORED for o, v in zip(owner, grid.valid_anchors(CANVAS, CONTENT), strict=True)]
 
 
-@pytest.mark.parametrize("grid", [Grid(), RETINA, Grid(offset=0.5)])
+@pytest.mark.parametrize("grid", [Grid(), RETINA, POINTS, Grid(stride_rule="image_over_grid")])
 @pytest.mark.parametrize("topk", [1, 9, 12])
 def test_closest_anchors_are_those_of_a_full_sort(grid: Grid, topk: int) -> None:
     boxes = random_boxes(12, seed=topk)
@@ -119,6 +121,85 @@ def test_max_iou_gives_a_tiny_box_the_first_of_equal_anchors() -> None:
     assert torch.nonzero(ours >= 0)[:, 0].tolist() == tied[:1].tolist()
 
 
+def plain_fcos(spec: AssignerSpec, boxes: Tensor) -> list[int]:
+    """FCOS point by point."""
+    edges = [-1.0, *spec.ranges, float("inf")]
+    levels = [k for k, n in enumerate(POINTS.level_sizes(CANVAS)) for _ in range(n)]
+    owner = []
+    for (x, y), level in zip(POINTS.centers(CANVAS).tolist(), levels, strict=True):
+        found = []
+        for g, (x1, y1, x2, y2) in enumerate(boxes.double().tolist()):
+            reach = spec.center_radius * POINTS.strides[level]
+            near = not reach or max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2)) < reach
+            inside = min(x - x1, y - y1, x2 - x, y2 - y) > 0
+            if inside and near and edges[level] <= max(x - x1, y - y1, x2 - x, y2 - y) <= edges[level + 1]:
+                found.append(((x2 - x1) * (y2 - y1), g))
+        owner.append(min(found)[1] if found else BACKGROUND)
+    return owner
+
+
+@pytest.mark.parametrize("spec", [FCOS, CENTERED, AssignerSpec("fcos", ranges=(16, 24, 40, 80), center_radius=0.7)])
+@pytest.mark.parametrize("chunk", [1, 4_000_000])
+def test_fcos_is_the_plain_loop(spec: AssignerSpec, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assign_module, "CHUNK", chunk)
+    boxes = random_boxes(14, seed=2)
+    ours = assign(spec, POINTS, CANVAS, boxes, CONTENT)
+    assert ours.dtype == torch.int32
+    assert ours.tolist() == plain_fcos(spec, boxes)
+    assert len(set(ours.tolist())) > 5
+
+
+def test_fcos_ranges_hold_both_ends() -> None:
+    # the farthest edge of the point at (68, 68) is 64 px away, the end of the first and the start of the second range;
+    # a level's points lie at 4 + 8k and at 8 + 16k, so only the finest has one at 68
+    box = torch.tensor([[4.0, 4.0, 132.0, 132.0]])
+    canvas = Canvas(160, 160)
+    fine = assign(FCOS, POINTS, canvas, box, canvas.size)[:400].reshape(20, 20)
+    assert torch.nonzero(fine >= 0).tolist() == [[8, 8]]
+    # and that at (72, 72) of the second level, for a box that reaches 64 px from it
+    box = torch.tensor([[8.0, 8.0, 136.0, 136.0]])
+    coarse = assign(FCOS, POINTS, canvas, box, canvas.size)[400:500].reshape(10, 10)
+    assert coarse[4, 4] == 0
+
+
+def test_fcos_gives_a_point_the_smallest_box_and_the_first_of_equals() -> None:
+    canvas = Canvas(96, 96)
+    boxes = torch.tensor([[0.0, 0, 60, 60], [10, 10, 50, 50], [50, 10, 10 + 80, 50], [10, 10, 50, 50]])
+    ours = assign(FCOS, POINTS, canvas, boxes, canvas.size)[:144].reshape(12, 12)
+    assert ours[3, 3] == 1  # (28, 28): in boxes 0, 1 and 3
+    assert ours[0, 0] == 0
+    assert ours[3, 9] == 2
+    assert 3 not in ours.tolist()
+
+
+def test_fcos_trains_on_the_padding() -> None:
+    ours = assign(FCOS, POINTS, CANVAS, random_boxes(5, seed=1), CONTENT)
+    valid = POINTS.valid(CANVAS, CONTENT)
+    assert (~valid).any()
+    assert (ours[~valid] == BACKGROUND).all()
+    assert IGNORED not in ours.tolist()
+
+
+@pytest.mark.parametrize(("spec", "grid"), [(ATSS, Grid()), (MAX_IOU, RETINA), (FCOS, POINTS), (CENTERED, POINTS)])
+@pytest.mark.parametrize("canvas", [Canvas(32, 32), Canvas(32, 96), Canvas(608, 800)])
+def test_tiny_and_large_canvases_and_300_boxes(spec: AssignerSpec, grid: Grid, canvas: Canvas) -> None:
+    content = (canvas.height - 3, canvas.width - 9)
+    boxes = random_boxes(300, seed=3, content=content)
+    ours = assign(spec, grid, canvas, boxes, content)
+    assert ours.shape == (grid.num_total(canvas),)
+    assert int(ours.max()) < 300
+    assert int(ours.min()) >= IGNORED
+    assert (ours >= 0).any() or canvas == Canvas(32, 32)
+    x, y = grid.centers(canvas).repeat_interleave(grid.num_anchors, dim=0)[ours >= 0].T
+    owner = boxes.double()[ours[ours >= 0].long()].T
+    if spec.kind == "fcos":
+        assert ((x > owner[0]) & (x < owner[2]) & (y > owner[1]) & (y < owner[3])).all()
+
+
+def test_an_image_without_boxes_is_background_for_fcos() -> None:
+    assert (assign(CENTERED, POINTS, CANVAS, torch.zeros(0, 4), CONTENT) == BACKGROUND).all()
+
+
 @pytest.mark.parametrize(("spec", "grid"), [(ATSS, Grid()), (MAX_IOU, RETINA)])
 def test_an_image_without_boxes_is_background(spec: AssignerSpec, grid: Grid) -> None:
     ours = assign(spec, grid, CANVAS, torch.zeros(0, 4), CONTENT)
@@ -128,7 +209,7 @@ def test_an_image_without_boxes_is_background(spec: AssignerSpec, grid: Grid) ->
     assert (~valid).any()
 
 
-@pytest.mark.parametrize(("spec", "grid"), [(ATSS, Grid()), (MAX_IOU, RETINA)])
+@pytest.mark.parametrize(("spec", "grid"), [(ATSS, Grid()), (MAX_IOU, RETINA), (FCOS, POINTS)])
 def test_assignment_ignores_the_order_of_boxes(spec: AssignerSpec, grid: Grid) -> None:
     boxes = torch.tensor([[10.3, 10.1, 61.7, 52.9], [90.2, 31.4, 180.5, 94.8], [20.9, 60.2, 47.3, 88.8]])
     forward = assign(spec, grid, CANVAS, boxes, CONTENT)
@@ -137,7 +218,7 @@ def test_assignment_ignores_the_order_of_boxes(spec: AssignerSpec, grid: Grid) -
     assert set(range(3)) <= set(forward.tolist())
 
 
-@pytest.mark.parametrize("spec", [ATSS, MAX_IOU, AssignerSpec("max_iou", pos_iou=0.7, neg_iou=0.3)])
+@pytest.mark.parametrize("spec", [ATSS, MAX_IOU, AssignerSpec("max_iou", pos_iou=0.7, neg_iou=0.3), CENTERED])
 def test_json_round_trip(spec: AssignerSpec) -> None:
     assert AssignerSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
@@ -148,6 +229,8 @@ def test_json_round_trip(spec: AssignerSpec) -> None:
         ({"kind": "atts"}, "did you mean 'atss'"),
         ({"kind": "atss", "topk": 0}, "topk"),
         ({"kind": "max_iou", "neg_iou": 0.6}, "neg_iou"),
+        ({"kind": "fcos", "ranges": (64.0, 32.0)}, "ranges must"),
+        ({"kind": "fcos", "center_radius": -1.0}, "center_radius must"),
     ],
 )
 def test_impossible_specs_are_refused(bad: dict[str, Any], message: str) -> None:

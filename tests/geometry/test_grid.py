@@ -71,8 +71,11 @@ def test_json_round_trip(grid: Grid) -> None:
 def test_json_of_another_version_is_refused() -> None:
     with pytest.raises(OptionError, match=r"unknown field 'stride'.*'strides'"):
         Grid.from_json(Grid().to_json() | {"stride": 8})
-    with pytest.raises(OptionError, match="'offset' is missing"):
-        Grid.from_json({k: v for k, v in Grid().to_json().items() if k != "offset"})
+
+
+def test_json_without_a_field_takes_its_default() -> None:
+    grid = Grid(base_scale=4.0)
+    assert Grid.from_json({k: v for k, v in grid.to_json().items() if k != "offset"}) == grid
 
 
 @pytest.mark.parametrize("bad", [{"strides": ()}, {"scales": ()}, {"strides": (8, -1)}, {"ratios": (0.0,)}])

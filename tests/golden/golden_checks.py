@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 
 import torch
+from golden_bckd import check_bckd_cls, check_bckd_loc
+from golden_bckd_head import check_bckd_head
 from golden_case import (
     ANCHOR_GRID,
     ATSS,
@@ -22,7 +24,9 @@ from golden_case import (
     leaves,
     make_targets,
 )
-from golden_ld import check_ld_mmdet3, check_ld_repo
+from golden_defeat import check_defeat_cls, check_defeat_inputs, check_defeat_neck
+from golden_fcos import check_fcos, check_fcosplus
+from golden_ld import check_general_instances, check_ld_mmdet3, check_ld_repo
 from torch import Tensor
 
 from kdcli.detectors.dense.decode import candidates, decode
@@ -31,7 +35,7 @@ from kdcli.geometry.assign import assign
 from kdcli.geometry.boxes import encode_deltas, pairwise_diou_official, pairwise_iou
 from kdcli.geometry.derive import decode_distribution, integral
 from kdcli.geometry.grid import Grid
-from kdcli.geometry.regions import RegionSpec, compute_entries
+from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, vlr_weights
 from kdcli.methods.divergence import kl_rows
 from kdcli.structures import IGNORED, VLR, Canvas, Targets
 
@@ -170,7 +174,7 @@ def check_atss_assign(case: Case) -> None:
 
 
 def check_vlr(case: Case) -> None:
-    """The valuable localization region, official and repaired. The file's imitation masks (im_*, gi_*) are not ours."""
+    """The valuable localization region, official and repaired, and the imitation masks (gi_* in check_general)."""
     canvas = canvas_of(case.file("inputs_student"))
     names = [key[: -len("_vlr")] for key in case.arrays if key.endswith("_vlr")]
     assert names
@@ -188,6 +192,15 @@ def check_vlr(case: Case) -> None:
             flagged = entries.index[(entries.flag & VLR) != 0]
             assert torch.equal(flagged, torch.nonzero(golden)[:, 0]), f"{name} {suffix}"
             assert_near(ours, golden, f"{name} {suffix}")
+    regions = {key.split("_im_")[0] for key in case.arrays if "_im_" in key}
+    for name in regions:
+        boxes, content = case.file("batches")[f"{name}_gt_bboxes"], content_of(case, name)
+        inside = vlr_weights(RegionSpec(vlr_metric="inside"), ANCHOR_GRID, canvas, boxes, content) > 0
+        fine = fine_grained_cells(ANCHOR_GRID, canvas, boxes, content)
+        for kind, ours in (("finegrained", fine), ("fitnet", inside), ("gibox", inside), ("decouple", inside)):
+            golden = case.arrays[f"{name}_im_{kind}"] == 1
+            assert torch.equal(ours, golden), f"{name} {kind}: {int((ours != golden).sum())} cells differ"
+    check_general_instances(case)
 
 
 def check_gfl_predict(case: Case) -> None:
@@ -222,6 +235,14 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "anchors": check_anchors,
     "atss": check_atss,
     "atss_assign": check_atss_assign,
+    "bckd_cls": check_bckd_cls,
+    "bckd_head": check_bckd_head,
+    "bckd_loc": check_bckd_loc,
+    "defeat_cls": check_defeat_cls,
+    "defeat_neck": check_defeat_neck,
+    "defeat_neck_inputs": check_defeat_inputs,
+    "fcos": check_fcos,
+    "fcosplus": check_fcosplus,
     "gfl": check_gfl,
     "gfl_predict": check_gfl_predict,
     "kl": check_kl,

@@ -8,15 +8,13 @@ import pytest
 from golden_case import Case, load
 from golden_checks import CHECKS
 
-NOT_YET = ("bckd", "defeat", "fcos", "fcosplus")  # kinds whose methods or detectors are still to come
-
 
 def kind_of(name: str) -> tuple[str, str]:
     """(kind, batch) of a file's name: the longest known kind it starts with, and what follows.
 
     Raises KeyError for a name of no known kind.
     """
-    for kind in sorted((*CHECKS, *NOT_YET), key=len, reverse=True):
+    for kind in sorted(CHECKS, key=len, reverse=True):
         if name == kind or name.startswith(f"{kind}_"):
             return kind, name[len(kind) + 1 :].removesuffix("_lowscore").removeprefix("lowscore")
     raise KeyError(name)
@@ -36,8 +34,6 @@ def test_file(golden_file: Path) -> None:
         kind, batch = kind_of(golden_file.stem)
     except KeyError:
         pytest.fail(f"{golden_file.name}: no check for this kind of file; known kinds: {', '.join(CHECKS)}")
-    if kind in NOT_YET:
-        pytest.skip(f"{kind}: not yet implemented")
     CHECKS[kind](Case(golden_file.parent, golden_file.stem, batch, load(golden_file)))
 
 
@@ -51,7 +47,10 @@ def test_file(golden_file: Path) -> None:
         ("atss_assign", ("atss_assign", "")),
         ("atss_A", ("atss", "A")),
         ("fcosplus_A", ("fcosplus", "A")),
-        ("bckd_head_C", ("bckd", "head_C")),
+        ("bckd_head_C", ("bckd_head", "C")),
+        ("bckd_loc", ("bckd_loc", "")),
+        ("defeat_neck_s8", ("defeat_neck", "s8")),
+        ("defeat_neck_inputs", ("defeat_neck_inputs", "")),
         ("ld_mmdet3_C", ("ld_mmdet3", "C")),
         ("ld_repo_B_finegrained", ("ld_repo", "B_finegrained")),
     ],
@@ -60,7 +59,7 @@ def test_kind_of(name: str, expected: tuple[str, str]) -> None:
     assert kind_of(name) == expected
 
 
-@pytest.mark.parametrize("name", ["gflv2_A", "mystery", "ldx_A", "ld_other_A"])
+@pytest.mark.parametrize("name", ["gflv2_A", "mystery", "ldx_A", "ld_other_A", "defeat_other"])
 def test_unknown_kind_fails(name: str) -> None:
     with pytest.raises(KeyError, match=name):
         kind_of(name)

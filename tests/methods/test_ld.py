@@ -10,8 +10,8 @@ from method_case import NONE, ONE, TWO, detector_of, inputs, make_batch, make_ou
 
 from kdcli.methods.divergence import kl_rows
 from kdcli.methods.ld import (
-    BOXES,
     CLASSES,
+    EDGES,
     LD,
     MAIN_DIVISOR,
     VLR_DIVISOR,
@@ -114,15 +114,16 @@ def test_the_method_is_the_sum_of_its_parts() -> None:
     assert list(terms) == ["main", "vlr", "kd"]
     entries = batch.entries
     assert entries is not None
-    main, vlr = entries.select("main"), entries.select("vlr")
+    union = entries.select("main+vlr")
+    main, vlr = entries.select("main")[union], entries.select("vlr")[union]
     assert (main & vlr).any()  # GFL's regions overlap, as in the official code
-    edge = kl_rows(ours[BOXES.key], theirs[BOXES.key], 10.0).sum(dim=-1)
+    edge = kl_rows(ours[EDGES.key], theirs[EDGES.key], 10.0).sum(dim=-1)
     score = ours[CLASSES.key].sigmoid().amax(dim=-1)
-    level = level_of(entries.index[main], GFL.grid, batch)
+    level = level_of(entries.index[union][main], GFL.grid, batch)
     kd = class_kd(ours[CLASSES.key], theirs[CLASSES.key], level, 5, 2.0)
     # batch_ref 2 and a batch of 2: the official sums, divided by no count
     torch.testing.assert_close(terms["main"], 0.25 * weighted_sum(edge[main], score, 4.0))
-    torch.testing.assert_close(terms["vlr"], 0.25 * weighted_sum(edge[vlr], entries.weight[vlr], 16.0))
+    torch.testing.assert_close(terms["vlr"], 0.25 * weighted_sum(edge[vlr], entries.weight[union][vlr], 16.0))
     torch.testing.assert_close(terms["kd"], 10 * kd)
 
 
@@ -171,8 +172,8 @@ def test_the_vlr_weight_as_a_mask() -> None:
     batch = make_batch(GFL, [TWO, ONE])
     ours, theirs = data(batch)
     assert batch.entries is not None
-    vlr = batch.entries.select("vlr")
-    edge = kl_rows(ours[BOXES.key], theirs[BOXES.key], 10.0).sum(dim=-1)
+    vlr = batch.entries.select("vlr")[batch.entries.select("main+vlr")]
+    edge = kl_rows(ours[EDGES.key], theirs[EDGES.key], 10.0).sum(dim=-1)
     term = ld(vlr_weight="mask")(ours, theirs, batch)["vlr"]
     torch.testing.assert_close(term, 0.25 * edge[vlr].sum() / VLR_MASK_DIVISOR)
 

@@ -11,7 +11,7 @@ from method_case import TWO, detector_of, inputs, make_batch, make_outputs, pair
 
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.methods import METHODS, find_methods
-from kdcli.methods.base import check_pair, method_options, resolve_options
+from kdcli.methods.base import Pair, check_pair, method_options, resolve_options
 from kdcli.methods.ld import LD
 from kdcli.methods.pfi import PFI
 from kdcli.methods.rm import RM
@@ -64,15 +64,16 @@ def test_a_list_of_methods() -> None:
     ("text", "message"),
     [
         ("pif", "unknown method 'pif'; did you mean 'pfi'?"),
-        ("LD", "unknown method 'LD'; choose from ld, pfi, rm"),
-        ("", "unknown method ''; choose from ld, pfi, rm"),
-        ("ld,", "unknown method ''; choose from ld, pfi, rm"),
+        ("LD", "unknown method 'LD'; choose from {ALL}"),
+        ("", "unknown method ''; choose from {ALL}"),
+        ("ld,", "unknown method ''; choose from {ALL}"),
         ("ld,pfi,ld", "method 'ld' is named twice in 'ld,pfi,ld'"),
     ],
 )
 def test_an_unknown_method(text: str, message: str) -> None:
     with pytest.raises(OptionError) as caught:
         find_methods(text)
+    message = message.replace("{ALL}", ", ".join(sorted(METHODS)))
     assert str(caught.value) == message
     assert caught.value.exit_code == 3
 
@@ -93,7 +94,7 @@ def test_a_users_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         resolve_options("mine", mine, "gfl", {"untyped": 1})
 
     gfl = detector_of("gfl")
-    check_pair("mine", mine, pair_of(gfl, gfl), "gfl_a", "gfl_b")
+    check_pair("mine", mine, options, pair_of(gfl, gfl), "gfl_a", "gfl_b")
     batch = make_batch(gfl, [TWO])
     ours, theirs = (inputs(gfl, make_outputs(gfl, 1, s), mine.needs, batch) for s in (1, 2))
     method = mine(pair_of(gfl, gfl), **options)
@@ -145,7 +146,7 @@ def test_defaults_resolve_to_themselves(name: str) -> None:
         ("ld", {"weight": True}, "ld.weight = True: must be a number"),
         ("ld", {"weight": [1.0]}, "ld.weight = [1.0]: must be a number"),
         ("ld", {"vlr_weight": "ious"}, "ld.vlr_weight = 'ious'; did you mean 'iou'?"),
-        ("ld", {"vlr_metric": 3}, "ld.vlr_metric = 3; choose from diou, official"),
+        ("ld", {"vlr_metric": 3}, "ld.vlr_metric = 3; choose from diou, inside, official"),
         ("ld", {"vlr_alpha": "high"}, "ld.vlr_alpha = 'high': must be a number"),
         ("rm", {"sorted_scores": 1}, "rm.sorted_scores = 1: must be true or false"),
         ("pfi", {"form": "square"}, "pfi.form = 'square'; did you mean 'squared'?"),
@@ -166,31 +167,36 @@ def test_options_take_their_type() -> None:
     assert resolve_options("ld", LD, "gfl", {"vlr_alpha": 0.5})["vlr_alpha"] == 0.5
 
 
+def checked(name: str, pair: Pair, student: str, teacher: str) -> None:
+    """``check_pair`` with the method's default options."""
+    check_pair(name, METHODS[name], resolve_options(name, METHODS[name], "gfl", {}), pair, student, teacher)
+
+
 def test_ld_needs_a_distribution() -> None:
     retina, gfl = detector_of("retinanet"), detector_of("gfl")
     for student, teacher, side in ((retina, gfl, "student"), (gfl, retina, "teacher"), (retina, retina, "student")):
         with pytest.raises(OptionError, match=f"needs box_distribution, which the {side} .* does not give") as caught:
-            check_pair("ld", LD, pair_of(student, teacher), "first_model", "second_model")
+            checked("ld", pair_of(student, teacher), "first_model", "second_model")
         assert caught.value.exit_code == 3
         assert "kdcli methods" in str(caught.value)
         assert ("first_model" if side == "student" else "second_model") in str(caught.value)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["ld", "rm", "pfi", "bckd"])
 def test_other_classes_are_refused(name: str) -> None:
     pair = pair_of(detector_of("gfl"), detector_of("gfl", classes=4))
     with pytest.raises(OptionError, match=r"student a has \[3\], teacher b has \[4\]; they must agree"):
-        check_pair(name, METHODS[name], pair, "a", "b")
+        checked(name, pair, "a", "b")
 
 
 def test_other_bins_matter_to_ld_alone() -> None:
     pair = pair_of(detector_of("gfl"), detector_of("gfl", reg_max=12))
     with pytest.raises(OptionError, match=r"compares box_distribution .* has \[4, 9\], teacher b has \[4, 13\]"):
-        check_pair("ld", LD, pair, "a", "b")
+        checked("ld", pair, "a", "b")
     for name in ("rm", "pfi"):
-        check_pair(name, METHODS[name], pair, "a", "b")
+        checked(name, pair, "a", "b")
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_other_channels_are_fine(name: str) -> None:
-    check_pair(name, METHODS[name], pair_of(detector_of("gfl"), detector_of("gfl", 64)), "a", "b")
+    checked(name, pair_of(detector_of("gfl"), detector_of("gfl", 64)), "a", "b")

@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kdcli.tensors import BOX_DISTRIBUTION, BOX_REGRESSION, CENTERNESS, CLS_LOGITS, Tensors, flatten_levels
+from kdcli.tensors import BOX_DISTRIBUTION, BOX_REGRESSION, CENTERNESS, CLS_LOGITS, Tensors, flatten_levels, precise
 
 Norm = Literal["group", "none"]
+Tower = Literal["cls", "box"]
+Activation = Literal["none", "relu", "exp"]
 
 PRIOR = 0.01  # score of every anchor before training
 
 
 class DenseHead(nn.Module):
     """in_channels: of the neck. channels, convs: width and depth of each tower. norm: GroupNorm after each, or none.
+    tower_bias: convs keep their bias also under GroupNorm.
 
     num_anchors: A. num_classes: K. box_dims: (4,) for a regression, (4, E) for a distribution; the channel of anchor a,
-    side s, bin e is (a*4 + s)*E + e, golden's order. centerness: a third prediction, from the box tower.
-    scaled_levels: number of learnt per-level factors on the box prediction, 0 for none.
+    side s, bin e is (a*4 + s)*E + e, mmdet's order. centerness: the tower of a third prediction.
+    scaled_levels: number of learnt per-level factors on the box prediction, 0 for none. activation: what makes distances
+    in strides, never negative, of the box prediction: ``relu`` takes it for strides, ``exp`` for the logarithm of pixels,
+    which are divided by ``strides`` (pixels, of each level).
     """
 
     def __init__(
@@ -35,18 +41,25 @@ class DenseHead(nn.Module):
         convs: int,
         *,
         norm: Norm,
+        tower_bias: bool = False,
         num_anchors: int,
         num_classes: int,
         box_dims: tuple[int, ...],
-        centerness: bool = False,
+        centerness: Tower | None = None,
         scaled_levels: int = 0,
+        activation: Activation = "none",
+        strides: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.box_dims = box_dims
+        self.centerness_tower = centerness
+        self.activation = activation
+        self.strides = tuple(strides)
         groups = group_count(channels) if norm == "group" and convs else None
-        self.cls_tower = _tower(in_channels, channels, convs, groups)
-        self.box_tower = _tower(in_channels, channels, convs, groups)
+        bias = groups is None or tower_bias
+        self.cls_tower = _tower(in_channels, channels, convs, groups, bias)
+        self.box_tower = _tower(in_channels, channels, convs, groups, bias)
         width = channels if convs else in_channels
         self.cls = nn.Conv2d(width, num_anchors * num_classes, 3, padding=1)
         self.box = nn.Conv2d(width, num_anchors * math.prod(box_dims), 3, padding=1)
@@ -64,12 +77,12 @@ class DenseHead(nn.Module):
         """``cls_logits`` [B, N, K], the box tensor [B, N, *box_dims] and ``centerness`` [B, N, 1] of P3..P7."""
         logits, boxes, centerness = [], [], []
         for level, x in enumerate(features):
-            logits.append(self.cls(self.cls_tower(x)))
-            side = self.box_tower(x)
+            front, side = self.cls_tower(x), self.box_tower(x)
+            logits.append(self.cls(front))
             box = self.box(side)
-            boxes.append(box if self.scales is None else box * self.scales[level])
+            boxes.append(self._activate(box if self.scales is None else box * self.scales[level], level))
             if self.centerness is not None:
-                centerness.append(self.centerness(side))
+                centerness.append(self.centerness(side if self.centerness_tower == "box" else front))
         outputs = {
             CLS_LOGITS: flatten_levels(logits, (self.num_classes,)),
             BOX_DISTRIBUTION if len(self.box_dims) == 2 else BOX_REGRESSION: flatten_levels(boxes, self.box_dims),
@@ -77,6 +90,12 @@ class DenseHead(nn.Module):
         if centerness:
             outputs[CENTERNESS] = flatten_levels(centerness, (1,))
         return outputs
+
+    def _activate(self, box: Tensor, level: int) -> Tensor:
+        if self.activation == "none":
+            return box
+        box = precise(box)  # bf16 has a step of 2 px at 300 px, fp16 ends at 65504
+        return box.relu() if self.activation == "relu" else box.exp() / self.strides[level]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -95,10 +114,10 @@ def group_count(channels: int) -> int:
     return groups
 
 
-def _tower(in_channels: int, channels: int, convs: int, groups: int | None) -> nn.Sequential:
+def _tower(in_channels: int, channels: int, convs: int, groups: int | None, bias: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for k in range(convs):
-        layers.append(nn.Conv2d(in_channels if k == 0 else channels, channels, 3, padding=1, bias=groups is None))
+        layers.append(nn.Conv2d(in_channels if k == 0 else channels, channels, 3, padding=1, bias=bias))
         if groups is not None:
             layers.append(GroupNorm(groups, channels))
         layers.append(nn.ReLU(inplace=True))

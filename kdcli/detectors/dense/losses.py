@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from kdcli.geometry.boxes import (
+    EPS,
     aligned_giou,
     aligned_iou,
     decode_deltas,
@@ -24,7 +25,7 @@ from kdcli.geometry.boxes import (
 from kdcli.geometry.derive import integral
 from kdcli.geometry.grid import Grid
 from kdcli.structures import IGNORED, Targets
-from kdcli.tensors import world_mean
+from kdcli.tensors import precise, world_mean
 
 QFL_BETA = 2.0
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
@@ -63,6 +64,18 @@ def gather_positives(targets: Targets) -> Positives:
     )
 
 
+def _in_strides(rows: Tensor, found: Positives, targets: Targets, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """(predicted boxes [M, 4], true boxes [M, 4], centres [M, 2]) of the positives, in strides, the unit of mmdet's eps.
+
+    ``rows``: the positives' distances in strides [M, 4], or their edge logits [M, 4, E].
+    """
+    place = (targets.canvas, torch.float32, rows.device)
+    stride = grid.anchor_strides(*place)[found.anchor, None]
+    center = grid.centers(*place)[found.anchor // grid.num_anchors] / stride
+    boxes = decode_distances(center, integral(rows) if rows.ndim == 3 else rows)
+    return boxes, found.boxes / stride, center
+
+
 def quality_focal(logits: Tensor, quality: Tensor, beta: float = QFL_BETA) -> Tensor:
     """Quality focal loss (arXiv 2006.04388) of each logit, for targets in 0..1 of the same shape.
 
@@ -92,21 +105,16 @@ def gfl_loss(
     (1e-6) and BCKD.
     """
     found = gather_positives(targets)
-    logits = cls_logits.float()
-    rows = box_distribution[found.image, found.anchor].float()  # [M, 4, E]
-    place = (targets.canvas, torch.float32, logits.device)
-    stride = grid.anchor_strides(*place)[found.anchor, None]
-    center = grid.centers(*place)[found.anchor] / stride
-    goal = found.boxes / stride  # in strides, the unit of mmdet's eps
-    boxes = decode_distances(center, integral(rows))
+    logits = precise(cls_logits)
+    rows = precise(box_distribution[found.image, found.anchor])  # [M, 4, E]
+    boxes, goal, center = _in_strides(rows, found, targets, grid)
 
     quality = torch.zeros_like(logits)
     quality[found.image, found.anchor, found.labels] = aligned_iou(boxes.detach(), goal)
     loss_cls = (quality_focal(logits, quality) * found.counted).sum() / found.average
 
     weight = logits.detach()[found.image, found.anchor].amax(dim=-1).sigmoid()
-    total = world_mean(weight.sum())
-    total = total.clamp(min=1) if eps is None else total + eps
+    total = world_mean(weight.sum(), least=1) if eps is None else world_mean(weight.sum()) + eps
     last = rows.shape[-1] - 1
     distance = encode_distances(center, goal).clamp(0, last - DFL_MARGIN)
     loss_bbox = ((1 - aligned_giou(boxes, goal)) * weight).sum() / total
@@ -114,24 +122,29 @@ def gfl_loss(
     return {"loss_cls": loss_cls, "loss_bbox": GIOU_WEIGHT * loss_bbox, "loss_dfl": DFL_WEIGHT * loss_dfl}
 
 
-def _focal_cls(logits: Tensor, found: Positives) -> Tensor:
-    """Focal loss (arXiv 1708.02002) of a batch's class logits [B, N, K], a scalar."""
+def _focal_cls(logits: Tensor, found: Positives, average: Tensor) -> Tensor:
+    """Focal loss (arXiv 1708.02002) of a batch's class logits [B, N, K], divided by ``average``, a scalar."""
     hot = torch.zeros_like(logits)
     hot[found.image, found.anchor, found.labels] = 1.0
     loss: Tensor = sigmoid_focal_loss(logits, hot, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA, reduction="none")
-    return (loss * found.counted).sum() / found.average
+    return (loss * found.counted).sum() / average
 
 
-def retinanet_loss(cls_logits: Tensor, box_regression: Tensor, targets: Targets, grid: Grid) -> dict[str, Tensor]:
+def retinanet_loss(cls_logits: Tensor, box: Tensor, targets: Targets, grid: Grid) -> dict[str, Tensor]:
     """RetinaNet's loss_cls (focal) and loss_bbox (L1 of the deltas), scalars; arXiv 1708.02002.
 
-    ``cls_logits`` [B, N, K], ``box_regression`` [B, N, 4] deltas.
+    ``cls_logits`` [B, N, K], ``box`` [B, N, 4] deltas. With edge logits [B, N, 4, E], loss_bbox is the GIoU (x2) of the
+    decoded boxes, without weights, divided by the positives: LD's repository (arXiv 2102.12252).
     """
     found = gather_positives(targets)
+    rows = precise(box[found.image, found.anchor])
+    loss_cls = _focal_cls(precise(cls_logits), found, found.average)
+    if rows.ndim == 3:
+        boxes, goal, _ = _in_strides(rows, found, targets, grid)
+        return {"loss_cls": loss_cls, "loss_bbox": GIOU_WEIGHT * (1 - aligned_giou(boxes, goal)).sum() / found.average}
     anchors = grid.anchors(targets.canvas, torch.float32, cls_logits.device)[found.anchor]
-    goal = encode_deltas(anchors, found.boxes, RETINANET_STDS)
-    error = (box_regression[found.image, found.anchor].float() - goal).abs()
-    return {"loss_cls": _focal_cls(cls_logits.float(), found), "loss_bbox": error.sum() / found.average}
+    error = (rows - encode_deltas(anchors, found.boxes, RETINANET_STDS)).abs()
+    return {"loss_cls": loss_cls, "loss_bbox": error.sum() / found.average}
 
 
 def centerness_target(centers: Tensor, boxes: Tensor) -> Tensor:
@@ -142,24 +155,52 @@ def centerness_target(centers: Tensor, boxes: Tensor) -> Tensor:
     return (horizontal * vertical).sqrt()
 
 
-def atss_loss(
-    cls_logits: Tensor, box_regression: Tensor, centerness: Tensor, targets: Targets, grid: Grid
-) -> dict[str, Tensor]:
+def _centerness(logits: Tensor, found: Positives, targets: Targets, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(target [M], cross-entropy summed over the positives, a scalar) of centerness logits [B, N, 1]."""
+    centers = grid.centers(targets.canvas, torch.float32, logits.device)[found.anchor // grid.num_anchors]
+    goal = centerness_target(centers, found.boxes)
+    rows = precise(logits[found.image, found.anchor, 0])
+    return goal, F.binary_cross_entropy_with_logits(rows, goal, reduction="sum")
+
+
+def atss_loss(cls_logits: Tensor, box: Tensor, centerness: Tensor, targets: Targets, grid: Grid) -> dict[str, Tensor]:
     """ATSS's loss_cls (focal), loss_bbox (GIoU, x2, weighted by centerness) and loss_centerness, scalars.
 
-    ``cls_logits`` [B, N, K], ``box_regression`` [B, N, 4] deltas (stds .1 .1 .2 .2), ``centerness`` [B, N, 1] logits;
-    arXiv 1912.02424.
+    ``cls_logits`` [B, N, K], ``box`` [B, N, 4] deltas (stds .1 .1 .2 .2) or [B, N, 4, E] edge logits, ``centerness``
+    [B, N, 1] logits; arXiv 1912.02424.
     """
     found = gather_positives(targets)
-    place = (targets.canvas, torch.float32, cls_logits.device)
-    goal = centerness_target(grid.centers(*place)[found.anchor // grid.num_anchors], found.boxes)
-    deltas = box_regression[found.image, found.anchor].float()
-    boxes = decode_deltas(grid.anchors(*place)[found.anchor], deltas, ATSS_STDS)
-    loss_bbox = ((1 - aligned_giou(boxes, found.boxes)) * goal).sum() / world_mean(goal.sum()).clamp(min=1)
-    logits = centerness[found.image, found.anchor, 0].float()
-    entropy = F.binary_cross_entropy_with_logits(logits, goal, reduction="sum")
+    goal, entropy = _centerness(centerness, found, targets, grid)
+    rows, true = precise(box[found.image, found.anchor]), found.boxes
+    if rows.ndim == 3:
+        boxes, true, _ = _in_strides(rows, found, targets, grid)
+    else:
+        anchors = grid.anchors(targets.canvas, torch.float32, cls_logits.device)[found.anchor]
+        boxes = decode_deltas(anchors, rows, ATSS_STDS)
+    loss_bbox = ((1 - aligned_giou(boxes, true)) * goal).sum() / world_mean(goal.sum(), least=1)
     return {
-        "loss_cls": _focal_cls(cls_logits.float(), found),
+        "loss_cls": _focal_cls(precise(cls_logits), found, found.average),
         "loss_bbox": GIOU_WEIGHT * loss_bbox,
         "loss_centerness": entropy / found.average,
+    }
+
+
+def fcos_loss(
+    cls_logits: Tensor, box: Tensor, centerness: Tensor, targets: Targets, grid: Grid, *, log_iou: bool = False
+) -> dict[str, Tensor]:
+    """FCOS's loss_cls (focal), loss_bbox (weighted by centerness) and loss_centerness, scalars; arXiv 1904.01355.
+
+    ``cls_logits`` [B, N, K], ``box`` [B, N, 4] distances in strides or [B, N, 4, E] edge logits, ``centerness``
+    [B, N, 1] logits. loss_bbox is the GIoU; with ``log_iou`` -log IoU, as in the paper. Divided by the positives of the
+    whole batch, at least 1, where the anchor heads count 1 for each image without.
+    """
+    found = gather_positives(targets)
+    average = world_mean(found.counted.new_tensor(float(len(found.anchor))), least=1)
+    goal, entropy = _centerness(centerness, found, targets, grid)
+    boxes, true, _ = _in_strides(precise(box[found.image, found.anchor]), found, targets, grid)
+    error = -aligned_iou(boxes, true).clamp(min=EPS).log() if log_iou else 1 - aligned_giou(boxes, true)
+    return {
+        "loss_cls": _focal_cls(precise(cls_logits), found, average),
+        "loss_bbox": (error * goal).sum() / world_mean(goal.sum(), least=EPS),
+        "loss_centerness": entropy / average,
     }

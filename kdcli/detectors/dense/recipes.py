@@ -1,34 +1,37 @@
-"""What makes the one dense head a GFL or a RetinaNet: grid, assigner, box coding, loss, norm, neck and NMS threshold.
+"""What makes the one dense head a GFL, a RetinaNet, an ATSS or an FCOS: grid, assigner, box coding, loss, norm, neck.
 
-Numbers are mmdet 3.3.0's. A further detector (ATSS, FCOS) is one more constant here, plus its loss.
+Numbers are mmdet 3.3.0's. A further detector is one more constant here, plus its loss. LD (arXiv 2102.12252) needs a box
+distribution: ``with_distribution`` gives it to every recipe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
-from kdcli.detectors.dense.head import Norm
-from kdcli.detectors.dense.losses import gfl_loss, retinanet_loss
+from kdcli.detectors.dense.head import Activation, Norm, Tower
+from kdcli.detectors.dense.losses import ATSS_STDS, atss_loss, fcos_loss, gfl_loss, retinanet_loss
 from kdcli.detectors.neck import NeckSpec
 from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec
 from kdcli.structures import Targets
-from kdcli.tensors import BOX_DISTRIBUTION, BOX_REGRESSION, CLS_LOGITS, Tensors
+from kdcli.tensors import BOX_DISTRIBUTION, BOX_REGRESSION, CENTERNESS, CLS_LOGITS, Tensors
 
-BoxCoding = Literal["distribution", "delta"]
+BoxCoding = Literal["distribution", "delta", "distance"]
 LossFunction = Callable[[Tensors, Targets, Grid], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """grid, assigner, regions: see geometry. box: ``distribution`` = [4, E] edge logits in strides; ``delta`` = offsets
-    from the anchor in the coding of R-CNN, divided by ``box_stds``. loss: outputs, targets, grid -> weighted terms.
-    norm: of the head's towers. scaled: a learnt factor per level on the box prediction. nms_iou: class-aware NMS.
+    from the anchor in the coding of R-CNN, divided by ``box_stds``; ``distance`` = left, top, right, bottom in strides
+    from the cell's centre. loss: outputs, targets, grid -> weighted terms. norm, tower_bias, activation, centerness: see
+    DenseHead. scaled: a learnt factor per level on the box prediction. nms_iou: class-aware NMS.
     """
 
     name: str
@@ -40,9 +43,21 @@ class Recipe:
     neck: NeckSpec
     nms_iou: float
     regions: RegionSpec
+    tower_bias: bool = False
     scaled: bool = False
-    centerness: bool = False
+    activation: Activation = "none"
+    centerness: Tower | None = None
     box_stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+
+
+def with_distribution(recipe: Recipe) -> Recipe:
+    """``recipe`` with edge logits for its box branch, as LD's repository has it, and nothing else changed: its losses
+    decode either form. GFL is itself."""
+    return replace(recipe, box="distribution", activation="none")
+
+
+def _box(outputs: Tensors) -> Tensor:
+    return outputs[BOX_DISTRIBUTION] if BOX_DISTRIBUTION in outputs else outputs[BOX_REGRESSION]
 
 
 def _gfl(outputs: Tensors, targets: Targets, grid: Grid) -> dict[str, Tensor]:
@@ -50,7 +65,15 @@ def _gfl(outputs: Tensors, targets: Targets, grid: Grid) -> dict[str, Tensor]:
 
 
 def _retinanet(outputs: Tensors, targets: Targets, grid: Grid) -> dict[str, Tensor]:
-    return retinanet_loss(outputs[CLS_LOGITS], outputs[BOX_REGRESSION], targets, grid)
+    return retinanet_loss(outputs[CLS_LOGITS], _box(outputs), targets, grid)
+
+
+def _atss(outputs: Tensors, targets: Targets, grid: Grid) -> dict[str, Tensor]:
+    return atss_loss(outputs[CLS_LOGITS], _box(outputs), outputs[CENTERNESS], targets, grid)
+
+
+def _fcos(outputs: Tensors, targets: Targets, grid: Grid, *, log_iou: bool = False) -> dict[str, Tensor]:
+    return fcos_loss(outputs[CLS_LOGITS], _box(outputs), outputs[CENTERNESS], targets, grid, log_iou=log_iou)
 
 
 # Generalized Focal Loss, arXiv 2006.04388.
@@ -78,4 +101,36 @@ RETINANET = Recipe(
     neck=NeckSpec(p6_from="c5"),
     nms_iou=0.5,
     regions=RegionSpec(vlr_keep_positives=False),  # as LD's repository does for RetinaNet alone
+)
+
+# Adaptive Training Sample Selection, arXiv 1912.02424: GFL's grid and assigner.
+ATSS = replace(GFL, name="atss", box="delta", loss=_atss, centerness="box", box_stds=ATSS_STDS)
+
+# FCOS, arXiv 1904.01355, with the improvements that its authors added later (centre sampling, distances normalised by
+# the stride, centerness on the box tower, GIoU): what field practice calls FCOS, 38.7 against 36.6 AP in mmdet's tables.
+FCOS = Recipe(
+    name="fcos",
+    grid=Grid(offset=0.5),
+    assigner=AssignerSpec(kind="fcos", center_radius=1.5),
+    box="distance",
+    loss=_fcos,
+    norm="group",
+    neck=NeckSpec(p6_from="p5", relu_before_p7=True),
+    nms_iou=0.6,
+    regions=RegionSpec(vlr_metric="inside", vlr_keep_positives=False),  # background points inside a box
+    tower_bias=True,
+    scaled=True,
+    activation="relu",
+    centerness="box",
+)
+
+# FCOS as in the paper's first version.
+FCOS_PLAIN = replace(
+    FCOS,
+    assigner=AssignerSpec(kind="fcos"),
+    loss=partial(_fcos, log_iou=True),
+    nms_iou=0.5,
+    tower_bias=False,
+    activation="exp",
+    centerness="cls",
 )

@@ -1,0 +1,91 @@
+"""Training on several processes: ``torchrun --nproc-per-node N -m kdcli train ...``, one process a GPU (or gloo on CPUs).
+
+The first process alone writes files and talks; the others compute. Everything that a loss divides by, or switches on, is
+over the global batch (tensors.world_sum, world_mean), so that N processes train as one with the same batch does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdcli.errors import OptionError
+from kdcli.tensors import world_size
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=2)  # the others wait while the first scores detections and writes
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[bool]:
+    """Join the processes that torchrun started, for the time of the block; yields True in the first (or only) one.
+
+    Raises OptionError when there are more processes than GPUs on this machine.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield True
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise OptionError(
+                f"torchrun started process {local} of this machine, which has {torch.cuda.device_count()} GPU(s); "
+                "use --nproc-per-node with at most that many"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    try:
+        yield is_main()
+    finally:
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """True in the process that writes files."""
+    return world_rank() == 0
+
+
+def world_rank() -> int:
+    """Number of this process, 0 outside torchrun."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def from_main(value: T) -> T:
+    """What the first process has, in every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gathered(values: list[T]) -> list[T]:
+    """The lists of all processes joined, in every process."""
+    if world_size() == 1:
+        return values
+    parts: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
+def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
+    """``module`` as every process shall call it: gradients are averaged over them."""
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)

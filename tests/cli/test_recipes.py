@@ -1,0 +1,160 @@
+"""The recipes under examples/coco: their text, their options, and two steps of each on drawn images of COCO's classes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from kdcli.cli.main import run
+from kdcli.detectors.build import ModelSpec, build_detector, parse_model_name
+from kdcli.detectors.convert.coco import COCO_CLASSES
+from kdcli.detectors.weights import export
+from kdcli.files import atomic_save
+from kdcli.methods import find_methods
+from kdcli.methods.base import resolve_options
+from kdcli.options import TrainOptions, build
+
+RECIPES = Path(__file__).parents[2] / "examples" / "coco"
+FILES = sorted(RECIPES.glob("*.toml"))
+HEIGHT, WIDTH = 64, 96
+CANVAS = f"{HEIGHT}x{WIDTH}"
+SMALL = "shufflenet_v2_x0_5"
+WIDTHS = {"fpn_channels": 16, "head_channels": 32, "tower_convs": 1}
+FLAGS = [
+    "--canvas", CANVAS, "--epochs", "1", "--batch", "2", "--workers", "0", "--threads", "1",
+    "--backbone-weights", "none", *(f"--set=model.{name}={value}" for name, value in WIDTHS.items()),
+]  # fmt: skip
+
+recipes = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+
+
+def fields_of(file: Path) -> dict[str, Any]:
+    """The recipe as plain values."""
+    return tomllib.loads(file.read_text())
+
+
+def commands_of(file: Path) -> list[list[str]]:
+    """The ``kdcli`` command lines of the recipe's comment, without ``kdcli``."""
+    text = re.sub(r" \\\n# +", " ", file.read_text())
+    return [shlex.split(line)[1:] for line in re.findall(r"^# (kdcli .*)$", text, re.MULTILINE)]
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five training images, the last one without a box, and two for validation; every class of COCO has a box."""
+    root = tmp_path_factory.mktemp("coco")
+    rng = np.random.default_rng(5)
+    (root / "annotations").mkdir()
+    for split, count, empty in (("train", 5, 1), ("val", 2, 0)):
+        (root / f"{split}2017").mkdir()
+        images, annotations = [], []
+        per_image = len(COCO_CLASSES) // (count - empty)
+        for i in range(count):
+            picture = Image.fromarray(rng.integers(0, 80, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+            for category in COCO_CLASSES[i * per_image : (i + 1) * per_image]:
+                x, y, w, h = (int(v) for v in rng.integers((0, 0, 12, 12), (60, 36, 36, 28)))
+                ImageDraw.Draw(picture).rectangle((x, y, x + w, y + h), fill=tuple(rng.integers(80, 255, 3).tolist()))
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": i + 1, "category_id": category["id"], "iscrowd": 0,
+                     "bbox": [x, y, w, h], "area": w * h}
+                )  # fmt: skip
+            picture.save(root / f"{split}2017" / f"{i + 1:012}.png")
+            images.append({"id": i + 1, "file_name": f"{i + 1:012}.png", "height": HEIGHT, "width": WIDTH})
+        content = {"images": images, "annotations": annotations, "categories": COCO_CLASSES}
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function from detector and box branch to a checkpoint of random weights, each made once."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    @cache
+    def teacher(detector: str, box: Any) -> Path:
+        torch.manual_seed(11)
+        model = build_detector(ModelSpec(detector, SMALL, len(COCO_CLASSES), box=box, **WIDTHS))
+        path = folder / f"{detector}_{box}.pt"
+        atomic_save(export(model, list(COCO_CLASSES), CANVAS, {}), path)
+        return path
+
+    return teacher
+
+
+def teacher_of(file: Path, teachers: Any) -> Path:
+    model = fields_of(file)["model"]
+    path: Path = teachers(parse_model_name(model["name"])[0], model.get("box", "default"))
+    return path
+
+
+def run_recipe(file: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    """Run a recipe small; its epoch."""
+    fields = fields_of(file)
+    model = f"{parse_model_name(fields['model']['name'])[0]}_{SMALL}"
+    line = [fields["command"], "--config", str(file), "--model", model, *FLAGS, *arguments, "--out", str(out)]
+    assert run(line) == 0
+    metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    return metrics
+
+
+@recipes
+def test_recipe_is_valid(file: Path) -> None:
+    fields = fields_of(file)
+    options = build(TrainOptions, fields)
+    assert (options.canvas, options.views, options.batch) == ("800x1344", "identity,hflip", 16)
+    assert options.skip_empty
+    assert options.backbone_weights == "imagenet"
+    detector, _ = parse_model_name(options.model.name)
+    assert options.optim.lr == (0.02 if detector == "faster_rcnn" else 0.01)
+    methods = find_methods(options.method) if options.method else {}
+    assert set(options.methods) <= set(methods)
+    for name, method in methods.items():
+        resolve_options(name, method, detector, options.methods.get(name, {}))
+    assert bool(methods) == (options.command == "distill")
+
+
+@recipes
+def test_recipe_says_what_was_published_and_how_to_run_it(file: Path) -> None:
+    text = file.read_text()
+    (published,) = re.findall(r"^# Published AP: (.*)$", text, re.MULTILINE)
+    assert re.search(r"\((paper abstract|README of the official code|third-party notes)|none found", published)
+    command = fields_of(file)["command"]
+    last = commands_of(file)[-1]
+    assert last[:3] == [command, "--config", f"examples/coco/{file.name}"]
+    assert last[3:5] == ["--data", "COCO"]
+    assert f"`{file.name}`" in (RECIPES / "README.md").read_text()
+    for named in re.findall(r"\S+\.toml", text):
+        assert (RECIPES / Path(named).name).is_file()
+
+
+@recipes
+def test_stored_options_are_those_of_the_recipe(file: Path) -> None:
+    fields = fields_of(file)
+    stores = [c for c in commands_of(file) if c[0] == "cache-teacher"]
+    for command in stores:
+        assert command[command.index("--method") + 1] == fields["method"]
+        assert command[command.index("--canvas") + 1] == fields["canvas"]
+        for value in (command[i + 1] for i, word in enumerate(command) if word == "--set"):
+            table, _, assignment = value.partition(".")
+            key, _, given = assignment.partition("=")
+            assert str(fields["methods"][table][key]) == given
+    assert len(stores) == (fields["command"] == "distill" and "--teacher" not in commands_of(file)[-1])
+
+
+@recipes
+def test_recipe_runs_two_steps(file: Path, coco: Path, teachers: Any, tmp_path: Path) -> None:
+    arguments = ["--data", str(coco)]
+    if fields_of(file)["command"] == "distill":
+        arguments += ["--teacher", str(teacher_of(file, teachers))]
+    metrics = run_recipe(file, tmp_path / "run", *arguments)
+    assert metrics["epochs"] == 1

@@ -1,0 +1,217 @@
+"""The reference files of BCKD: its class loss, and its box loss on one level and on all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from golden_case import (
+    ANCHOR_GRID,
+    ATSS,
+    LEVELS,
+    Case,
+    assert_near,
+    canvas_of,
+    flat,
+    leaves,
+    make_targets,
+)
+from golden_ld import batch_of
+from torch import Tensor
+
+from kdcli.geometry.derive import decode_distribution
+from kdcli.geometry.regions import RegionSpec, vlr_weights
+from kdcli.methods.base import Pair
+from kdcli.methods.bckd import BCKD, BOX, CLASSES, Overlap, bckd_cls, bckd_loc, level_gate, positives, score_gap
+from kdcli.structures import IGNORED, Targets
+from kdcli.tensors import TensorSpec
+
+NUM_CLASSES = 20
+FORMS: dict[str, Overlap] = {"giou": "giou", "iou_linear": "iou", "iou_log": "log_iou"}
+P5 = 2  # the level of the arrays that start with P5_
+
+
+@dataclass(frozen=True)
+class BCKDCase:
+    """Both networks' outputs on a batch, everything [B, N, ...]."""
+
+    cls: list[Tensor]  # student, one leaf a level
+    box: list[Tensor]
+    teacher_logits: Tensor
+    teacher_box: Tensor  # [B, N, 4, E]
+    targets: Targets
+
+    @property
+    def sizes(self) -> list[int]:
+        return ANCHOR_GRID.level_sizes(self.targets.canvas)
+
+    @property
+    def logits(self) -> Tensor:
+        return flat(self.cls, (NUM_CLASSES,))
+
+    @property
+    def distribution(self) -> Tensor:
+        return flat(self.box, self.teacher_box.shape[2:])
+
+    @property
+    def counted(self) -> Tensor:
+        return (self.targets.assigned != IGNORED).float()
+
+    @property
+    def average(self) -> Tensor:
+        return positives(self.targets.assigned >= 0, per_image=True)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the box loss."""
+        return score_gap(self.logits, self.teacher_logits) * self.counted
+
+    def boxes(self, distribution: Tensor) -> Tensor:
+        """Decoded, in strides."""
+        place = (self.targets.canvas, torch.float32)
+        stride = ANCHOR_GRID.anchor_strides(*place)
+        return decode_distribution(distribution, ANCHOR_GRID.centers(*place) / stride[:, None], torch.ones_like(stride))
+
+    def box_rows(self, form: str) -> Tensor:
+        """The box loss of every anchor, [B, N]: not gated, not normalised, of weight 1."""
+        return bckd_loc(self.boxes(self.distribution), self.boxes(self.teacher_box), self.weight, FORMS[form])
+
+    def class_rows(self) -> Tensor:
+        """The class loss of every anchor, [B, N]."""
+        return bckd_cls(self.logits, self.teacher_logits, self.counted)
+
+    def vlr(self) -> Tensor:
+        """IoU weights [B, N] of the repository's own localization region."""
+        spec = RegionSpec(vlr_metric="official")
+        t = self.targets
+        return torch.stack(
+            [
+                vlr_weights(spec, ANCHOR_GRID, t.canvas, boxes, (int(c[0]), int(c[1]))).float()
+                for boxes, c in zip(t.boxes, t.content, strict=True)
+            ]
+        )
+
+    def per_level(self, rows: Tensor, *, gated: bool = True) -> Tensor:
+        """Sums [L] of rows [B, N]."""
+        if gated:
+            rows = rows * level_gate(self.targets.assigned >= 0, self.sizes)
+        return torch.stack([part.sum() for part in rows.split(self.sizes, dim=1)])
+
+
+def bckd_case(case: Case) -> BCKDCase:
+    """The inputs of the file's batch, B when its name does not say."""
+    inputs, teacher = case.file("inputs_student"), case.file("inputs_teacher")
+    cls, box = leaves(inputs, "cls", case.cls_shift()), leaves(inputs, "bbox")
+    bins = box[0].shape[1] // 4
+    return BCKDCase(
+        cls=cls,
+        box=box,
+        teacher_logits=flat([teacher[f"cls_l{k}"] for k in range(LEVELS)], (NUM_CLASSES,)),
+        teacher_box=flat([teacher[f"bbox_l{k}"] for k in range(LEVELS)], (4, bins)),
+        targets=make_targets(case, case.batch or "B", canvas_of(inputs), ANCHOR_GRID, ATSS),
+    )
+
+
+def check_bckd_cls(case: Case) -> None:
+    """Class loss of single rows: each row, their mean, and weighted with the repository's module."""
+    g, known = case.arrays, {"pred", "soft_label", "weight", "avg_factor"}
+    powers = sorted({int(m[1]) for key in g if (m := re.match(r"beta(\d+)_", key))})
+    assert powers
+    for beta in powers:
+        pred = g["pred"].clone().requires_grad_()
+        rows = bckd_cls(pred, g["soft_label"], torch.ones(len(pred)), beta)
+        weighted = bckd_cls(pred, g["soft_label"], g["weight"], beta).sum() / g["avg_factor"]
+        assert_near(rows, g[f"beta{beta}_loss_none"], f"beta {beta} rows")
+        for form, loss in (("mean", rows.mean()), ("module_lw1p5", 1.5 * weighted)):
+            assert_near(loss.reshape(1), g[f"beta{beta}_loss_{form}"], f"beta {beta} {form}")
+            (gradient,) = torch.autograd.grad(loss, pred, retain_graph=True)
+            assert_near(gradient, g[f"beta{beta}_grad_{form}"], f"beta {beta} gradient of {form}")
+        known |= {f"beta{beta}_loss_none", *(f"beta{beta}_{k}_{f}" for k in ("loss", "grad") for f in ("mean",))}
+        known |= {f"beta{beta}_loss_module_lw1p5", f"beta{beta}_grad_module_lw1p5"}
+    assert set(g) == known
+
+
+def check_bckd_loc(case: Case) -> None:
+    """Class and box loss on P5 with their gradients, and the box loss of all levels in every form."""
+    bckd = bckd_case(case)
+    checked = check_p5(case, bckd) | check_forms(case, bckd)
+    assert set(case.arrays) == checked
+
+
+def check_p5(case: Case, bckd: BCKDCase) -> set[str]:
+    """What the file holds of level P5; returns the keys that were checked."""
+    g = case.arrays
+
+    def level(rows: Tensor) -> Tensor:
+        return rows.split(bckd.sizes, dim=1)[P5]
+
+    counted, vlr = level(bckd.counted), level(bckd.vlr())
+    used = counted.bool().reshape(-1)  # the repository moves anchors outside the valid area to 0
+    anchors = level(ANCHOR_GRID.anchors(bckd.targets.canvas)[None])
+    classes = level(bckd.class_rows()).sum() / bckd.average
+    pairs: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {  # ours, and what of the file is like it
+        "P5_avg_factor": (bckd.average, lambda x: x),
+        "P5_label_weights": (counted, lambda x: x),
+        "P5_labels": ((level(bckd.targets.assigned) >= 0).float(), lambda x: (x < NUM_CLASSES).float()),
+        "P5_weight": (level(bckd.weight).reshape(-1), lambda x: x),
+        "P5_weight_vlr": (level(bckd.weight)[vlr > 0], lambda x: x),
+        "P5_vlr": (vlr, lambda x: x.clamp(min=0)),  # -1 may mark anchors outside the valid area
+        "P5_anchors": (anchors * counted[..., None], lambda x: x),
+        "P5_decoded_student": (level(bckd.boxes(bckd.distribution)).reshape(-1, 4)[used], lambda x: x[used]),
+        "P5_decoded_teacher": (level(bckd.boxes(bckd.teacher_box)).reshape(-1, 4)[used], lambda x: x[used]),
+        "P5_loss_kd": (classes.reshape(1), lambda x: x),
+        "P5_grad_cls_loss_kd": (gradient_of(classes, bckd.cls[P5]), lambda x: x),
+    }
+    for form in FORMS:
+        rows = level(bckd.box_rows(form))
+        for suffix, loss in (("", 4 * rows.sum() / bckd.average), ("_vlr_raw", rows[vlr > 0].sum())):
+            pairs[f"P5_{form}_loss_score_kd{suffix}"] = (loss.reshape(1), lambda x: x)
+            pairs[f"P5_{form}_grad_bbox{suffix}"] = (gradient_of(loss, bckd.box[P5]), lambda x: x)
+    held = pairs.keys() & g.keys()
+    for key in held:
+        ours, like = pairs[key]
+        assert_near(ours, like(g[key]), key)
+    return held
+
+
+def gradient_of(loss: Tensor, leaf: Tensor) -> Tensor:
+    """The gradient, keeping the graph."""
+    return torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+
+
+def check_forms(case: Case, bckd: BCKDCase) -> set[str]:
+    """``<form>_loss_score_kd`` of every level, with the gate; returns the keys that were checked."""
+    g, checked = case.arrays, set()
+    in_vlr = (bckd.vlr() > 0).float()
+    for form in FORMS:
+        rows = bckd.box_rows(form)
+        ours = {
+            f"{form}_loss_score_kd": 4 * bckd.per_level(rows) / bckd.average,
+            f"{form}_loss_score_kd_vlr_raw": bckd.per_level(rows * in_vlr),
+            f"{form}_levels_with_positives": levels_with_positives(bckd),
+        }
+        for key in ours.keys() & g.keys():
+            assert_near(ours[key], g[key], key)
+            checked.add(key)
+        if f"{form}_loss_score_kd" in g:
+            loss = whole_method(bckd, FORMS[form])["loc"]
+            assert_near(loss, g[f"{form}_loss_score_kd"].sum(), f"{form}: the method's own term")
+    return checked
+
+
+def levels_with_positives(bckd: BCKDCase) -> Tensor:
+    """Indices of the levels that the gate lets through."""
+    return torch.nonzero(bckd.per_level((bckd.targets.assigned >= 0).float(), gated=False))[:, 0].int()
+
+
+def whole_method(bckd: BCKDCase, iou: Overlap) -> dict[str, Tensor]:
+    """The terms of the method itself, from boxes in pixels."""
+    specs = {CLASSES.name: TensorSpec("anchor", (NUM_CLASSES,)), BOX.name: TensorSpec("anchor", (4,))}
+    method = BCKD(Pair(specs, specs, ANCHOR_GRID, bckd.targets.canvas, "gfl"), iou=iou)
+    stride = ANCHOR_GRID.anchor_strides(bckd.targets.canvas, torch.float32)[:, None]
+    sides = (bckd.logits, bckd.distribution), (bckd.teacher_logits, bckd.teacher_box)
+    student, teacher = ({CLASSES.key: z, BOX.key: bckd.boxes(box) * stride} for z, box in sides)
+    terms: dict[str, Tensor] = method(student, teacher, batch_of(bckd.targets))
+    return terms
