@@ -47,8 +47,9 @@ class Method(nn.Module):
     """Base of all methods. Options are the keyword-only arguments of ``__init__`` after ``pair``."""
 
     title: ClassVar[str]  # paper, venue, arXiv id
-    evidence: ClassVar[str]  # what the implementation rests on, and what of it is ours; one line
-    offline: ClassVar[str]  # from a store: "exact" (sparse), "exact, dense" or "approximation"; up to the encoding
+    evidence: ClassVar[str] = "not stated"  # what the implementation rests on, and what of it is ours; one line
+    # what a store gives: "exact" (sparse: ground truth alone chooses), "exact, dense" or "approximation"; encodings apart
+    offline: ClassVar[str] = "not stated"
     needs: tuple[Need, ...]  # of the teacher; a class attribute, and one of an instance whose options change it
     student_needs: tuple[Need, ...] | None = None  # what is read of the student, when it is not the same
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # detector -> options that differ there

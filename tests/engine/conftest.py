@@ -31,9 +31,14 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_teacher(path: Path, *, detector: str = "gfl", seed: int = 11, scale: float = 25.0) -> Path:
-    """A checkpoint with random weights whose last layers are enlarged, so that its outputs differ between cells."""
+    """A checkpoint with random weights whose last layers are enlarged, so that its outputs differ between cells.
+
+    ``detector``: e.g. ``fcos``, or ``fcos+distribution`` for LD's box branch.
+    """
     torch.manual_seed(seed)
-    model = build_detector(ModelSpec(detector, "mobilenet_v3_small", len(CLASSES), fpn_channels=64, tower_convs=1))
+    name, _, box = detector.partition("+")
+    table: dict[str, Any] = {"fpn_channels": 64, "tower_convs": 1, "head_channels": 64, "box": box or "default"}
+    model = build_detector(ModelSpec(name, "mobilenet_v3_small", len(CLASSES), **table))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("head") and parameter.ndim > 1:

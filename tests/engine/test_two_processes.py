@@ -34,10 +34,18 @@ def run(shapes: Path, cases: list[dict[str, Any]], processes: int) -> list[list[
 
 def test_one_and_two_processes_give_the_same_losses(shapes: Path, tmp_path: Path) -> None:
     gfl = str(make_teacher(tmp_path / "gfl.pt"))
+    faster = str(make_teacher(tmp_path / "faster.pt", detector="faster_rcnn"))
     common = {"epochs": 4, "model": {"bn": "train"}, "teacher": gfl}
     cases: list[dict[str, Any]] = [
         {**common, "method": "ld,rm,pfi,bckd,defeat,drkd,cwd,pkd,fgd", "methods": {"pkd": {"weight": 1e-3}}},
         {**common, "method": "ld,defeat_thin,drkd_lite", "methods": {"ld": {"imitation": "gi"}}},
+        {
+            **common,
+            "teacher": faster,
+            "method": "defeat",
+            "methods": {"defeat": {"obj_cls_weight": 2.0, "bg_cls_weight": 2.0}},
+            "model": {"bn": "train", "name": "faster_rcnn_shufflenet_v2_x0_5", "head_channels": 32},
+        },
     ]
     alone, together = run(shapes, cases, 1), run(shapes, cases, 2)
     for case, one, two in zip(cases, alone, together, strict=True):

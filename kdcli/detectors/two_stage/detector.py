@@ -40,6 +40,7 @@ from kdcli.tensors import (
     Tensors,
     TensorSpec,
     flatten_levels,
+    precise,
 )
 
 RPN_LOGITS = "rpn_logits"  # [B, N, 1] whether an anchor holds any object, before the sigmoid
@@ -132,7 +133,7 @@ class TwoStageDetector(Detector):
         """Logits [sum R, K + 1] (background last) and deltas [sum R, K, 4] of ``boxes`` ([R, 4] of each image, xyxy
         canvas pixels); differentiable towards the features and the head."""
         logits, deltas = self.roi(pool(outputs[FEATURES], boxes, self.grid, canvas, self.recipe.pooling))
-        return logits.float(), deltas.float()
+        return precise(logits), precise(deltas)
 
     def sample_proposals(self, boxes: list[Tensor], targets: Targets) -> tuple[list[Tensor], Tensor]:
         """See Detector.sample_proposals. 512 an image, at most 25 % of them positives (IoU >= 0.5)."""

@@ -15,7 +15,7 @@ from kdcli.detectors.two_stage.recipes import BOX_STDS, RPN_STDS
 from kdcli.geometry.boxes import encode_deltas
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Targets
-from kdcli.tensors import world_mean
+from kdcli.tensors import precise, world_mean
 
 BETA = 1 / 9  # where smooth L1 turns from square to linear
 
@@ -43,10 +43,10 @@ def rpn_loss(logits: Tensor, deltas: Tensor, targets: Targets, grid: Grid) -> di
         goals.append(boxes[owner[positive]])
         positives.append(positive)
     row, positive = torch.cat(rows), torch.cat(positives)
-    score = logits.float().flatten()[row]
-    shift = deltas.float().flatten(0, 1)[row[positive]]
+    score = precise(logits).flatten()[row]
+    shift = precise(deltas).flatten(0, 1)[row[positive]]
     goal = encode_deltas(anchors[torch.cat(anchor_rows)], torch.cat(goals), RPN_STDS)
-    entropy = F.binary_cross_entropy_with_logits(score, positive.float(), reduction="sum")
+    entropy = F.binary_cross_entropy_with_logits(score, positive.to(score), reduction="sum")
     distance = F.smooth_l1_loss(shift, goal, reduction="sum", beta=BETA)
     count = _count(row)
     return {"loss_rpn_cls": entropy / count, "loss_rpn_box": distance / count}
@@ -60,9 +60,9 @@ def roi_loss(logits: Tensor, deltas: Tensor, proposals: Tensor, labels: Tensor, 
     ``goals`` [S, 4] ground-truth boxes, xyxy canvas pixels.
     """
     positive = torch.nonzero(labels < deltas.shape[1]).squeeze(1)
-    shift = deltas.float()[positive, labels[positive]]
+    shift = precise(deltas)[positive, labels[positive]]
     goal = encode_deltas(proposals[positive], goals[positive], BOX_STDS)
-    entropy = F.cross_entropy(logits.float(), labels, reduction="sum")
+    entropy = F.cross_entropy(precise(logits), labels, reduction="sum")
     distance = F.smooth_l1_loss(shift, goal, reduction="sum", beta=BETA)
     count = _count(labels)
     return {"loss_cls": entropy / count, "loss_bbox": distance / count}

@@ -12,13 +12,12 @@ from kdcli.detectors.two_stage.recipes import BOX_STDS, TORCHVISION_POOLING, RoI
 from kdcli.geometry.boxes import decode_deltas
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Canvas, Detections
+from kdcli.tensors import precise
 
 SIZE = 7  # cells of a proposal's features, each way
 POOLED_LEVELS = 4  # P2..P5
-CANONICAL_SIDE, CANONICAL_LEVEL = (
-    224,
-    2,
-)  # a proposal of 224 px is read from P4, the third level (arXiv 1612.03144, eq. 1)
+CANONICAL_SIDE = 224  # pixels: a proposal of this side is read from P4, the third level (arXiv 1612.03144, eq. 1)
+CANONICAL_LEVEL = 2
 
 SCORE_THRESHOLD = 0.05
 NMS_IOU = 0.5
@@ -75,7 +74,8 @@ def pool(
     rois = torch.cat([image, torch.cat(boxes)], dim=1)
     level = levels_of(rois[:, 1:])
     places, parts = [], []
-    maps = level_maps(features.float(), grid, canvas)[:POOLED_LEVELS]
+    maps = level_maps(precise(features), grid, canvas)[:POOLED_LEVELS]
+    rois = rois.to(maps[0])
     for k, (x, stride) in enumerate(zip(maps, grid.strides, strict=False)):
         place = torch.nonzero(level == k).squeeze(1)
         places.append(place)
@@ -94,9 +94,9 @@ def detect(logits: Tensor, deltas: Tensor, proposals: Tensor, content: Tensor) -
 
     ``logits`` [R, K + 1], background last, ``deltas`` [R, K, 4], ``proposals`` [R, 4] xyxy canvas pixels.
     """
-    scores = logits.float().softmax(dim=-1)[:, :-1]
+    scores = precise(logits).softmax(dim=-1)[:, :-1]
     proposal, label = torch.nonzero(scores > SCORE_THRESHOLD, as_tuple=True)
-    boxes = clip(decode_deltas(proposals[proposal], deltas.float()[proposal, label], BOX_STDS), content)
+    boxes = clip(decode_deltas(proposals[proposal], precise(deltas)[proposal, label], BOX_STDS), content)
     score = scores[proposal, label]
     real = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1)
     boxes, score, label = boxes[real], score[real], label[real]
