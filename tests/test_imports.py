@@ -24,7 +24,7 @@ LAYERS = [
     {"structures"},
     {"geometry"},
     {"data", "detectors", "methods", "cache"},
-    {"engine"},
+    {"engine", "plugins"},
     {"report"},
     {"cli"},
 ]

@@ -37,7 +37,7 @@ class Hint(Method):
     title = "hints of FitNets on the neck, ICLR 2015, arXiv 1412.6550"
     evidence = "our own choice of place: the paper has no detector"
     offline = "exact, dense"
-    needs = (EVERYWHERE,)
+    needs: tuple[Need, ...] = (EVERYWHERE,)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"varifocal": {"weight": 0.5}}
 
     def __init__(self, pair: Pair, *, weight: float = 1.0, scope: Scope = "all") -> None:
@@ -46,7 +46,7 @@ class Hint(Method):
         self.needs = needs_of(scope)
         ours, theirs = pair.student[FEATURES].dims[0], pair.teacher[FEATURES].dims[0]
         # a 1x1 convolution on [B, P, C] is a linear map of the last dimension; without a term it would have no gradient
-        adapts = ours != theirs and weight > 0
+        adapts = bool(weight) and ours != theirs
         self.adapter = nn.Linear(ours, theirs, bias=False) if adapts else nn.Identity()
 
     @classmethod
@@ -72,8 +72,10 @@ class Hint(Method):
 
     def active(self, batch: Batch, part: str) -> bool:
         """Another method's entries do not count: without a positive the loss is rightly 0."""
-        assert batch.entries is not None or self.scope == "all"
-        return self.scope == "all" or bool(batch.entries.select("main").any())
+        if self.scope == "all":
+            return True
+        assert batch.entries is not None  # the loop finds them whenever a need is sparse
+        return bool(batch.entries.select("main").any())
 
 
 METHODS = {"hint": Hint}

@@ -107,9 +107,7 @@ def _given_classes(classes: str | None, data: str | None) -> tuple[Classes | Non
         raise UsageError("--classes and --data both name the classes: give one")
     if classes is not None:
         if classes != "coco":
-            raise OptionError(
-                f"--classes '{classes}': unknown{nearest(classes, ['coco'])}, or name a data set by --data"
-            )
+            raise OptionError(f"--classes '{classes}': only coco is known by name; give a data set with --data instead")
         return list(COCO_CLASSES), "--classes coco"
     if data is not None:
         dataset = open_split(Path(data), "train" if has_split(Path(data), "train") else "val")

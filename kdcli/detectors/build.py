@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kdcli.detectors.backbones import BACKBONES, Backbone, load_backbone_weights
 from kdcli.detectors.base import Detector, ModelSpec, count_parameters
-from kdcli.detectors.convert.recipes import MM_FASTER_RCNN, TORCHVISION, build_torchvision
+from kdcli.detectors.convert.recipes import FAMILIES, MM_FASTER_RCNN, TORCHVISION, build_torchvision
 from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.dense.recipes import ATSS, FCOS, FCOS_PLAIN, GFL, RETINANET, Recipe, with_distribution
 from kdcli.detectors.two_stage.detector import TwoStageDetector
@@ -19,6 +19,7 @@ __all__ = [
     "ModelSpec",
     "build_detector",
     "count_parameters",
+    "family_of",
     "detector_names",
     "model_names",
     "parse_model_name",
@@ -48,15 +49,21 @@ def parse_model_name(name: str) -> tuple[str, str]:
         backbone = name.removeprefix(f"{detector}_")
         if backbone != name and backbone in BACKBONES:
             return detector, backbone
-    raise OptionError(f"model '{name}': unknown{nearest(name, model_names())}; {YOURS}")
+    raise OptionError(f"model '{name}': unknown{nearest(name, model_names())} ({YOURS})")
+
+
+def family_of(detector: str) -> str:
+    """The detector whose method defaults ``detector`` takes: itself, or what a converted one is (``tv_fcos``: ``fcos``)."""
+    return FAMILIES.get(detector, detector)
 
 
 def recipe_of(spec: ModelSpec) -> Recipe | TwoStageRecipe:
     """The recipe of ``spec``: of its detector, FCOS variant and box branch. Raises OptionError on an unknown detector."""
     if spec.detector not in DETECTORS:
         similar = nearest(spec.detector, detector_names())
-        unknown = f": unknown{similar}" if "did you mean" in similar else " is unknown"
-        raise OptionError(f"detector '{spec.detector}'{unknown}; {YOURS}")
+        if "did you mean" in similar:
+            raise OptionError(f"detector '{spec.detector}': unknown{similar} ({YOURS})")
+        raise OptionError(f"detector '{spec.detector}' is unknown; {YOURS}")
     recipe = FCOS_PLAIN if spec.fcos == "plain" else DETECTORS[spec.detector]
     assert not isinstance(recipe, type)  # a user's class has no recipe: _build does not ask for it
     if isinstance(recipe, Recipe) and spec.box == "distribution":

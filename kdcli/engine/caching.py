@@ -31,6 +31,7 @@ from kdcli.cache.schema import (
 from kdcli.cache.writer import StoreWriter, create_store, read_manifest
 from kdcli.data.coco import Dataset, has_split, open_split
 from kdcli.data.views import parse_views
+from kdcli.detectors.build import family_of
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.devices import pick_device, pick_workers, set_threads
 from kdcli.engine.evaluate import evaluate, validation_source
@@ -92,10 +93,11 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     canvas = Canvas.parse(options.canvas or meta.canvas)
     views = parse_views(options.views)
     methods = find_methods(options.method)
-    pair = Pair(specs, specs, detector.grid, canvas, detector.spec.detector)
+    family = family_of(detector.spec.detector)
+    pair = Pair(specs, specs, detector.grid, canvas, family)
     resolved = {}
     for name, method in methods.items():
-        resolved[name] = resolve_options(name, method, detector.spec.detector, options.methods.get(name, {}))
+        resolved[name] = resolve_options(name, method, family, options.methods.get(name, {}))
         check_pair(name, method, resolved[name], pair, detector.spec.name, detector.spec.name)
     needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(resolved[k])}))
     positions = usable(dataset, options.skip_bad, watcher)

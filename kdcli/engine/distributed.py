@@ -84,6 +84,18 @@ def gathered(values: list[T]) -> list[T]:
     return [value for part in parts for value in part]
 
 
+def share_batch_norm(student: nn.Module, mode: str, device: torch.device) -> None:
+    """With ``model.bn=sync``, let batch norms take their statistics over all processes, in place.
+
+    Raises OptionError on several CPU processes: PyTorch's SyncBatchNorm runs on GPUs alone.
+    """
+    if mode != "sync" or world_size() == 1:
+        return
+    if device.type != "cuda":
+        raise OptionError("model.bn=sync needs GPUs: on several CPU processes use --set model.bn=train or frozen")
+    nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
+
+
 def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
     """``module`` as every process shall call it: gradients are averaged over them."""
     if world_size() == 1:

@@ -17,6 +17,7 @@ from kdcli.cache.writer import store_digest
 from kdcli.data.coco import Dataset
 from kdcli.data.views import to_canvas
 from kdcli.detectors.base import Detector
+from kdcli.detectors.build import family_of
 from kdcli.detectors.weights import CheckpointMeta, load_detector
 from kdcli.engine import teacher as teachers
 from kdcli.engine.manifest import cache_command, region_spec, require_match, specs_of, with_classes
@@ -102,7 +103,7 @@ def join_teacher(
     Raises OptionError when a method cannot work on the two models, and StoreError when the store is another one, lacks
     a tensor, or its regions are not those computed here.
     """
-    pair = Pair(student.specs(), side.specs, student.grid, source.canvas, student.spec.detector)
+    pair = Pair(student.specs(), side.specs, student.grid, source.canvas, family_of(student.spec.detector))
     for name, method in methods.items():
         check_pair(name, method, options.methods[name], pair, student.spec.name, side.name)
     built = {name: method(pair, **options.methods[name]) for name, method in methods.items()}

@@ -13,7 +13,7 @@ from kdcli.data.check import check_dataset
 from kdcli.data.coco import Dataset, open_split
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.base import Detector, ModelSpec
-from kdcli.detectors.build import build_detector, parse_model_name
+from kdcli.detectors.build import build_detector, family_of, parse_model_name
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.devices import make_deterministic, pick_amp, pick_device, pick_workers, set_threads
 from kdcli.engine.joining import JoinedTeacher, inherit_regions, join_teacher, open_teacher
@@ -74,7 +74,7 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
     torch.manual_seed(options.seed)
     student = make_student(options, len(train.classes))
     resolved = {
-        name: resolve_options(name, method, student.spec.detector, options.methods.get(name, {}))
+        name: resolve_options(name, method, family_of(student.spec.detector), options.methods.get(name, {}))
         for name, method in methods.items()
     }
     if side and side.reader:
@@ -159,4 +159,5 @@ def with_boxes(dataset: Dataset, positions: NDArray[np.int64], watcher: Watcher)
         )
     if not keep.all():
         watcher.note(f"left out: {int((~keep).sum())} of {len(keep)} images, which have no box to train on")
-    return positions[keep]
+    kept: NDArray[np.int64] = positions[keep]
+    return kept

@@ -43,6 +43,7 @@ class Trainer:
         options = prepared.options
         self.prepared, self.options, self.run, self.watcher = prepared, options, run, watcher
         self.device = prepared.device
+        distributed.share_batch_norm(prepared.student, prepared.student.spec.bn, self.device)
         self.step = TrainStep(prepared.student, prepared.methods, prepared.amp, options.channels_last).to(self.device)
         self.synchronised = distributed.synchronised(self.step, self.device)
         self.optimizer = make_optimizer(self.step, options.optim, options.batch)

@@ -40,7 +40,7 @@ class Pair:
     teacher: Mapping[str, TensorSpec]
     grid: Grid
     canvas: Canvas
-    detector: str  # the student's detector, e.g. "gfl": chooses per-detector defaults
+    detector: str  # what the student is, e.g. "gfl" ("fcos" for tv_fcos too): chooses per-detector defaults
 
 
 class Method(nn.Module):

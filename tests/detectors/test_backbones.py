@@ -19,9 +19,9 @@ CHANNELS = {
     "resnet101": (512, 1024, 2048),
     "resnet152": (512, 1024, 2048),
     "resnext101_64x4d": (512, 1024, 2048),
-    "mobilenet_v2": (32, 96, 320),
-    "mobilenet_v3_small": (24, 48, 96),
-    "mobilenet_v3_large": (40, 112, 160),
+    "mobilenet_v2": (32, 96, 1280),
+    "mobilenet_v3_small": (24, 48, 576),
+    "mobilenet_v3_large": (40, 112, 960),
     "shufflenet_v2_x0_5": (48, 96, 192),
     "shufflenet_v2_x1_0": (116, 232, 464),
 }
@@ -81,7 +81,8 @@ def test_map_completes_to_torchvisions_logits(name: str, tmp_path: Path) -> None
     backbone = Backbone(name).eval()
     load_backbone_weights(backbone, str(tmp_path / "w.pth"))
     images = torch.randn(1, 3, 64, 64)
-    last = model.conv5 if name.startswith("shufflenet") else model.features[-1]  # type: ignore[index]
+    # a MobileNet's C5 is its last convolution; ShuffleNet's is cut before it
+    last = model.conv5 if name.startswith("shufflenet") else torch.nn.Identity()
     head = model.fc if name.startswith("shufflenet") else model.classifier
     with torch.no_grad():
         pooled = last(backbone(images)[2]).mean((2, 3))  # type: ignore[operator]

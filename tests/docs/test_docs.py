@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,16 +17,19 @@ from kdcli.cache.schema import CacheSchema, collate, plan_tensors
 from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.cli import commands
 from kdcli.cli.main import app
+from kdcli.detectors.base import BoxBranch, ModelSpec
+from kdcli.detectors.build import build_detector
 from kdcli.detectors.dense.recipes import GFL
 from kdcli.methods import METHODS
 from kdcli.methods.base import method_options
 from kdcli.options import ModelOptions, OptimOptions, TrainOptions
 from kdcli.structures import Canvas
-from kdcli.tensors import Need, TensorSpec
+from kdcli.tensors import DERIVED, Need, TensorSpec
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BUILT_IN = ("gfl", "retinanet", "atss", "fcos", "faster_rcnn")
 COMMAND_TABLES = {"model": ModelOptions, "optim": OptimOptions, "train": TrainOptions}
 
 assert commands.__all__  # registers the commands on ``app``
@@ -44,6 +47,8 @@ def command_lines() -> list[Any]:
         prose = FENCE.sub("", text)
         lines += re.findall(r"`(kdcli [^`]*)`", prose.replace("\n", " "))
         for line in lines:
+            if line.startswith("torchrun "):
+                line = line.partition(" -m ")[2]
             if line.startswith("kdcli ") and "..." not in line and "COMMAND" not in line:
                 words = shlex.split(line, comments=True)[1:]
                 found.append(pytest.param(words, id=f"{page.relative_to(ROOT)}: {line}"))
@@ -100,8 +105,9 @@ def test_prose_names_real_flags() -> None:
 def test_set_tables_exist() -> None:
     tables = {name: {f.name for f in fields(cls)} for name, cls in COMMAND_TABLES.items()}
     tables |= {name: set(method_options(method)) for name, method in METHODS.items()}
+    pattern = re.compile(rf"\b({'|'.join(tables)})\.(\w+)(?==|`)")
     for page in PAGES:
-        for table, key in re.findall(r"\b(model|optim|train|ld|rm|pfi)\.(\w+)(?==|`)", page.read_text()):
+        for table, key in pattern.findall(page.read_text()):
             if key not in ("csv", "json", "pt", "md", "py"):
                 assert key in tables[table], f"{page.name}: {table}.{key}"
 
@@ -126,6 +132,32 @@ def test_methods_table_of_concepts() -> None:
     for name, method in METHODS.items():
         line = next(x for x in text.splitlines() if x.startswith(f"| `{name}` |"))
         assert set(re.findall(r"`(\w+@[\w+]+)`", line)) == {need.key for need in method.needs}
+
+
+def test_matrix_of_methods() -> None:
+    text = (ROOT / "docs" / "methods" / "README.md").read_text()
+    marks = {}
+    for line in text.splitlines():
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[0].startswith("`"):
+            marks |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), cells[1:6])
+    specs = {
+        (d, box): set(build_detector(ModelSpec(d, "shufflenet_v2_x0_5", 2, 32, 1, head_channels=32, box=box)).specs())
+        for d in BUILT_IN
+        for box in get_args(BoxBranch)
+        if (d, box) != ("faster_rcnn", "distribution")
+    }
+    for name, method in METHODS.items():
+        wanted = {DERIVED.get(need.name, need.name) for need in method.needs}
+        expected = [
+            "yes"
+            if wanted <= specs[d, "default"]
+            else "dist"
+            if wanted <= specs.get((d, "distribution"), set())
+            else "-"
+            for d in BUILT_IN
+        ]
+        assert marks[name] == expected, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

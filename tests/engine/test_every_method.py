@@ -5,6 +5,7 @@ All methods that work on a detector train together, each with a term of its own 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from kdcli.cache.reader import CacheReader
 from kdcli.engine.prepare import Prepared, prepare
 from kdcli.engine.samples import Loader
+from kdcli.engine.step import TrainStep
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent
 from tests.engine.conftest import asked, cache_options, make_teacher, write
@@ -96,3 +98,23 @@ def test_nothing_is_stored_twice(shapes: Path, tmp_path: Path) -> None:
     store = write(cache_options(shapes, teacher, method="pfi,bckd,defeat,drkd,cwd,pkd,fgd"), tmp_path / "store")
     stored = [t.need.key for t in CacheReader(store).schema.tensors]
     assert stored == ["boxes@all", "cls_logits@all", "features@all"]
+
+
+@pytest.mark.parametrize("detector", METHODS)
+def test_a_step_in_bf16(detector: str, shapes: Path, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "teacher.pt", detector=detector)
+    run = prepared(shapes, detector, teacher=str(teacher), amp="bf16")
+    assert run.amp is torch.bfloat16
+    step = TrainStep(run.student, run.methods, run.amp).train()
+    assert run.teacher is not None
+    batch = next(iter(Loader(run.source, 0).batches([[(0, "identity"), (1, "hflip")]])))
+    batch = replace(batch, targets=replace(batch.targets, draws=torch.arange(2)))
+    detection, distillation = step(batch, run.teacher.forward(batch))
+    for name, term in {**detection, **distillation}.items():
+        assert term.dtype == torch.float32, name
+        assert torch.isfinite(term), name
+    torch.stack([*detection.values(), *distillation.values()]).sum().backward()
+    for name, parameter in step.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name  # DDP refuses a parameter that no term uses
+            assert torch.isfinite(parameter.grad).all(), name

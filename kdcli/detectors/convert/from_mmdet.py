@@ -96,6 +96,8 @@ def convert_mmdet(
     backbone = _backbone_of(weights)
     bottlenecks = "backbone.layer1.0.conv3.weight" in weights
     two_stage = kind == MM_FASTER_RCNN.name
+    if not two_stage:
+        _require_anchors(kind, file.config)
     spec = replace(
         _two_stage_spec(weights, backbone) if two_stage else _dense_spec(weights, kind, backbone),
         bn="frozen",
@@ -135,6 +137,14 @@ def _fcos_variant(file: MmdetFile) -> FcosVariant:
         )
     biased = "bbox_head.cls_convs.0.conv.bias" in file.weights
     return "normalised" if (normed if file.config else biased) else "plain"
+
+
+def _require_anchors(kind: str, config: str) -> None:
+    """Raises OptionError when the config has other anchors than ours; of one size, no weight shows them."""
+    ours = recipe_of(ModelSpec(kind, "resnet18", 1)).grid.base_scale
+    for side in re.findall(r"\boctave_base_scale=\s*([\d.]+)", config):
+        if float(side) != ours:
+            raise OptionError(f"the config in the file has octave_base_scale={side}, kdcli's {kind} {ours:g}")
 
 
 def _backbone_of(weights: Mapping[str, Tensor]) -> str:
