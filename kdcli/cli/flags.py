@@ -30,7 +30,9 @@ OutRun = Annotated[Path | None, typer.Option("--out", help="Run folder to make."
 Resume = Annotated[Path | None, typer.Option(help="Continue this run folder; nothing may change.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-MethodList = Annotated[str | None, typer.Option("--method", help="Comma list of `kdcli methods`, e.g. ld,pfi, or ./mine.py:Mine.")]
+MethodList = Annotated[
+    str | None, typer.Option("--method", help="Comma list of `kdcli methods`, e.g. ld,pfi, or ./mine.py:Mine.")
+]
 
 
 def collect(**values: Any) -> dict[str, Any]:

@@ -17,14 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from kdcli.cache.fidelity import ErrorMeter
+from kdcli.cache.plan import plan_tensors, shard_rows_for
 from kdcli.cache.reader import compare_manifests
-from kdcli.cache.schema import (
-    CacheSchema,
-    plan_tensors,
-    regions_of,
-    row_tensor,
-    shard_rows_for,
-)
+from kdcli.cache.schema import CacheSchema, regions_of, row_tensor
 from kdcli.cache.schema import (
     collate as collate_rows,
 )

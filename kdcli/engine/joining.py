@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcli.cache.plan import plan_tensors
 from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import CacheSchema, plan_tensors, regions_of
+from kdcli.cache.schema import CacheSchema, regions_of
 from kdcli.cache.writer import store_digest
 from kdcli.data.coco import Dataset
 from kdcli.data.views import to_canvas

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema, StoredTensor, plan_tensors, regions_of
+from kdcli.cache.plan import plan_tensors
+from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema, StoredTensor, regions_of
 from kdcli.detectors.base import Detector
 from kdcli.engine.manifest import with_classes
 from kdcli.geometry.assign import assign

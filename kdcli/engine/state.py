@@ -35,6 +35,25 @@ class Progress:
     zeros: dict[str, int] = field(default_factory=dict)
     checked: list[str] = field(default_factory=list)  # terms whose first gradient was looked at
 
+    def epoch_row(self, lr: float, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        """The line of results.csv for the epoch that ends now: means of its steps, AP where it was evaluated."""
+        sums = self.sums
+        timing = {"seconds", "wait_s", "teacher_s", "images", "steps"}
+        return {
+            "epoch": self.epoch + 1,
+            "lr": lr,
+            **{name: value / sums["steps"] for name, value in sums.items() if name not in timing},
+            **self.shares,
+            "AP": evaluation.get("ap"),
+            "AP50": evaluation.get("ap50"),
+            "AP75": evaluation.get("ap75"),
+            "images_per_s": sums["images"] / sums["seconds"],
+            "data_wait_percent": 100 * sums["wait_s"] / sums["seconds"],
+            "teacher_percent": 100 * sums["teacher_s"] / sums["seconds"],
+            "epoch_s": sums["seconds"],
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
 
 def save_state(
     run: Path,

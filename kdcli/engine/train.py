@@ -19,7 +19,8 @@ from kdcli.engine.devices import peak_memory_bytes
 from kdcli.engine.evaluate import evaluate, plain_forward, validation_source
 from kdcli.engine.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
 from kdcli.engine.prepare import Prepared
-from kdcli.engine.samples import Loader, image_draws, plan_epoch
+from kdcli.engine.samples import Loader
+from kdcli.engine.sampling import image_draws, plan_epoch
 from kdcli.engine.state import STATE_FILE, Progress, load_state, save_state
 from kdcli.engine.step import (
     TrainStep,
@@ -210,24 +211,9 @@ class Trainer:
 
     def _finish_epoch(self, evaluation: dict[str, Any]) -> None:
         progress = self.progress
-        sums = progress.sums
         progress.wall_s += evaluation.get("evaluation_s", 0.0)
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes(self.device))
-        timing = {"seconds", "wait_s", "teacher_s", "images", "steps"}
-        row: dict[str, Any] = {
-            "epoch": progress.epoch + 1,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **{name: value / sums["steps"] for name, value in sums.items() if name not in timing},
-            **progress.shares,
-            "AP": evaluation.get("ap"),
-            "AP50": evaluation.get("ap50"),
-            "AP75": evaluation.get("ap75"),
-            "images_per_s": sums["images"] / sums["seconds"],
-            "data_wait_percent": 100 * sums["wait_s"] / sums["seconds"],
-            "teacher_percent": 100 * sums["teacher_s"] / sums["seconds"],
-            "epoch_s": sums["seconds"],
-            "peak_memory_bytes": progress.peak_memory_bytes,
-        }
+        row = progress.epoch_row(self.optimizer.param_groups[0]["lr"], evaluation)
         progress.history.append(row)
         ap = evaluation.get("ap")
         files = ["last"]

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcli.cache.plan import plan_tensors
 from kdcli.cache.reader import Row
-from kdcli.cache.schema import GEOMETRY_LENGTH, CacheSchema, plan_tensors
+from kdcli.cache.schema import GEOMETRY_LENGTH, CacheSchema
 from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.geometry.grid import Grid
 from kdcli.structures import MAIN, VLR, Canvas, RowKey

@@ -19,6 +19,7 @@ from store_case import GRID, NEEDS, SPECS, make_row, make_schema
 
 from kdcli.cache import schema as schema_module
 from kdcli.cache.encodings import ChannelAffine8, Encoding, Float, LogOdds8, VectorAffine8
+from kdcli.cache.plan import plan_tensors, shard_rows_for
 from kdcli.cache.schema import (
     MAX_SHARD_ROWS,
     SHARD_BYTES,
@@ -26,10 +27,8 @@ from kdcli.cache.schema import (
     StoredTensor,
     collate,
     digest,
-    plan_tensors,
     regions_of,
     row_tensor,
-    shard_rows_for,
 )
 from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid

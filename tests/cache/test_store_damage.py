@@ -236,6 +236,6 @@ def test_an_impossible_count_is_refused(tmp_path: Path) -> None:
     reader = CacheReader(store)
     with pytest.raises(StoreError, match="image 7, view identity: impossible entries/count 10000"):
         reader.read(keys()[0])
-    with pytest.raises(StoreError, match="impossible count -1"):
+    with pytest.raises(StoreError, match="impossible entries/count -1"):
         reader.read(keys()[SHARD_ROWS])
     reader.read(keys()[1])

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import typer
 
-from kdcli.cache.schema import CacheSchema, collate, plan_tensors
+from kdcli.cache.plan import plan_tensors
+from kdcli.cache.schema import CacheSchema, collate
 from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.cli import commands
 from kdcli.cli.main import app

@@ -10,7 +10,8 @@ import torch
 
 from kdcli.cache.reader import CacheReader
 from kdcli.engine.prepare import Prepared, prepare
-from kdcli.engine.samples import Loader, collate, plan_epoch
+from kdcli.engine.samples import Loader, collate
+from kdcli.engine.sampling import plan_epoch
 from kdcli.engine.step import TrainStep
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema, plan_tensors, regions_of
+from kdcli.cache.plan import plan_tensors
+from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema, regions_of
 from kdcli.detectors.base import Detector
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.engine.pricing import TYPICAL_BOXES, missing, row_bytes, specs_at, typical_boxes

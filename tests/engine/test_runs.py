@@ -14,7 +14,7 @@ from kdcli.detectors.weights import load_detector
 from kdcli.engine import launch
 from kdcli.engine.optim import WeightAverage, lr_factor, make_optimizer, scaled_lr
 from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import plan_epoch
+from kdcli.engine.sampling import plan_epoch
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent
 from kdcli.options import OptimOptions, read_toml

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from kdcli.engine import distributed
 from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import Loader, plan_epoch
+from kdcli.engine.samples import Loader
+from kdcli.engine.sampling import plan_epoch
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent
 from kdcli.tensors import world_size
