@@ -150,10 +150,11 @@ class ChannelAffine8:
 
 @dataclass(frozen=True)
 class Box16:
-    """int16, affine per level and coordinate: for dense boxes [N, 4] in canvas pixels.
+    """int16, affine per level and axis: for dense boxes [N, 4] xyxy in canvas pixels.
 
     Boxes of a level spread a little over the canvas: 65,535 steps of 1,600 px are 0.02 px each. float16 would round a
-    coordinate above 1,024 to whole pixels.
+    coordinate above 1,024 to whole pixels. Both ends of a box share scale and offset, so that a box without width (FCOS
+    gives some) keeps none, and the ends never change places.
     """
 
     def layout(self, count: int, dims: tuple[int, ...], sizes: tuple[int, ...]) -> Layout:
@@ -171,6 +172,8 @@ class Box16:
                 continue
             exact = value[part][inside].astype(np.float64)
             low, high = exact.min(axis=0), exact.max(axis=0)
+            low = np.minimum(low, np.roll(low, 2))  # x1 with x2, y1 with y2
+            high = np.maximum(high, np.roll(high, 2))
             scale = ((high - low) / 65535).astype(np.float32)
             middle = ((high + low) / 2).astype(np.float32)
             affine[level] = scale, middle

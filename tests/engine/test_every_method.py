@@ -27,6 +27,10 @@ METHODS = {
     "retinanet+distribution": DENSE,
     "atss+distribution": DENSE,
     "fcos+distribution": DENSE,
+    # their own box coding, read by the methods whose boxes are derived
+    "retinanet": "rm,bckd",
+    "atss": "rm,bckd",
+    "fcos": "rm,bckd",
     "faster_rcnn": "defeat,defeat_thin,drkd,drkd_lite,cwd,pkd,fgd",
 }
 # random nets have features so small that a standardised one has a gradient thousands of times the detection loss's
@@ -86,11 +90,14 @@ def test_a_store_equals_the_live_teacher(detector: str, shapes: Path, tmp_path: 
     assert live[0] == cached[0]
     for name, value in live[1].items():
         assert torch.equal(value, cached[1][name]), name
+    # random nets: scores of a head without norm closer together than a step of 8 bits, FCOS boxes without area, whose
+    # GIoU jumps
+    apart = detector not in ("retinanet", "retinanet+distribution", "fcos")
     nearly = trace(prepared(shapes, detector, cache=str(default)), tmp_path)
     for term, value in live[0][0].items():  # of the same weights: the first step
-        if term in ("ld_imitation", "loss"):
+        if term in ("ld_imitation", "loss") or (term.startswith("bckd") and not apart):
             continue  # of the ten most disputed cells 8 bits may change one: 11 % of the term on these random nets
-        assert nearly[0][0][term] == pytest.approx(value, rel=LOSSY, abs=1e-9), term
+        assert nearly[0][0][term] == pytest.approx(value, rel=LOSSY, abs=1e-6), term
 
 
 def test_nothing_is_stored_twice(shapes: Path, tmp_path: Path) -> None:
