@@ -7,10 +7,7 @@ docs/extending.md tells how to write one.
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +19,11 @@ from kdcli.detectors.base import Detector
 from kdcli.detectors.build import DETECTORS, detector_names
 from kdcli.detectors.dense.recipes import Recipe
 from kdcli.detectors.two_stage.recipes import TwoStageRecipe
-from kdcli.errors import KDError, MissingPathError, OptionError, UsageError
+from kdcli.errors import OptionError
 from kdcli.methods import METHODS
 from kdcli.methods.base import Method
 from kdcli.tensors import Need
+from kdcli.userfile import run_file
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # goes into --model, --method (a comma list with colons) and --set TABLE.KEY
 SET_TABLES = ("model", "optim", "train")  # what --set reaches beside the methods
@@ -43,7 +41,7 @@ def load(files: Iterable[Path]) -> None:
         path = file.resolve()
         if path in _loaded:  # named by the flag and by the environment
             continue
-        module = _run(file, path)
+        module = run_file("plugin", file)
         detectors, methods = _table(file, module, "DETECTORS"), _table(file, module, "METHODS")
         if not detectors and not methods:
             raise OptionError(f"plugin '{file}' adds nothing: define DETECTORS or METHODS, names to recipes or classes")
@@ -54,35 +52,6 @@ def load(files: Iterable[Path]) -> None:
         DETECTORS.update(detectors)
         METHODS.update(methods)
         _loaded.add(path)
-
-
-def _run(file: Path, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise MissingPathError(f"plugin '{file}' does not exist; name a Python file")
-    if path.suffix != ".py":
-        raise OptionError(f"plugin '{file}' is not a .py file")
-    # numbered: two plugins may have the same file name
-    spec = importlib.util.spec_from_file_location(f"kdcli_plugin_{len(_loaded)}_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look a class's module up by name
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[spec.name]
-        what = error.msg if isinstance(error, SyntaxError) else str(error)
-        kind = "" if isinstance(error, KDError) else f"{type(error).__name__}: "
-        raise UsageError(f"plugin '{file}' failed{_place(error, path)}: {kind}{what}") from error
-    return module
-
-
-def _place(error: Exception, path: Path) -> str:
-    """`` in line 3 (import nothing)``: the line of the plugin itself, whoever raised below it."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return f" in line {error.lineno} ({(error.text or '').strip()})"
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return f" in line {own[-1].lineno} ({own[-1].line})" if own else ""
 
 
 def _table(file: Path, module: ModuleType, table: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # lowest first; a part may import itself and what lies below, never what lies beside it in its own layer
 LAYERS = [
     {"errors"},
-    {"tensors", "options", "files"},
+    {"tensors", "options", "files", "userfile"},
     {"structures"},
     {"geometry"},
     {"data", "detectors", "methods", "cache"},

@@ -92,7 +92,7 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     pair = Pair(specs, specs, detector.grid, canvas, family)
     resolved = {}
     for name, method in methods.items():
-        resolved[name] = resolve_options(name, method, family, options.methods.get(name, {}))
+        resolved[name] = resolve_options(name, method, family, options.methods.get(name, {}), detector.region_defaults)
         check_pair(name, method, resolved[name], pair, detector.spec.name, detector.spec.name)
     needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(resolved[k])}))
     positions = usable(dataset, options.skip_bad, watcher)

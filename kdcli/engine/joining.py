@@ -203,10 +203,11 @@ def recheck_regions(source: SampleSource, positions: NDArray[np.int64], views: S
         boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
         boxes = boxes[keep]
         assigned = assign(source.assigner, source.grid, geometry.canvas, boxes, geometry.content)
-        ours = compute_entries(
-            reader.schema.regions, source.region_spec, source.grid, geometry.canvas, boxes, assigned, geometry.content
-        )
         key = RowKey(source.dataset.image_id(item[0]), item[1])
+        ours = compute_entries(
+            reader.schema.regions, source.region_spec, source.grid, geometry.canvas, boxes, assigned, geometry.content,
+            str(key),
+        )  # fmt: skip
         theirs = reader.read(key).entries
         assert theirs is not None
         mine = set(zip(ours.index.tolist(), ours.flag.tolist(), strict=True))

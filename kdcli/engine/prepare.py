@@ -74,7 +74,9 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
     torch.manual_seed(options.seed)
     student = make_student(options, len(train.classes))
     resolved = {
-        name: resolve_options(name, method, family_of(student.spec.detector), options.methods.get(name, {}))
+        name: resolve_options(
+            name, method, family_of(student.spec.detector), options.methods.get(name, {}), student.region_defaults
+        )
         for name, method in methods.items()
     }
     if side and side.reader:

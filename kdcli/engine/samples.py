@@ -112,7 +112,7 @@ class SampleSource:
             return replace(sample, entries=row.entries, arrays=row.arrays)
         if self.regions:
             entries = compute_entries(
-                self.regions, self.region_spec, self.grid, canvas, boxes, assigned, geometry.content
+                self.regions, self.region_spec, self.grid, canvas, boxes, assigned, geometry.content, str(key)
             )
             return replace(sample, entries=entries)
         return sample

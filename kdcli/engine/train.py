@@ -159,7 +159,9 @@ class Trainer:
         """Gradient norms on the first batch of an epoch: each term's share, and the guards of the very first step."""
         whole = {"detection": torch.stack(list(detection.values())).sum(), **distillation}
         local = gradient_norms(self.student_parameters, whole)
-        norms = dict(zip(local, world_mean(torch.tensor(list(local.values()))).tolist(), strict=True))
+        norms = dict(
+            zip(local, world_mean(torch.tensor(list(local.values()), device=self.device)).tolist(), strict=True)
+        )
         # a term's first gradient is that of the first measured batch on which it has one
         first = [n for n in distillation if norms[n] > 0 and n not in self.progress.checked]
         if first:

@@ -106,10 +106,10 @@ def fine_grained_cells(grid: Grid, canvas: Canvas, boxes: Tensor, content: tuple
     return whole.reshape(-1, grid.num_anchors).any(dim=1)
 
 
-def sampled_cells(spec: RegionSpec, boxes: Tensor, cells: int) -> Tensor:
-    """A random choice [cells] bool, each with probability ``spec.keep``: of the boxes [G, 4] alone, so that it is the
-    same whenever and wherever it is drawn."""
-    seed = int.from_bytes(guard(boxes, torch.zeros(0), f"sample {spec.keep}")[:8], "little") >> 1
+def sampled_cells(spec: RegionSpec, row: str, cells: int) -> Tensor:
+    """A random choice [cells] bool, each with probability ``spec.keep``: of the row (image and view) alone, so that it is
+    the same whenever and wherever it is drawn."""
+    seed = int.from_bytes(hashlib.blake2b(f"sample {spec.keep} {row}".encode(), digest_size=8).digest(), "little") >> 1
     return torch.rand(cells, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) < spec.keep
 
 
@@ -121,11 +121,13 @@ def compute_entries(
     boxes: Tensor,
     assigned: Tensor,
     content: tuple[int, int],
+    row: str = "",
 ) -> Entries:
     """Entries of one image for ``regions``, names of FLAGS; sorted by index, each anchor once.
 
     ``boxes`` [G, 4] float32 xyxy canvas pixels, ``assigned`` [N] from ``assign``, ``content`` (height, width) pixels.
-    Cells outside the valid area are in no region. Raises OptionError for another region.
+    ``row`` names the image and its view: what a random region is drawn from. Cells outside the valid area are in no
+    region. Raises OptionError for another region.
     """
     for region in sorted(regions):
         if region not in FLAGS:
@@ -137,7 +139,7 @@ def compute_entries(
     flag = (gt >= 0).to(torch.uint8) * MAIN
     if "vlr" in regions:
         weight = vlr_weights(spec, grid, canvas, boxes, content)
-        if not spec.vlr_keep_positives:
+        if not spec.vlr_keep_positives or spec.vlr_metric == "inside":
             weight = weight.masked_fill(positive, 0.0)
         flag |= (weight > 0).to(torch.uint8) * VLR
     if "fine_grained" in regions:
@@ -148,7 +150,7 @@ def compute_entries(
         if "object" in regions:
             flag |= _at_first_anchor(inside, grid) * OBJECT
         if "sample" in regions:
-            flag |= _at_first_anchor(sampled_cells(spec, boxes, len(valid)) & valid & ~inside, grid) * SAMPLE
+            flag |= _at_first_anchor(sampled_cells(spec, row, len(valid)) & valid & ~inside, grid) * SAMPLE
     index = torch.nonzero(flag).squeeze(1)
     return Entries(
         index=index,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
-from kdcli.errors import MissingPathError, OptionError, nearest
+from kdcli.errors import OptionError, nearest
 from kdcli.methods.base import Method
 from kdcli.methods.bckd import BCKD
 from kdcli.methods.cwd import CWD
@@ -18,6 +16,7 @@ from kdcli.methods.ld import LD
 from kdcli.methods.pfi import PFI
 from kdcli.methods.pkd import PKD
 from kdcli.methods.rm import RM
+from kdcli.userfile import run_file
 
 METHODS: dict[str, type[Method]] = {
     "ld": LD,
@@ -37,7 +36,8 @@ METHODS: dict[str, type[Method]] = {
 def find_methods(text: str) -> dict[str, type[Method]]:
     """Read a comma list such as ``ld,pfi`` or ``ld,./mine.py:Mine``. A user's method is named by its class, lower case.
 
-    Raises OptionError for an unknown name (with the nearest), MissingPathError for a file that is not there.
+    Raises OptionError for an unknown name (with the nearest), MissingPathError for a file that is not there, UsageError
+    for one that fails.
     """
     found: dict[str, type[Method]] = {}
     for part in (p.strip() for p in text.split(",")):
@@ -56,16 +56,7 @@ def find_methods(text: str) -> dict[str, type[Method]]:
 def _load(part: str) -> tuple[str, type[Method]]:
     path_text, _, class_name = part.rpartition(":")
     path = Path(path_text)
-    if not path.is_file():
-        raise MissingPathError(f"method file '{path}' does not exist; write PATH.py:ClassName")
-    if path.suffix != ".py":
-        raise OptionError(f"method file '{path}' is not a .py file; write PATH.py:ClassName")
-    spec = importlib.util.spec_from_file_location(f"kdcli_user_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # get_type_hints looks a class's module up by name
-    spec.loader.exec_module(module)
+    module = run_file("method file", path)
     method = getattr(module, class_name, None)
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise OptionError(f"'{part}': {path} has no class {class_name} derived from kdcli.methods.base.Method")

@@ -9,6 +9,7 @@ cannot be told from here.
 from __future__ import annotations
 
 import inspect
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from kdcli.errors import OptionError, nearest
 from kdcli.geometry.grid import Grid
+from kdcli.geometry.regions import RegionSpec
 from kdcli.options import convert
 from kdcli.structures import Batch, Canvas
 from kdcli.tensors import (
@@ -71,7 +73,16 @@ class Method(nn.Module):
 
     def active(self, batch: Batch, part: str) -> bool:
         """Whether the term ``part`` can differ from 0 on this batch; one that is 0 for long while active stops the run."""
-        return any(n.dense for n in self.needs) or (batch.entries is not None and len(batch.entries.index) > 0)
+        for need in self.needs:
+            if need.dense or need.region == "proposals":
+                return True
+            if need.region == "gt":
+                found = any(len(boxes) for boxes in batch.targets.boxes)
+            else:
+                found = batch.entries is not None and bool(batch.entries.select(need.region).any())
+            if found:
+                return True
+        return False
 
 
 def method_options(method: type[Method]) -> dict[str, inspect.Parameter]:
@@ -80,22 +91,47 @@ def method_options(method: type[Method]) -> dict[str, inspect.Parameter]:
     return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def resolve_options(name: str, method: type[Method], detector: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_options(
+    name: str, method: type[Method], detector: str, given: Mapping[str, Any], regions: RegionSpec | None = None
+) -> dict[str, Any]:
     """All options of a method: its defaults, those for ``detector``, then what was ``given``.
 
-    Raises OptionError for an unknown option, with the nearest name, and for a value of the wrong type.
+    ``regions``: the detector's own, which its region options start from. Raises OptionError for an unknown option, with
+    the nearest name, for a value of the wrong type, and for a number that no loss can use.
     """
     known = method_options(method)
     for option in given:
         if option not in known:
             raise OptionError(f"unknown option '{name}.{option}'{nearest(option, known)}")
-    resolved = {n: p.default for n, p in known.items()} | dict(method.defaults.get(detector, {}))
+    resolved = {n: p.default for n, p in known.items()}
+    if regions is not None:
+        resolved |= {o: getattr(regions, o) for o in method.region_options if hasattr(regions, o)}
+    resolved |= dict(method.defaults.get(detector, {}))
     hints = typing.get_type_hints(method.__init__)
     for option, value in given.items():
         if option not in hints:
             raise OptionError(f"option '{name}.{option}' of {method.__name__}.__init__ has no type hint; write one")
         resolved[option] = convert(f"{name}.{option}", value, hints[option])
+    for option, value in resolved.items():
+        if value is inspect.Parameter.empty:
+            raise OptionError(f"option '{name}.{option}' has no default; give one with --set {name}.{option}=VALUE")
+        _check_number(f"{name}.{option}", value)
+    weights = [v for o, v in resolved.items() if o.endswith("weight") and isinstance(v, float)]
+    if weights and not any(weights):
+        raise OptionError(f"method '{name}' has no term: all its weights are 0; leave it out, or set one")
     return resolved
+
+
+def _check_number(option: str, value: Any) -> None:
+    """Weights push towards the teacher, never away; a temperature or a reference divides."""
+    if not isinstance(value, float):
+        return
+    if not math.isfinite(value):
+        raise OptionError(f"{option} = {value}: must be a finite number")
+    if option.endswith("weight") and value < 0:
+        raise OptionError(f"{option} = {value}: must not be negative")
+    if option.endswith(("temperature", "batch_ref")) and value <= 0:
+        raise OptionError(f"{option} = {value}: must be above 0")
 
 
 def check_pair(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from kdcli.errors import OptionError
 from kdcli.geometry.grid import Grid
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.divergence import kl_rows
@@ -57,7 +58,7 @@ class LD(Method):
     # whose .3125 is 5 / 16: per edge what 5 is for the joint softmax
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "atss": {"vlr": 0.6},
-        "fcos": {"vlr": 1.0, "vlr_weight": "score", "vlr_metric": "inside"},
+        "fcos": {"vlr_weight": "score", "vlr_metric": "inside"},
         "retinanet": {"weight": 0.3125, "vlr": 0.12, "kd_temperature": 8.0},
     }
 
@@ -80,6 +81,10 @@ class LD(Method):
         imitation_weight: float = 2.0,
     ) -> None:
         super().__init__()
+        if not (weight or kd_weight or (imitation_weight and imitation != "none")):
+            raise OptionError("method 'ld' has no term: weight and kd_weight are 0; leave it out, or set one")
+        if vlr_metric == "inside" and vlr_weight == "iou":
+            raise OptionError("ld.vlr_metric=inside has no IoU to weigh by: set ld.vlr_weight to score or mask")
         self.grid, self.canvas = pair.grid, pair.canvas
         self.weight, self.temperature, self.joint = weight, temperature, joint
         self.vlr, self.vlr_weight = vlr, vlr_weight
@@ -91,7 +96,7 @@ class LD(Method):
         self.needs = self.reads({"imitation": imitation})
         self.student_needs = (*self.needs, STUDENT_SCORES) if vlr_weight == "score" else self.needs
         self.adapter: nn.Module = nn.Identity()
-        if imitation != "none" and pair.student[FEATURES].dims != pair.teacher[FEATURES].dims:
+        if imitation != "none" and imitation_weight and pair.student[FEATURES].dims != pair.teacher[FEATURES].dims:
             self.adapter = nn.Linear(pair.student[FEATURES].dims[0], pair.teacher[FEATURES].dims[0], bias=False)
 
     @classmethod

@@ -27,6 +27,7 @@ from method_case import (
 )
 from torch import Tensor
 
+from kdcli.errors import OptionError
 from kdcli.methods import METHODS
 from kdcli.methods.base import Method, method_options, resolve_options
 from kdcli.tensors import BOXES, CLS_LOGITS, FEATURES, GT_ROIS, RANK
@@ -189,8 +190,13 @@ def test_a_term_of_weight_0_is_absent(name: str, detector: str) -> None:
     batch = make_batch(student, [TWO])
     outputs = make_outputs(student, 1, STUDENT), make_outputs(student, 1, TEACHER)
     method = build(name, detector)
-    none = dict.fromkeys(weights(method, terms_of(method, student, *outputs, batch)), 0.0)
-    assert terms_of(build(name, detector, **none), student, *outputs, batch) == {}
+    terms = terms_of(method, student, *outputs, batch)
+    options = weights(method, terms)
+    for option in options if len(options) > 1 else ():
+        left = terms_of(build(name, detector, **{option: 0.0}), student, *outputs, batch)
+        assert set(left) == {part for part in terms if method.weight_option(part) != option}
+    with pytest.raises(OptionError, match=f"method '{name}' has no term"):
+        build(name, detector, **dict.fromkeys(options, 0.0))
 
 
 @pytest.mark.parametrize(("name", "detector"), CASES)

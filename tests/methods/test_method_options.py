@@ -106,7 +106,7 @@ def test_a_users_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("part", "error", "message"),
     [
-        ("none.py:Mine", MissingPathError, "method file 'none.py' does not exist; write PATH.py:ClassName"),
+        ("none.py:Mine", MissingPathError, "method file 'none.py' does not exist; name a Python file"),
         ("mine.txt:Mine", OptionError, "method file 'mine.txt' is not a .py file"),
         ("mine.py:Other", OptionError, "has no class Other derived from"),
         ("mine.py:NotAMethod", OptionError, "has no class NotAMethod derived from"),

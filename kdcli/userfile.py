@@ -1,0 +1,48 @@
+"""Runs a Python file of the user's, named on the command line, and says in one line what went wrong in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+
+from kdcli.errors import KDError, MissingPathError, OptionError, UsageError
+
+_numbers = count()  # two files may have the same name
+
+
+def run_file(what: str, file: Path) -> ModuleType:
+    """The module that ``file`` makes; ``what`` begins the messages, e.g. ``plugin``.
+
+    Raises MissingPathError for a file that is not there, OptionError for one that is not Python, UsageError with the
+    line for one that fails.
+    """
+    path = file.resolve()
+    if not path.is_file():
+        raise MissingPathError(f"{what} '{file}' does not exist; name a Python file")
+    if path.suffix != ".py":
+        raise OptionError(f"{what} '{file}' is not a .py file")
+    spec = importlib.util.spec_from_file_location(f"kdcli_user_{next(_numbers)}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and get_type_hints look a class's module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[spec.name]
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+        kind = "" if isinstance(error, KDError) else f"{type(error).__name__}: "
+        raise UsageError(f"{what} '{file}' failed{_place(error, path)}: {kind}{message}") from error
+    return module
+
+
+def _place(error: Exception, path: Path) -> str:
+    """`` in line 3 (import nothing)``: the line of the file itself, whoever raised below it."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f" in line {error.lineno} ({(error.text or '').strip()})"
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f" in line {own[-1].lineno} ({own[-1].line})" if own else ""
