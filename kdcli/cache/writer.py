@@ -8,6 +8,7 @@ Nothing in a store depends on the time or the place of writing, so a resumed sto
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -164,6 +165,25 @@ def store_digest(path: Path) -> str:
     """sha256 over the manifest and the journal: names the exact contents of a store."""
     journal = read_journal(path)
     return digest({"manifest": read_manifest(path), "journal": [journal[k] for k in sorted(journal)]})
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Hold the folder ``path`` for writing: two writers in one shard lose rows. The lock ends with the process.
+
+    Raises StoreError when another process holds it.
+    """
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"'{path}' is being written by another process; wait for it, or choose another --out"
+            ) from error
+        yield
+    finally:
+        os.close(folder)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,6 +73,8 @@ def cache_teacher(
             raise UsageError(f"{flag} is missing; see the example in `kdcli cache-teacher --help`")
     if out is None:
         raise UsageError("--out is missing: name the store folder, e.g. --out store")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("cache-teacher runs in one process so far; start it without torchrun")
     with ConsoleWatcher() as watcher:
         plan = plan_store(options, watcher)
         found = make_estimate(plan, out) if estimate or not out.exists() else None

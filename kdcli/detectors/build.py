@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kdcli.detectors.backbones import BACKBONES, Backbone, load_backbone_weights
 from kdcli.detectors.base import Detector, ModelSpec, count_parameters
-from kdcli.detectors.convert.recipes import FAMILIES, MM_FASTER_RCNN, TORCHVISION, build_torchvision
+from kdcli.detectors.convert.recipes import MM_FASTER_RCNN, TORCHVISION, build_torchvision
 from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.dense.recipes import ATSS, FCOS, FCOS_PLAIN, GFL, RETINANET, Recipe, with_distribution
 from kdcli.detectors.two_stage.detector import TwoStageDetector
@@ -21,6 +21,7 @@ __all__ = [
     "count_parameters",
     "detector_names",
     "family_of",
+    "lineage_of",
     "model_names",
     "parse_model_name",
     "recipe_of",
@@ -53,8 +54,14 @@ def parse_model_name(name: str) -> tuple[str, str]:
 
 
 def family_of(detector: str) -> str:
-    """The detector whose method defaults ``detector`` takes: itself, or what a converted one is (``tv_fcos``: ``fcos``)."""
-    return FAMILIES.get(detector, detector)
+    """The detector whose method defaults ``detector`` takes: what its recipe was made from (``tv_fcos``: ``fcos``)."""
+    recipe = {**TORCHVISION, MM_FASTER_RCNN.name: MM_FASTER_RCNN, **DETECTORS}.get(detector)
+    return recipe.family if isinstance(recipe, (Recipe, TwoStageRecipe)) and recipe.family else detector
+
+
+def lineage_of(detector: str) -> tuple[str, str]:
+    """The names under which a method may have defaults for ``detector``: its own, then its family's."""
+    return detector, family_of(detector)
 
 
 def recipe_of(spec: ModelSpec) -> Recipe | TwoStageRecipe:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kdcli.cache.fidelity import ErrorMeter
 from kdcli.cache.plan import plan_tensors, shard_rows_for
@@ -23,15 +24,16 @@ from kdcli.cache.schema import CacheSchema, regions_of, row_tensor
 from kdcli.cache.schema import (
     collate as collate_rows,
 )
-from kdcli.cache.writer import StoreWriter, create_store, read_manifest
+from kdcli.cache.writer import StoreWriter, create_store, read_manifest, sole_writer
 from kdcli.data.coco import Dataset, has_split, open_split
 from kdcli.data.views import parse_views
-from kdcli.detectors.build import family_of
+from kdcli.detectors.build import lineage_of
+from kdcli.detectors.read import AT_PROPOSALS
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.devices import pick_device, pick_workers, set_threads
 from kdcli.engine.evaluate import evaluate, validation_source
 from kdcli.engine.manifest import make_manifest, region_spec, teacher_entry, with_classes
-from kdcli.engine.prepare import usable
+from kdcli.engine.prepare import absolute_methods, usable
 from kdcli.engine.samples import Item, Loader, Sample, SampleSource, collate, orientation
 from kdcli.engine.teacher import TeacherForward, class_order
 from kdcli.engine.watch import Watcher
@@ -88,11 +90,11 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     canvas = Canvas.parse(options.canvas or meta.canvas)
     views = parse_views(options.views)
     methods = find_methods(options.method)
-    family = family_of(detector.spec.detector)
-    pair = Pair(specs, specs, detector.grid, canvas, family)
+    lineage = lineage_of(detector.spec.detector)
+    pair = Pair(specs, specs, detector.grid, canvas, lineage[-1])
     resolved = {}
     for name, method in methods.items():
-        resolved[name] = resolve_options(name, method, family, options.methods.get(name, {}), detector.region_defaults)
+        resolved[name] = resolve_options(name, method, lineage, options.methods.get(name, {}), detector.region_defaults)
         check_pair(name, method, resolved[name], pair, detector.spec.name, detector.spec.name)
     needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(resolved[k])}))
     positions = usable(dataset, options.skip_bad, watcher)
@@ -117,7 +119,7 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     manifest = make_manifest(source, views, teacher, run, order, left_out=left_out)
     # for messages and `cache show`: where the store came from, not what it is
     origin = {"data": str(Path(options.data).resolve()), "teacher": str(Path(options.teacher).resolve())}
-    manifest |= {"methods": options.method, "method_options": resolved, "origin": origin}
+    manifest |= {"methods": absolute_methods(options.method), "method_options": resolved, "origin": origin}
     detector = detector.to(device).to(memory_format=torch.channels_last)
     return Plan(
         options, TeacherForward(detector.eval(), order, options.micro_batch, options.precision), source, positions,
@@ -128,7 +130,8 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
 def write_store(plan: Plan, out: Path, watcher: Watcher) -> int:
     """Write what is missing of the store at ``out``; returns how many rows were written in this call.
 
-    An existing store is continued if it is the same one, else StoreError lists the fields that differ.
+    An existing store is continued if it is the same one, else StoreError lists the fields that differ; also when another
+    process is writing it.
     """
     if out.exists():
         stored = read_manifest(out)
@@ -144,6 +147,11 @@ def write_store(plan: Plan, out: Path, watcher: Watcher) -> int:
     else:
         manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": measure_teacher(plan, watcher)}}
         create_store(out, plan.schema, manifest, plan.source.dataset.annotations.image_ids[plan.positions])
+    with sole_writer(out):
+        return _write_rows(plan, out, watcher)
+
+
+def _write_rows(plan: Plan, out: Path, watcher: Watcher) -> int:
     writer = StoreWriter(out, plan.schema)
     done = writer.done()
     todo = [s for s in range(plan.schema.num_shards) if s not in done]
@@ -192,7 +200,7 @@ def measure_teacher(plan: Plan, watcher: Watcher) -> float | None:
     source = validation_source(val, plan.forward.detector, plan.source.canvas)
     found = evaluate(
         plan.forward.detector, val, plan.source.canvas, device=plan.device, batch=plan.forward.micro_batch,
-        loader=Loader(source, plan.workers), forward=plan.forward.outputs,
+        loader=Loader(source, plan.workers), forward=plan.forward.outputs, relabel=plan.forward.relabel,
         left_out=frozenset(range(val.num_images)) - keep, advance=watcher.advance,
     )  # fmt: skip
     ap = found.metrics.ap
@@ -220,12 +228,17 @@ def _chunks(plan: Plan, start: int, stop: int) -> list[list[Item]]:
     return [b[k : k + size] for b in buckets.values() for k in range(0, len(b), size)]
 
 
-def encode_rows(plan: Plan, samples: list[Sample]) -> tuple[list[dict[str, NDArray[np.float32]]], list[dict[str, Any]]]:
-    """Teacher tensors (float32, by ``Need.key``) of samples of one orientation, and their stored arrays by path."""
+def encode_rows(
+    plan: Plan, samples: list[Sample], proposals: list[Tensor] | None = None
+) -> tuple[list[dict[str, NDArray[np.float32]]], list[dict[str, Any]]]:
+    """Teacher tensors (float32, by ``Need.key``) of samples of one orientation, and their stored arrays by path.
+
+    ``proposals``: see TeacherForward.rows.
+    """
     batch = collate(samples, None).to(plan.device)
     values = [
         {need.key: row_tensor(row[need.key][0] if need.dense else row[need.key]) for need in plan.needs}
-        for row in plan.forward.rows(batch.images, batch.targets, batch.entries, plan.needs)
+        for row in plan.forward.rows(batch.images, batch.targets, batch.entries, plan.needs, proposals)
     ]
     rows = []
     for sample, value in zip(samples, values, strict=True):
@@ -257,7 +270,9 @@ def _encode_chunk(
         _compare(plan, sample, meter, value, {k: row_tensor(v) for k, v in decoded.items()})
     if precision_meter is not None and plan.forward.precision != "fp32":
         exact_plan = replace(plan, forward=replace(plan.forward, precision="fp32"))
-        exact, _ = encode_rows(exact_plan, samples)
+        boxes = AT_PROPOSALS[0].key
+        same = [torch.from_numpy(v[boxes]).to(plan.device) for v in values] if boxes in values[0] else None
+        exact, _ = encode_rows(exact_plan, samples, same)
         for sample, reference, value in zip(samples, exact, values, strict=True):
             _compare(plan, sample, precision_meter, reference, value)
     return rows

@@ -7,14 +7,14 @@ over the global batch (tensors.world_sum, world_mean), so that N processes train
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdcli.errors import OptionError
@@ -94,6 +94,13 @@ def share_batch_norm(student: nn.Module, mode: str, device: torch.device) -> Non
     if device.type != "cuda":
         raise OptionError("model.bn=sync needs GPUs: on several CPU processes use --set model.bn=train or frozen")
     nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
+
+
+def take_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite ``tensors`` with those of the first process: what it evaluates and exports is then everyone's."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
 
 
 def synchronised(module: nn.Module, device: torch.device) -> nn.Module:

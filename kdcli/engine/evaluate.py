@@ -99,12 +99,14 @@ def evaluate(
     batch: int,
     loader: Loader,
     forward: Forward | None = None,
+    relabel: np.ndarray | None = None,
     left_out: frozenset[int] = frozenset(),
     advance: Any = None,
 ) -> Evaluation:
     """Score ``detector`` on ``dataset`` without the images at ``left_out``. ``advance(n)`` is called as images finish.
 
     ``forward`` stands in for the detector's own float32 forward: another precision, or classes in another order.
+    ``relabel``: for each of the detector's own labels that of ``dataset``, -1 for a class that it does not have.
     """
     category_ids = np.array([c.id for c in dataset.classes])
     positions = [i for i in range(dataset.num_images) if i not in left_out]
@@ -113,6 +115,9 @@ def evaluate(
     batches = evaluation_batches(loader.source, positions[world_rank() :: world_size()], batch)
     forward = forward or plain_forward(detector, None)
     for sample, boxes, scores, labels, cost in detect(detector, forward, loader, batches, device):
+        if relabel is not None:
+            labels = relabel[labels]
+            boxes, scores, labels = boxes[labels >= 0], scores[labels >= 0], labels[labels >= 0]
         results += coco_results(sample.key.image_id, boxes, scores, category_ids[labels])
         seconds += cost
         if advance is not None:

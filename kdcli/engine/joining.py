@@ -18,7 +18,7 @@ from kdcli.cache.writer import store_digest
 from kdcli.data.coco import Dataset
 from kdcli.data.views import to_canvas
 from kdcli.detectors.base import Detector
-from kdcli.detectors.build import family_of
+from kdcli.detectors.build import family_of, lineage_of
 from kdcli.detectors.weights import CheckpointMeta, load_detector
 from kdcli.engine import teacher as teachers
 from kdcli.engine.manifest import cache_command, region_spec, require_match, specs_of, with_classes
@@ -26,7 +26,8 @@ from kdcli.engine.samples import SampleSource, region_definition
 from kdcli.errors import OptionError, StoreError
 from kdcli.geometry.assign import AssignerSpec, assign
 from kdcli.geometry.regions import RegionSpec, compute_entries
-from kdcli.methods.base import Method, Pair, check_pair
+from kdcli.methods import find_methods
+from kdcli.methods.base import Method, Pair, check_pair, resolve_options
 from kdcli.options import TrainOptions
 from kdcli.structures import Canvas, RowKey
 from kdcli.tensors import Need, TensorSpec
@@ -123,7 +124,7 @@ def join_teacher(
             )
         index_space = (student.grid, student.assigner, source.region_spec) if aligned else None
         require_match(side.reader, source.dataset, source.canvas, views, index_space)
-        reader = _reader_for(side, needs, options)
+        reader = _reader_for(side, needs, options, lineage_of(student.spec.detector))
         source = replace(source, reader=reader, row_definition=stored_definition(reader))
         if aligned:
             recheck_regions(source, positions, views)
@@ -164,21 +165,25 @@ def stored_definition(reader: CacheReader) -> str:
     )  # fmt: skip
 
 
-def _reader_for(side: TeacherSide, needs: tuple[Need, ...], options: TrainOptions) -> CacheReader:
+def _reader_for(
+    side: TeacherSide, needs: tuple[Need, ...], options: TrainOptions, lineage: tuple[str, str]
+) -> CacheReader:
     whole = side.reader
     assert whole is not None
     try:
         return CacheReader(whole.path, needs)
     except StoreError as error:
-        together = dict.fromkeys([*str(whole.manifest["methods"]).split(","), *options.method.split(",")])
+        names = ",".join(dict.fromkeys([*str(whole.manifest["methods"]).split(","), *options.method.split(",")]))
+        stored = whole.manifest["method_options"]
+        settings: dict[str, dict[str, Any]] = {}
+        for name, method in find_methods(names).items():
+            plain = resolve_options(name, method, lineage, {})
+            asked = {**stored.get(name, {}), **options.methods.get(name, {})}
+            settings[name] = {o: v for o, v in asked.items() if o in plain and plain[o] != v}
         fix = cache_command(
-            options.data,
-            str(whole.manifest["origin"]["teacher"]),
-            ",".join(together),
-            whole.views,
-            whole.schema.canvas,
-            f"{whole.path}-more",
-        )
+            options.data, str(whole.manifest["origin"]["teacher"]), names, whole.views, whole.schema.canvas,
+            f"{whole.path}-more", settings, whole.manifest,
+        )  # fmt: skip
         raise StoreError(f"{error}; write one that has them: {fix}") from error
 
 

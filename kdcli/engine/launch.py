@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli.data.views import format_views, parse_views
-from kdcli.detectors.build import family_of, parse_model_name
+from kdcli.detectors.build import lineage_of, parse_model_name
 from kdcli.engine import distributed, runs
 from kdcli.engine.devices import reset_peak_memory
 from kdcli.engine.prepare import Prepared, absolute_methods, absolute_weights, prepare
@@ -122,7 +122,7 @@ def _resolved(fields: Mapping[str, Any], stored: TrainOptions) -> dict[str, Any]
     known = find_methods(stored.method) if stored.method else {}
     for name in set(known) & set(resolved.get("methods", {})):
         given = resolved["methods"][name]
-        read = resolve_options(name, known[name], family_of(parse_model_name(stored.model.name)[0]), given)
+        read = resolve_options(name, known[name], lineage_of(parse_model_name(stored.model.name)[0]), given)
         # TOML has no null: an option that is None is not in config.toml
         kept = {k: read[k] for k in given if read[k] is not None}
         resolved["methods"] = {**resolved["methods"], name: kept}

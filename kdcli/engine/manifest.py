@@ -92,9 +92,17 @@ def require_match(
         )
 
 
-def cache_command(data: str | Path, teacher: str, method: str, views: Sequence[str], canvas: Canvas, out: str) -> str:
-    """The command that writes what a store lacks."""
-    return (
-        f"kdcli cache-teacher --data {data} --teacher {teacher} --method {method} --views {format_views(views)} "
-        f"--canvas {canvas} --out {out}"
-    )
+def cache_command(
+    data: str | Path, teacher: str, method: str, views: Sequence[str], canvas: Canvas, out: str,
+    settings: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any],
+) -> str:  # fmt: skip
+    """The command that writes what the store of ``manifest`` lacks. ``settings``: method options that are not defaults."""
+    flags = [f"--data {data}", f"--teacher {teacher}", f"--method {method}", f"--views {format_views(views)}"]
+    flags.append(f"--canvas {canvas}")
+    if manifest["dataset"]["split"] != "train":
+        flags.append(f"--split {manifest['dataset']['split']}")
+    if manifest["teacher_run"]["precision"] != "fp32":
+        flags.append(f"--precision {manifest['teacher_run']['precision']}")
+    for name, options in settings.items():
+        flags += [f"--set {name}.{o}={'none' if v is None else str(v).lower()}" for o, v in options.items()]
+    return f"kdcli cache-teacher {' '.join(flags)} --out {out}"

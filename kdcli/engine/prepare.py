@@ -13,7 +13,7 @@ from kdcli.data.check import check_dataset
 from kdcli.data.coco import Dataset, open_split
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.base import Detector, ModelSpec
-from kdcli.detectors.build import build_detector, family_of, parse_model_name
+from kdcli.detectors.build import build_detector, lineage_of, parse_model_name
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.devices import make_deterministic, pick_amp, pick_device, pick_workers, set_threads
 from kdcli.engine.joining import JoinedTeacher, inherit_regions, join_teacher, open_teacher
@@ -24,6 +24,7 @@ from kdcli.methods import find_methods
 from kdcli.methods.base import Method, resolve_options
 from kdcli.options import TrainOptions
 from kdcli.structures import Canvas
+from kdcli.tensors import world_size
 
 BACKBONE_WORDS = ("none", "imagenet")
 DECODED_IMAGES = 1000  # seconds; all of COCO would take minutes at each start
@@ -56,6 +57,8 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
     """
     if options.deterministic:
         make_deterministic()
+    if options.batch < world_size():
+        raise OptionError(f"--batch {options.batch} is over all {world_size()} processes: each needs an image")
     threads = set_threads(options.threads)
     device = pick_device(options.device)
     amp = pick_amp(options.amp, device)
@@ -75,7 +78,7 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
     student = make_student(options, len(train.classes))
     resolved = {
         name: resolve_options(
-            name, method, family_of(student.spec.detector), options.methods.get(name, {}), student.region_defaults
+            name, method, lineage_of(student.spec.detector), options.methods.get(name, {}), student.region_defaults
         )
         for name, method in methods.items()
     }

@@ -40,8 +40,8 @@ def plan_epoch(
                 chunk = chunk + bucket[: batch - len(chunk)]
             batches.append(chunk)
     draw = _mix(np.arange(len(batches), dtype=np.uint64), _salt("batches", seed, epoch))
-    share = -(-batch // world)
-    return [batches[k][rank * share : (rank + 1) * share] for k in np.argsort(draw, kind="stable")]
+    low, high = rank * batch // world, (rank + 1) * batch // world
+    return [batches[k][low:high] for k in np.argsort(draw, kind="stable")]
 
 
 def image_draws(keys: list[RowKey], seed: int, epoch: int) -> Tensor:

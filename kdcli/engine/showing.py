@@ -67,7 +67,9 @@ def read_for_show(store: Path, data: str | None, image_id: int, view: str | None
     if Need(RANK, "main").key in tensors:
         teacher_scores = tensors[Need(RANK, "main").key][:, 0]
     elif Need(CLS_LOGITS, "main").key in tensors:
-        teacher_scores = tensors[Need(CLS_LOGITS, "main").key].sigmoid().amax(dim=-1)
+        assert row.entries is not None
+        truth = torch.from_numpy(labels_np)[keep][row.entries.gt[row.entries.select("main")]]
+        teacher_scores = tensors[Need(CLS_LOGITS, "main").key].sigmoid().gather(1, truth[:, None].long()).squeeze(1)
     if "features@all" in tensors:
         height, width = schema.grid.level_shapes(canvas)[0]
         heat = tensors["features@all"][0, : height * width].abs().mean(dim=-1).reshape(height, width)

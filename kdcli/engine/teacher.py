@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,8 +34,15 @@ class TeacherForward:
     precision: str = "fp32"
 
     @torch.no_grad()
-    def rows(self, images: Tensor, targets: Targets, entries: Entries | None, needs: Iterable[Need]) -> list[Tensors]:
-        """Teacher tensors by ``Need.key`` for each image of ``images`` [B, 3, H, W] uint8, all of one orientation."""
+    def rows(
+        self, images: Tensor, targets: Targets, entries: Entries | None, needs: Iterable[Need],
+        proposals: Sequence[Tensor] | None = None,
+    ) -> list[Tensors]:  # fmt: skip
+        """Teacher tensors by ``Need.key`` for each image of ``images`` [B, 3, H, W] uint8, all of one orientation.
+
+        ``proposals``: boxes [R, 4] of each image to read the RoI head at instead of the teacher's own, when two runs are
+        compared: a last digit decides what NMS keeps.
+        """
         wanted = tuple(needs)
         rows = []
         for start in range(0, len(images), self.micro_batch):
@@ -45,8 +53,10 @@ class TeacherForward:
                 one = {name: value[offset : offset + 1] for name, value in outputs.items()}
                 part = None if entries is None else single(entries, start + offset)
                 target = _single_target(targets, start + offset)
-                proposals = self._proposals(one, target) if any(n.region == "proposals" for n in wanted) else None
-                rows.append(self._reorder(read(self.detector, one, wanted, part, target, proposals)))
+                at = None
+                if any(n.region == "proposals" for n in wanted):
+                    at = self._proposals(one, target) if proposals is None else [proposals[start + offset]]
+                rows.append(self._reorder(read(self.detector, one, wanted, part, target, at)))
         return rows
 
     def _proposals(self, outputs: Tensors, target: Targets) -> list[Tensor]:
@@ -55,12 +65,28 @@ class TeacherForward:
         return [torch.cat([found, target.boxes[0].to(found)])]
 
     def _reorder(self, row: Tensors) -> Tensors:
-        """RoI logits with the classes in the data set's order, background last."""
+        """RoI logits with the classes in the data set's order, background last.
+
+        A softmax gives what is surely a class that the data set lacks to the background: its probability moves there.
+        """
         key = Need(PROPOSAL_LOGITS, "proposals").key
         if key in row:
-            background = row[key].shape[-1] - 1
-            row[key] = row[key][:, [*self.class_order, background]].contiguous()
+            logits = row[key]
+            rest = [k for k in range(logits.shape[-1]) if k not in self.class_order]
+            background = logits[:, rest].logsumexp(dim=-1, keepdim=True) if len(rest) > 1 else logits[:, rest]
+            row[key] = torch.cat([logits[:, list(self.class_order)], background], dim=-1)
         return row
+
+    @property
+    def relabel(self) -> np.ndarray | None:
+        """For detections in the teacher's own labels: the data set's label of each, -1 for none. None when ``outputs``
+        has them in the data set's order already, as those of a dense head."""
+        specs = self.detector.specs()
+        if PROPOSAL_LOGITS not in specs:
+            return None
+        labels = np.full(specs[PROPOSAL_LOGITS].dims[0] - 1, -1)
+        labels[list(self.class_order)] = np.arange(len(self.class_order))
+        return labels
 
     @torch.no_grad()
     def outputs(self, chunk: Tensor) -> Tensors:

@@ -75,6 +75,10 @@ class Trainer:
             self.watcher.stage(f"epoch {progress.epoch + 1}/{options.epochs}", len(plan))
             self.watcher.advance(progress.batch)
             self._run_epoch(loader, plan)
+            # each process saw other images: without this the AP would be that of no checkpoint
+            distributed.take_from_main(self.step.buffers())
+            if self.average is not None:
+                distributed.take_from_main(self.average.state.values())
             last = progress.epoch + 1 == options.epochs
             due = last or (progress.epoch + 1) % options.eval_every == 0
             evaluation = self._evaluate(val_loader) if due else {}

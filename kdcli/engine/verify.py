@@ -14,6 +14,7 @@ from kdcli.cache.schema import CacheSchema, row_tensor
 from kdcli.cache.schema import collate as collate_rows
 from kdcli.cache.writer import read_journal, read_manifest
 from kdcli.data.views import format_views
+from kdcli.detectors.read import AT_PROPOSALS
 from kdcli.engine.caching import Plan, encode_rows, plan_store
 from kdcli.engine.joining import recheck_regions, spread
 from kdcli.engine.watch import Watcher
@@ -62,10 +63,11 @@ def verify_teacher(plan: Plan, store: Path, rows: int, watcher: Watcher) -> tupl
     meter = ErrorMeter()
     for item in chosen:
         sample = plan.source.load(item)
-        values, _ = encode_rows(plan, [sample])
         row = reader.read(RowKey(plan.source.dataset.image_id(item[0]), item[1]))
         plan.source.check_row(row, sample)
         decoded = reader.schema.decode(collate_rows([row.arrays], reader.layout.values()), plan.needs)
+        boxes = decoded.get(AT_PROPOSALS[0].key)  # at which the RoI head is read again
+        values, _ = encode_rows(plan, [sample], None if boxes is None else [boxes.to(plan.device)])
         for tensor in plan.schema.tensors:
             key, exact = tensor.need.key, values[0][tensor.need.key]
             theirs = row_tensor(decoded[key])

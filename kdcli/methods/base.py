@@ -92,9 +92,11 @@ def method_options(method: type[Method]) -> dict[str, inspect.Parameter]:
 
 
 def resolve_options(
-    name: str, method: type[Method], detector: str, given: Mapping[str, Any], regions: RegionSpec | None = None
-) -> dict[str, Any]:
-    """All options of a method: its defaults, those for ``detector``, then what was ``given``.
+    name: str, method: type[Method], detector: str | tuple[str, ...], given: Mapping[str, Any],
+    regions: RegionSpec | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """All options of a method: its defaults, those for ``detector`` (the first of several names that has some), then what
+    was ``given``.
 
     ``regions``: the detector's own, which its region options start from. Raises OptionError for an unknown option, with
     the nearest name, for a value of the wrong type, and for a number that no loss can use.
@@ -106,7 +108,8 @@ def resolve_options(
     resolved = {n: p.default for n, p in known.items()}
     if regions is not None:
         resolved |= {o: getattr(regions, o) for o in method.region_options if hasattr(regions, o)}
-    resolved |= dict(method.defaults.get(detector, {}))
+    names = (detector,) if isinstance(detector, str) else detector
+    resolved |= dict(next((method.defaults[n] for n in names if n in method.defaults), {}))
     hints = typing.get_type_hints(method.__init__)
     for option, value in given.items():
         if option not in hints:

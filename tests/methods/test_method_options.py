@@ -10,6 +10,7 @@ import torch
 from method_case import TWO, detector_of, inputs, make_batch, make_outputs, pair_of
 
 from kdcli.errors import MissingPathError, OptionError
+from kdcli.geometry.regions import RegionSpec
 from kdcli.methods import METHODS, find_methods
 from kdcli.methods.base import Pair, check_pair, method_options, resolve_options
 from kdcli.methods.ld import LD
@@ -200,3 +201,25 @@ def test_other_bins_matter_to_ld_alone() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_other_channels_are_fine(name: str) -> None:
     checked(name, pair_of(detector_of("gfl"), detector_of("gfl", 64)), "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("rm", {"temperature": 0}, r"rm\.temperature = 0\.0: must be above 0"),
+        ("drkd", {"batch_ref": -1}, r"drkd\.batch_ref = -1\.0: must be above 0"),
+        ("ld", {"weight": -1}, r"ld\.weight = -1\.0: must not be negative"),
+        ("pfi", {"weight": "nan"}, r"pfi\.weight = 'nan': must be a number"),
+        ("pfi", {"weight": float("inf")}, r"pfi\.weight = inf: must be a finite number"),
+        ("pfi", {"weight": 0}, "method 'pfi' has no term"),
+    ],
+)
+def test_numbers_that_no_loss_can_use(name: str, given: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        resolve_options(name, METHODS[name], "gfl", given)
+
+
+def test_region_options_start_from_the_detectors_own() -> None:
+    own = RegionSpec(vlr_metric="inside", vlr_gamma=0.5)
+    resolved = resolve_options("ld", LD, ("mine", "fcos"), {"vlr_gamma": 0.3}, own)
+    assert (resolved["vlr_metric"], resolved["vlr_gamma"], resolved["vlr_weight"]) == ("inside", 0.3, "score")

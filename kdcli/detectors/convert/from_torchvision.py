@@ -73,7 +73,8 @@ def convert_torchvision(state: Mapping[str, Tensor], name: str, *, bn_eps: float
 
     Of 91 outputs the 80 that COCO uses are kept, in the order of ``COCO_CLASSES``; of another number all but the
     first, which is torchvision's background. bn_eps: of the backbone's batch norms where the weights were trained. None:
-    1e-5 if they were trained batch norms (which count their batches), that of the published weights if frozen ones.
+    1e-5 if they were trained batch norms (which count their batches) or the outputs are not COCO's 91, so that they are
+    a user's own; else that of the published weights, whose frozen ones torchvision runs with 0.
 
     Raises OptionError when ``name`` is unknown or the weights are those of another model.
     """
@@ -94,7 +95,7 @@ def convert_torchvision(state: Mapping[str, Tensor], name: str, *, bn_eps: float
         weights = _dense_weights(weights, kept, grid.num_anchors)
     if bn_eps is None:
         counted = any(key.startswith("backbone.body.") and key.endswith("num_batches_tracked") for key in state)
-        bn_eps = BN_EPS if counted else source.frozen_eps
+        bn_eps = BN_EPS if counted or outputs != COCO_OUTPUTS else source.frozen_eps
     _fold_eps(weights, detector, bn_eps, name)
     detector.load_state_dict(weights, strict=True)
     return detector.eval()

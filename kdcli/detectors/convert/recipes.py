@@ -49,16 +49,6 @@ TORCHVISION: dict[str, Recipe | TwoStageRecipe] = {
     recipe.name: recipe for recipe in (TV_RETINANET, TV_RETINANET_V2, TV_FCOS, TV_FASTER_RCNN, TV_FASTER_RCNN_V2)
 }
 
-# which of our detectors each one is, for the defaults and rules of methods
-FAMILIES = {
-    "tv_retinanet": "retinanet",
-    "tv_retinanet_v2": "retinanet",
-    "tv_fcos": "fcos",
-    "tv_faster_rcnn": "faster_rcnn",
-    "tv_faster_rcnn_v2": "faster_rcnn",
-    "mm_faster_rcnn": "faster_rcnn",
-}
-
 # mmdet's Faster R-CNN differs from ours, which is torchvision's, in how the features of a proposal are sampled.
 MM_FASTER_RCNN = replace(FASTER_RCNN, name="mm_faster_rcnn", pooling=MMDET_POOLING)
 

@@ -31,7 +31,8 @@ class Recipe:
     """grid, assigner, regions: see geometry. box: ``distribution`` = [4, E] edge logits in strides; ``delta`` = offsets
     from the anchor in the coding of R-CNN, divided by ``box_stds``; ``distance`` = left, top, right, bottom in strides
     from the cell's centre. loss: outputs, targets, grid -> weighted terms. norm, tower_bias, activation, centerness: see
-    DenseHead. scaled: a learnt factor per level on the box prediction. nms_iou: class-aware NMS.
+    DenseHead. scaled: a learnt factor per level on the box prediction. nms_iou: class-aware NMS. family: whose defaults
+    the methods take; ``replace`` keeps it; empty: the recipe's own name.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Recipe:
     activation: Activation = "none"
     centerness: Tower | None = None
     box_stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    family: str = ""
 
 
 def with_distribution(recipe: Recipe) -> Recipe:
@@ -79,6 +81,7 @@ def _fcos(outputs: Tensors, targets: Targets, grid: Grid, *, log_iou: bool = Fal
 # Generalized Focal Loss, arXiv 2006.04388.
 GFL = Recipe(
     name="gfl",
+    family="gfl",
     grid=Grid(base_scale=8.0),
     assigner=AssignerSpec(kind="atss", topk=9),
     box="distribution",
@@ -93,6 +96,7 @@ GFL = Recipe(
 # RetinaNet, arXiv 1708.02002: anchors of three sizes an octave and three ratios.
 RETINANET = Recipe(
     name="retinanet",
+    family="retinanet",
     grid=Grid(base_scale=4.0, scales=(1.0, 2 ** (1 / 3), 2 ** (2 / 3)), ratios=(0.5, 1.0, 2.0)),
     assigner=AssignerSpec(kind="max_iou", pos_iou=0.5, neg_iou=0.4, min_pos_iou=0.0),
     box="delta",
@@ -104,12 +108,13 @@ RETINANET = Recipe(
 )
 
 # Adaptive Training Sample Selection, arXiv 1912.02424: GFL's grid and assigner.
-ATSS = replace(GFL, name="atss", box="delta", loss=_atss, centerness="box", box_stds=ATSS_STDS)
+ATSS = replace(GFL, name="atss", family="atss", box="delta", loss=_atss, centerness="box", box_stds=ATSS_STDS)
 
 # FCOS, arXiv 1904.01355, with the improvements that its authors added later (centre sampling, distances normalised by
 # the stride, centerness on the box tower, GIoU): what field practice calls FCOS, 38.7 against 36.6 AP in mmdet's tables.
 FCOS = Recipe(
     name="fcos",
+    family="fcos",
     grid=Grid(offset=0.5),
     assigner=AssignerSpec(kind="fcos", center_radius=1.5),
     box="distance",

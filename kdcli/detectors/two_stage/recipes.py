@@ -59,10 +59,12 @@ class TwoStageRecipe:
     roi_convs: int = 0
     neck_norm: bool = False
     pooling: RoIPooling = TORCHVISION_POOLING
+    family: str = ""  # as for Recipe
 
 
 FASTER_RCNN = TwoStageRecipe(
     name="faster_rcnn",
+    family="faster_rcnn",
     grid=Grid(strides=STRIDES, base_scale=ANCHOR_SCALE, ratios=RATIOS),
     assigner=AssignerSpec(kind="none"),
 )

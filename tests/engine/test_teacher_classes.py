@@ -1,0 +1,95 @@
+"""A two-stage teacher with other classes than the data set: more of them, or in another order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdcli.cache.writer import sole_writer
+from kdcli.detectors.weights import export, load_detector
+from kdcli.engine.caching import measure_teacher, plan_store
+from kdcli.engine.evaluate import evaluate, validation_source
+from kdcli.engine.samples import Loader, collate
+from kdcli.engine.sampling import plan_epoch
+from kdcli.engine.teacher import TeacherForward
+from kdcli.engine.watch import Silent
+from kdcli.errors import StoreError
+from kdcli.files import atomic_save
+from kdcli.tensors import PROPOSAL_BOXES, PROPOSAL_LOGITS, Need
+from tests.engine.conftest import CANVAS, CLASSES, cache_options, make_teacher
+
+BOTH = Need(PROPOSAL_BOXES, "proposals"), Need(PROPOSAL_LOGITS, "proposals")
+DEFEAT = {"defeat": {"obj_cls_weight": 2.0, "bg_cls_weight": 2.0}}
+
+
+def reversed_classes(teacher: Path, out: Path) -> Path:
+    """The same weights under names in the other order: what it calls circle is an arrow."""
+    detector, _ = load_detector(teacher)
+    classes = [{"id": i + 1, "name": name} for i, name in enumerate(reversed(CLASSES))]
+    atomic_save(export(detector, classes, CANVAS, {}), out)
+    return out
+
+
+def test_detections_are_in_the_data_sets_order(shapes: Path, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "t.pt", detector="faster_rcnn")
+    other = reversed_classes(teacher, tmp_path / "r.pt")
+    found = []
+    for file in (teacher, other):
+        plan = plan_store(cache_options(shapes, file, method="defeat", methods=DEFEAT), Silent())
+        source = validation_source(plan.source.dataset, plan.forward.detector, plan.source.canvas)
+        found.append(
+            evaluate(
+                plan.forward.detector, plan.source.dataset, plan.source.canvas, device=plan.device, batch=4,
+                loader=Loader(source, 0), forward=plan.forward.outputs, relabel=plan.forward.relabel,
+            ).results
+        )  # fmt: skip
+    plain, mirrored = ([r["category_id"] for r in results] for results in found)
+    assert plain
+    assert mirrored == [len(CLASSES) + 1 - k for k in plain]
+
+
+def test_a_teacher_of_more_classes_is_measured(shapes: Path, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "t.pt", detector="faster_rcnn")
+    plan = plan_store(cache_options(shapes, teacher, method="defeat", methods=DEFEAT), Silent())
+    larger = replace(plan.forward, class_order=(5, 2, 0))
+    assert larger.relabel is not None
+    assert larger.relabel.tolist() == [2, -1, 1, -1, -1, 0, -1, -1]
+    assert measure_teacher(plan, Silent()) is not None
+
+
+def test_a_class_that_the_data_set_lacks_is_background(shapes: Path, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "t.pt", detector="faster_rcnn")
+    plan = plan_store(cache_options(shapes, teacher, method="defeat", methods=DEFEAT), Silent())
+    batch = collate([plan.source.load((k, "identity")) for k in (0,)], None)
+    whole = plan.forward.rows(batch.images, batch.targets, batch.entries, BOTH)[0]
+    few: TeacherForward = replace(plan.forward, class_order=(5, 2, 0))
+    some = few.rows(batch.images, batch.targets, batch.entries, BOTH, [whole[BOTH[0].key]])[0]
+    exact, ours = whole[BOTH[1].key].softmax(dim=-1), some[BOTH[1].key].softmax(dim=-1)
+    torch.testing.assert_close(ours[:, :3], exact[:, [5, 2, 0]])
+    torch.testing.assert_close(ours[:, 3], exact[:, [1, 3, 4, 6, 7, 8]].sum(dim=-1))
+
+
+@pytest.mark.parametrize(("batch", "world"), [(9, 4), (5, 2), (8, 8)])
+def test_every_process_has_images(shapes: Path, tmp_path: Path, batch: int, world: int) -> None:
+    plan = plan_store(cache_options(shapes, make_teacher(tmp_path / "t.pt"), method="rm"), Silent())
+    place = {"seed": 0, "epoch": 0, "batch": batch, "world": world}
+    shares = [plan_epoch(plan.source, plan.positions, ("identity",), rank=r, **place) for r in range(world)]
+    for parts in zip(*shares, strict=True):
+        sizes = [len(p) for p in parts]
+        assert sum(sizes) == batch
+        assert max(sizes) - min(sizes) <= 1
+        assert min(sizes) > 0
+    seen = {position for share in shares for part in share for position, _ in part}
+    assert seen == set(np.asarray(plan.positions).tolist())
+
+
+def test_a_store_has_one_writer(tmp_path: Path) -> None:
+    second = sole_writer(tmp_path)
+    with sole_writer(tmp_path), pytest.raises(StoreError, match="is being written by another process"):
+        second.__enter__()
+    with sole_writer(tmp_path):
+        assert tmp_path.is_dir()
