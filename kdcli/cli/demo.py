@@ -14,11 +14,11 @@ from kdcli.errors import OptionError
 CANVAS = "192"
 TEACHER = {"name": "gfl_resnet18", "fpn_channels": 64, "tower_convs": 2}
 STUDENT = {"name": "gfl_shufflenet_v2_x0_5", "fpn_channels": 32, "tower_convs": 2}
-TEACHER_EPOCHS, STUDENT_EPOCHS = 10, 8
+TEACHER_EPOCHS, STUDENT_EPOCHS = 20, 8
 # from scratch in minutes: 8 epochs of it gave the student the AP of 12 epochs of SGD (6.7 and 6.8)
 OPTIM = {"name": "adamw", "lr": 0.005, "weight_decay": 0.02, "schedule": "cosine"}
 IMAGES = (300, 100)  # training, validation
-# what helped such a student in so few epochs; from random weights ld alone, pfi and defeat did worse than plain training
+# of what was tried on such a student, trained from random weights for 8 epochs, these helped (docs/results/demo.md)
 METHODS = ("bckd", "ld,bckd")
 PICTURES = 3
 SCORE = 0.25  # detections are drawn from here on

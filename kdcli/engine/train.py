@@ -53,8 +53,8 @@ class Trainer:
         self.average = WeightAverage(prepared.student, options.optim.ema_decay) if options.optim.ema else None
         self.guard = ZeroGuard()
         self.peak_lr = scaled_lr(options.optim, options.batch)
-        self.parameters = [p for p in self.step.parameters() if p.requires_grad]
         self.student_parameters = [p for p in prepared.student.parameters() if p.requires_grad]
+        self.method_parameters = [p for p in self.step.methods.parameters() if p.requires_grad]
         self.progress = Progress()
 
     def fit(self) -> dict[str, Any]:
@@ -148,9 +148,11 @@ class Trainer:
         torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.unscale_(self.optimizer)
         limit = self.options.optim.clip or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = float(nn.utils.clip_grad_norm_(self.student_parameters, limit))
+        # apart: an adapter's first gradient can be 1e5, and clipped together the student would stand still
+        adapters = float(nn.utils.clip_grad_norm_(self.method_parameters, limit))
         if not self.scaler.is_enabled():  # the scaler skips such a step by itself and lowers its scale
-            require_finite({"gradient_norm": norm}, self.progress.step)
+            require_finite({"gradient_norm": norm, "adapter_gradient_norm": adapters}, self.progress.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
