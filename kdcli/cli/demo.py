@@ -133,7 +133,7 @@ def _pictures(out: Path, watcher: Any) -> None:
         boxes, labels = val.training_boxes(i)
         truth.append(draw_detections(pixels, boxes, [names[k] for k in labels], classes=names))
     columns.append([("ground truth", p) for p in truth])
-    for run in ("teacher", "baseline", METHODS[-1].replace(",", "-")):
+    for run in ("teacher", "baseline", METHODS[0]):
         detector, meta = load_detector(out / "runs" / run)
         column = []
         for p in predict_files(
