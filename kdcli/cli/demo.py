@@ -88,7 +88,7 @@ def _train(out: Path, name: str, model: dict[str, Any], epochs: int, quick: bool
     command = "distill" if distill else "train"
     fields = {
         "data": str(out / "shapes"), "canvas": CANVAS, "epochs": 1 if quick else epochs, "batch": 8, "model": model,
-        "optim": OPTIM, "eval_every": 1 if quick else 4, **distill,
+        "optim": OPTIM, "eval_every": 1 if quick else epochs // 2, **distill,
     }  # fmt: skip
     run, _ = launch.start(
         launch.from_flags(command, fields, {}, None, {}), out / "runs" / name, watcher, overwrite=False
