@@ -59,7 +59,8 @@ class Backbone(nn.Module):
 
     frozen: every batch norm stays in eval mode with fixed scale and shift, and the layers up to stride 4 (stem and,
     where it has one, first stage) get no gradient: mmdet's rule for pretrained backbones. stride_in_1x1: see ModelSpec; no
-    other than a ResNet with bottlenecks. ``channels``: of C3, C4, C5.
+    other than a ResNet with bottlenecks. ``channels``: of C3, C4, C5;
+    ``stage_channels``: of C2 too.
     """
 
     def __init__(self, name: str, *, frozen: bool = False, stride_in_1x1: bool = False) -> None:
@@ -76,19 +77,25 @@ class Backbone(nn.Module):
         for child, module in _used_children(model, self._runs):
             self.add_module(child, module)
         self.classifier_keys = frozenset(whole - set(self.state_dict()))  # in a classifier's file, not in a backbone
-        self.channels = self._probe_channels()
+        self.stage_channels = self._probe_channels()
+        self.channels = self.stage_channels[1:]
         if frozen:
             self.freeze()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """C3, C4, C5 of normalised ``images`` [B, 3, H, W]: [B, channels[k], ceil(H / stride), ceil(W / stride)]."""
+        return self.stages(images)[1:]
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """C2, C3, C4, C5 of normalised ``images`` [B, 3, H, W]; C2, of stride 4, is what Faster R-CNN's finest level is
+        made from."""
         maps = []
         x = images
         for run in self._runs:
             for path in run:
                 x = self.get_submodule(path)(x)
             maps.append(x)
-        return maps[1:]
+        return maps
 
     def freeze(self) -> None:
         """Fix the batch norms and the layers up to stride 4."""
@@ -108,12 +115,12 @@ class Backbone(nn.Module):
                     module.eval()
         return self
 
-    def _probe_channels(self) -> tuple[int, int, int]:
+    def _probe_channels(self) -> tuple[int, ...]:
         with torch.no_grad():
             self.eval()  # so that the running statistics do not see the zeros
-            c3, c4, c5 = (m.shape[1] for m in self(torch.zeros(1, 3, 32, 32)))
+            channels = tuple(m.shape[1] for m in self.stages(torch.zeros(1, 3, 32, 32)))
             self.train()
-        return c3, c4, c5
+        return channels
 
 
 def load_backbone_weights(backbone: Backbone, source: str) -> None:

@@ -15,8 +15,8 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from kdcli.detectors.backbones import Backbone
 from kdcli.detectors.base import IMAGE_STD, Detector, ModelSpec
-from kdcli.detectors.two_stage.backbone import FourStageBackbone
 from kdcli.detectors.two_stage.losses import roi_loss, rpn_loss
 from kdcli.detectors.two_stage.matching import DISTILLATION_SAMPLE, ROI_SAMPLE, sample_proposals
 from kdcli.detectors.two_stage.proposals import find_proposals
@@ -70,7 +70,7 @@ class TwoStageDetector(Detector):
         self.region_defaults = RegionSpec()
         self.register_buffer("mean", torch.tensor(spec.image_mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).reshape(3, 1, 1), persistent=False)
-        self.backbone = FourStageBackbone(spec.backbone, frozen=spec.bn == "frozen", stride_in_1x1=spec.stride_in_1x1)
+        self.backbone = Backbone(spec.backbone, frozen=spec.bn == "frozen", stride_in_1x1=spec.stride_in_1x1)
         norm = nn.BatchNorm2d if recipe.neck_norm else None
         channels = spec.fpn_channels
         self.neck = FeaturePyramidNetwork(
