@@ -26,8 +26,9 @@ from kdcli.cache.writer import read_journal, read_manifest
 from kdcli.data.coco import has_split, open_split
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export
-from kdcli.engine.caching import plan_store, write_store
+from kdcli.engine.caching import plan_store
 from kdcli.engine.watch import Silent
+from kdcli.engine.writing import write_store
 from kdcli.files import atomic_save
 from kdcli.options import CacheOptions
 from kdcli.structures import RowKey

@@ -32,13 +32,14 @@ from kdcli.data.shapes import CLASSES, make_shapes
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export, load_detector
 from kdcli.engine import launch
-from kdcli.engine.caching import plan_store, write_store
+from kdcli.engine.caching import plan_store
 from kdcli.engine.devices import peak_memory_bytes, reset_peak_memory
 from kdcli.engine.prepare import prepare
 from kdcli.engine.runs import hardware
 from kdcli.engine.samples import Loader
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent
+from kdcli.engine.writing import write_store
 from kdcli.files import atomic_save
 from kdcli.options import CacheOptions
 from kdcli.structures import Batch

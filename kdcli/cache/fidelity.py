@@ -27,21 +27,25 @@ class ErrorMeter:
         entry["count"] += exact.size
         entry["worst"] = max(entry["worst"], float(np.abs(difference).max()))
 
-
-def summarise(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Join the sums of all shards: ``rms`` and ``worst`` in the tensor's unit, ``relative`` to its standard deviation."""
-    total: dict[str, dict[str, float]] = {}
-    for part in parts:
-        for key, entry in part.items():
-            mine = total.setdefault(key, {"squares": 0.0, "reference": 0.0, "count": 0.0, "worst": 0.0})
+    def join(self, sums: Mapping[str, Mapping[str, float]]) -> None:
+        """Add the sums of another meter."""
+        for key, entry in sums.items():
+            mine = self.sums.setdefault(key, {"squares": 0.0, "reference": 0.0, "count": 0.0, "worst": 0.0})
             for name in ("squares", "reference", "count"):
                 mine[name] += entry[name]
             mine["worst"] = max(mine["worst"], entry["worst"])
+
+
+def summarise(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Join the sums of all shards: ``rms`` and ``worst`` in the tensor's unit, ``relative`` to its standard deviation."""
+    meter = ErrorMeter()
+    for part in parts:
+        meter.join(part)
     return {
         key: {
             "rms": float(np.sqrt(t["squares"] / t["count"])),
             "relative": float(np.sqrt(t["squares"] / t["reference"])) if t["reference"] else 0.0,
             "worst": t["worst"],
         }
-        for key, t in total.items()
+        for key, t in meter.sums.items()
     }

@@ -36,6 +36,22 @@ def plan_tensors(
     return tuple(planned)
 
 
+def served_by_dense(needs: Iterable[Need], encoding: str = "default") -> tuple[Need, ...]:
+    """The needs at entries, sorted, that the dense tensor of the same name holds as exactly: these are not stored twice.
+
+    With the default encodings that is true of features. Class logits on a region stay float16 beside the 8 bits of the
+    dense ones, which would cost RM 4e-3 of its loss.
+    """
+    asked = set(needs)
+    return tuple(
+        sorted(
+            n for n in asked
+            if n.at_entries and Need(n.name, "all") in asked
+            and (encoding != "default" or n.name == FEATURES or n.name in BACKBONE)
+        )
+    )  # fmt: skip
+
+
 def _default_encoding(need: Need) -> Encoding:
     if need.name == BOX_DISTRIBUTION:
         return encodings.VectorAffine8()

@@ -24,7 +24,7 @@ from kdcli.cache import encodings
 from kdcli.cache.encodings import Encoding
 from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid
-from kdcli.structures import FLAGS, Canvas
+from kdcli.structures import FLAGS, Canvas, Entries
 from kdcli.tensors import (
     PROPOSAL_COUNT,
     Need,
@@ -113,16 +113,17 @@ class CacheSchema:
     shard_rows: int
     tensors: tuple[StoredTensor, ...]
     max_boxes: int = 0  # ground-truth boxes of the row that has most
+    served: tuple[Need, ...] = ()  # at entries, and not stored: read from the dense tensor of the same name
 
     @property
     def sparse(self) -> bool:
         """True when some tensor is read at the entries of a region."""
-        return any(t.need.at_entries for t in self.tensors)
+        return bool(self.served) or any(t.need.at_entries for t in self.tensors)
 
     @property
     def regions(self) -> frozenset[str]:
         """The elementary regions that the entries cover, e.g. ``main``, ``vlr``."""
-        return regions_of(t.need for t in self.tensors)
+        return regions_of([*(t.need for t in self.tensors), *self.served])
 
     @property
     def counts(self) -> dict[str, int]:
@@ -132,7 +133,7 @@ class CacheSchema:
             BOX_COUNT: self.max_boxes,
             PROPOSAL_COUNT: MAX_PROPOSALS + self.max_boxes,
         }
-        used = {t.count for t in self.tensors}
+        used = {t.count for t in self.tensors} | ({ENTRY_COUNT} if self.served else set())
         return {path: limit for path, limit in most.items() if path in used}
 
     @property
@@ -210,25 +211,38 @@ class CacheSchema:
             arrays.update({_path(tensor.need, suffix): code for suffix, code in codes.items()})
         return arrays
 
-    def decode(self, arrays: Tensors, needs: Iterable[Need]) -> Tensors:
-        """Float32 teacher tensors by ``Need.key`` from collated arrays by path; with proposals, ``proposals/count`` [B]."""
-        wanted = {n.key for n in needs}
+    def decode(self, arrays: Tensors, needs: Iterable[Need], entries: Entries | None = None) -> Tensors:
+        """Float32 teacher tensors by ``Need.key`` from collated arrays by path; with proposals, ``proposals/count`` [B].
+
+        ``entries``: of the batch, for needs that a dense tensor serves.
+        """
+        wanted = set(needs)
         out = {}
         if PROPOSAL_COUNT in arrays:
             out[PROPOSAL_COUNT] = arrays[PROPOSAL_COUNT].flatten().long()
         for tensor in self.tensors:
-            if tensor.need.key in wanted:
-                parts = {suffix: arrays[a.path] for suffix, a in self.tensor_arrays(tensor).items()}
-                out[tensor.need.key] = tensor.encoding.decode(parts, self.sizes(tensor))
+            served = [n for n in wanted if n in self.served and n.name == tensor.need.name and tensor.need.dense]
+            if tensor.need not in wanted and not served:
+                continue
+            parts = {suffix: arrays[a.path] for suffix, a in self.tensor_arrays(tensor).items()}
+            value = tensor.encoding.decode(parts, self.sizes(tensor))
+            if tensor.need in wanted:
+                out[tensor.need.key] = value
+            for need in served:
+                assert entries is not None
+                mine = entries.select(need.region)
+                row = entries.index[mine] // (1 if tensor.per == "anchor" else self.grid.num_anchors)
+                out[need.key] = value[entries.image[mine], row]
         return out
 
     def restrict(self, needs: Iterable[Need]) -> tuple[StoredTensor, ...]:
-        """The stored tensors that ``needs`` name. Raises StoreError listing what is missing."""
+        """The stored tensors that ``needs`` read, each once. Raises StoreError listing what is missing."""
         have = {t.need: t for t in self.tensors}
+        have |= {n: have[Need(n.name, "all")] for n in self.served if Need(n.name, "all") in have}
         missing = [n.key for n in needs if n not in have]
         if missing:
             raise StoreError(f"the store lacks {', '.join(missing)}; it has {', '.join(n.key for n in have)}")
-        return tuple(have[n] for n in needs)
+        return tuple(dict.fromkeys(have[n] for n in needs))
 
     def to_json(self) -> dict[str, Any]:
         """JSON form, kept in the attributes of the Zarr group."""
@@ -239,6 +253,7 @@ class CacheSchema:
             "shard_rows": self.shard_rows,
             "tensors": [t.to_json() for t in self.tensors],
             "max_boxes": self.max_boxes,
+            "served": [n.key for n in self.served],
         }
 
     @staticmethod
@@ -252,6 +267,7 @@ class CacheSchema:
                 shard_rows=_whole(data["shard_rows"]),
                 tensors=tuple(StoredTensor.from_json(t) for t in data["tensors"]),
                 max_boxes=_whole(data["max_boxes"], 0),
+                served=tuple(Need(*str(key).split("@")) for key in data["served"]),
             )
             arrays = schema.layout()
             for size in (n for a in arrays for n in a.shape):
@@ -262,8 +278,12 @@ class CacheSchema:
             raise StoreError(f"the store's schema cannot be read ({error!r}); write the store again") from error
         if not (schema.rows < 2**40 and schema.shard_rows <= 2**20):
             raise StoreError(f"the store's schema is impossible: {schema.rows} rows, {schema.shard_rows} rows a shard")
-        if not schema.tensors or len({t.need for t in schema.tensors}) < len(schema.tensors):
+        if not (schema.tensors or schema.served) or len({t.need for t in schema.tensors}) < len(schema.tensors):
             raise StoreError("the store's schema is impossible: no tensor, or one tensor twice")
+        stored = {t.need for t in schema.tensors}
+        for need in schema.served:
+            if need in stored or not all(part in FLAGS for part in need.region.split("+")):
+                raise StoreError(f"the store's schema is impossible: {need.key} cannot be served")
         for array in arrays:
             if array.row_bytes > ROW_BYTES_LIMIT:
                 raise StoreError(f"the store's schema is impossible: {array.path} has {array.row_bytes} bytes a row")

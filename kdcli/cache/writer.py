@@ -1,14 +1,14 @@
 """Writes a store: whole shards, checksummed, journalled after the data; a killed run goes on where it stopped.
 
-One process owns a whole shard: two writers in one lose rows. A shard counts as written when its journal file names it;
-the journal file is written (temporary file, fsync, rename, fsync of the folder) after the shard's data are on the disk.
+One process owns a whole shard: two writers in one would mix their files. A shard counts as written when its journal file
+names it; the journal file is written (temporary file, fsync, rename, fsync of the folder) after the shard's data are on
+the disk.
 Nothing in a store depends on the time or the place of writing, so a resumed store is byte for byte an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -23,11 +23,13 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from kdcli.cache.locks import hold_file
+from kdcli.cache.places import Folder
 from kdcli.cache.schema import ArraySpec, CacheSchema, digest
+from kdcli.cache.shards import ZSTD_LEVEL, pack_chunk, pack_shard
 from kdcli.errors import MissingPathError, NoSpaceError, StoreError
-from kdcli.files import atomic_write_text, fsync_folder, remove_leftovers
+from kdcli.files import fsync_folder
 
-ZSTD_LEVEL = 1  # codes hardly compress; what zstd is for is the padding behind sparse rows
 ATTRIBUTE = "kdcli"
 
 
@@ -93,17 +95,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 class StoreWriter:
-    """Appends whole shards to a store made by ``create_store``."""
+    """Writes whole shards of a store made by ``create_store``; several writers may share a store, not a shard."""
 
     def __init__(self, path: Path, schema: CacheSchema) -> None:
         self.path, self.schema = path, schema
-        self._group = zarr.open_group(path, mode="r+")
-        # an all-zero row must differ from a missing one; zarr reads this setting when an array is opened
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            self._arrays: dict[str, Any] = {a.path: self._group[a.path] for a in schema.layout()}
-        for leftover in path.rglob("*.partial"):  # what a killed write of zarr's left behind
-            leftover.unlink()
-        remove_leftovers(path)
+        self._place = Folder(path)
 
     def done(self) -> set[int]:
         """Shards that the journal names."""
@@ -113,51 +109,64 @@ class StoreWriter:
         """Write the rows of ``shard`` and then its journal file; returns the bytes on disk.
 
         ``rows``: arrays by path, sparse ones unpadded, in row order; ``measured``: JSON, kept in the journal.
-        Raises NoSpaceError on a full disk, with the shard's files removed: the finished shards stay.
+        Raises NoSpaceError on a full disk, with the shard's files removed: the finished shards stay. A shard that another
+        process has finished meanwhile is left as it is.
         """
+        layout = self.schema.layout()
+        chunks = {a.path: [pack_chunk(row[a.path], a.shape, a.dtype) for row in rows] for a in layout}
+        return self.write_chunks(shard, chunks, measured)
+
+    def write_chunks(self, shard: int, chunks: Mapping[str, list[bytes]], measured: Mapping[str, Any]) -> int:
+        """``write_shard`` with the chunks of every array packed already."""
         start, stop = self.schema.shard_range(shard)
-        assert len(rows) == stop - start
-        files = {}
-        with full_disk_is_an_error(self.path, self._files(shard).values()):
-            self._forget(shard)
-            for array in self.schema.layout():
-                block = np.zeros((stop - start, *array.shape), array.dtype)
-                for position, row in enumerate(rows):
-                    value = row[array.path]
-                    block[position, : len(value)] = value
-                self._arrays[array.path][start:stop] = block
-                file = self._files(shard)[array.path]
-                files[array.path] = _finish_file(file)
+        files: dict[str, dict[str, Any]] = {}
+        layout = self.schema.layout()
+        keys = [shard_key(array, shard) for array in layout]
+        with full_disk_is_an_error(self.path, [self.path / key for key in keys]), self._claim(shard) as mine:
+            if not mine:
+                return 0
+            for array, key in zip(layout, keys, strict=True):
+                assert len(chunks[array.path]) == stop - start
+                data = pack_shard(chunks[array.path], self.schema.shard_rows)
+                self._place.write(key, data)
+                files[array.path] = {"bytes": len(data), "crc32c": f"{google_crc32c.value(data):08x}"}
             entry = {"shard": shard, "rows": [start, stop], "files": files, "measured": measured}
-            atomic_write_text(self._journal(shard), json.dumps(entry, sort_keys=True))
+            self._place.write(journal_key(shard), json.dumps(entry, sort_keys=True).encode())
         return sum(int(f["bytes"]) for f in files.values())
 
-    def _forget(self, shard: int) -> None:
-        """Remove what a killed run or a power cut left of ``shard``: zarr would read a file before replacing it."""
-        for file in (self._journal(shard), *self._files(shard).values()):
-            file.unlink(missing_ok=True)
+    @contextmanager
+    def _claim(self, shard: int) -> Iterator[bool]:
+        """Wait until no other process writes ``shard``; False when one has finished it meanwhile.
 
-    def _journal(self, shard: int) -> Path:
-        return self.path / "journal" / f"{shard:06d}.json"
+        Two writers in one shard would leave files of the one beside files of the other, which are not the same bytes when
+        their machines round differently.
+        """
+        with hold_file(self.path / "journal" / f".{shard:06d}.lock"):
+            yield not (self.path / journal_key(shard)).exists()
 
-    def _files(self, shard: int) -> dict[str, Path]:
-        return {a.path: shard_file(self.path, a, shard) for a in self.schema.layout()}
 
-
-def shard_file(store: Path, array: ArraySpec, shard: int) -> Path:
+def shard_key(array: ArraySpec, shard: int) -> str:
     """Where Zarr's default chunk keys put a shard of ``array`` (whole trailing axes, so all other indices are 0)."""
-    return store / array.path / "c" / str(shard) / "/".join("0" for _ in array.shape)
+    return "/".join([array.path, "c", str(shard), *("0" for _ in array.shape)])
+
+
+def journal_key(shard: int) -> str:
+    """The file that says that ``shard`` is finished."""
+    return f"journal/{shard:06d}.json"
 
 
 def read_journal(path: Path) -> dict[int, dict[str, Any]]:
     """Journal entries by shard. Raises StoreError for a file that is not one."""
     entries = {}
-    for file in sorted((path / "journal").glob("*.json")):
+    place = Folder(path)
+    for name in place.names("journal"):
         try:
-            entry = json.loads(file.read_text())
+            entry = json.loads(place.read(f"journal/{name}"))
             entries[int(entry["shard"])] = entry
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"journal file '{file}' is corrupt; delete it and run cache-teacher again") from error
+            raise StoreError(
+                f"journal file '{path}/journal/{name}' is corrupt; delete it and run cache-teacher again"
+            ) from error
     return entries
 
 
@@ -165,25 +174,6 @@ def store_digest(path: Path) -> str:
     """sha256 over the manifest and the journal: names the exact contents of a store."""
     journal = read_journal(path)
     return digest({"manifest": read_manifest(path), "journal": [journal[k] for k in sorted(journal)]})
-
-
-@contextmanager
-def sole_writer(path: Path) -> Iterator[None]:
-    """Hold the folder ``path`` for writing: two writers in one shard lose rows. The lock ends with the process.
-
-    Raises StoreError when another process holds it.
-    """
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(
-                f"'{path}' is being written by another process; wait for it, or choose another --out"
-            ) from error
-        yield
-    finally:
-        os.close(folder)
 
 
 @contextmanager
@@ -200,12 +190,3 @@ def full_disk_is_an_error(path: Path, remove: Any = ()) -> Iterator[None]:
             f"no space left on the disk of '{path}'; the finished shards are kept: free some space and run the same "
             "command again, it goes on from there"
         ) from error
-
-
-def _finish_file(file: Path) -> dict[str, Any]:
-    """Flush a shard to the disk and return its size and checksum."""
-    with file.open("rb+") as handle:
-        data = handle.read()
-        os.fsync(handle.fileno())
-    fsync_folder(file.parent)
-    return {"bytes": len(data), "crc32c": f"{google_crc32c.value(data):08x}"}

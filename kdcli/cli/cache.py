@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from kdcli.engine.caching import Plan
     from kdcli.engine.estimate import Estimate
     from kdcli.engine.watch import Watcher
+    from kdcli.engine.writing import Part
 
 cache = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look into a store.\n\nExample: kdcli cache info STORE"
@@ -42,6 +44,9 @@ def cache_teacher(
     min_teacher_ap: Annotated[float | None, typer.Option(help="Refuse a teacher below this AP on val.")] = None,
     device: f.Device = None, threads: f.Threads = None, workers: f.Workers = None, skip_bad: f.SkipBad = None,
     config: f.Config = None, set_: f.Set = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Part I of N, e.g. 0/4: other processes write the others at the same time.")
+    ] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Only print bytes and time, from a few images.")] = False,
     json: f.Json = False,
 ) -> int:  # fmt: skip
@@ -49,10 +54,11 @@ def cache_teacher(
 
     Example: kdcli cache-teacher --data DATA --teacher runs/teacher --method ld,pfi --views identity,hflip --out STORE
     """
-    from kdcli.cli.watch import ConsoleWatcher, print_json
-    from kdcli.engine.caching import plan_store, write_store
+    from kdcli.cli.watch import print_json, watching
+    from kdcli.engine.caching import plan_store
     from kdcli.engine.estimate import estimate as make_estimate
     from kdcli.engine.estimate import require_room
+    from kdcli.engine.writing import write_store
     from kdcli.methods import find_methods
     from kdcli.options import CacheOptions, build, layer, parse_assignments, read_toml
 
@@ -73,9 +79,8 @@ def cache_teacher(
             raise UsageError(f"{flag} is missing; see the example in `kdcli cache-teacher --help`")
     if out is None:
         raise UsageError("--out is missing: name the store folder, e.g. --out store")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("cache-teacher runs in one process so far; start it without torchrun")
-    with ConsoleWatcher() as watcher:
+    part = _part(shard)
+    with watching(part is None or shard is not None or part.index == 0) as watcher:
         plan = plan_store(options, watcher)
         found = make_estimate(plan, out) if estimate or not out.exists() else None
         if estimate:
@@ -84,9 +89,10 @@ def cache_teacher(
         if found is not None:
             require_room(found, out)
             watcher.note(_priced(found))
-        written = write_store(plan, out, watcher)
+        written = write_store(plan, out, watcher, part)
         info = store_info(out)
-        watcher.note(f"{out}: complete, {info['rows']} rows ({written} written now), {info['bytes'] / 2**20:.1f} MB")
+        state = "complete" if info["complete"] else f"{info['shards_done']} of {info['shards']} shards are written"
+        watcher.note(f"{out}: {state}, {info['rows']} rows ({written} written now), {info['bytes'] / 2**20:.1f} MB")
     if json:
         print_json(info)
     return 0
@@ -170,6 +176,58 @@ def verify(
 
 
 @cache.command()
+def bench(
+    store: Store,
+    method: Annotated[str | None, typer.Option(help="Read what these methods read (default: everything).")] = None,
+    workers: Annotated[str | None, typer.Option(help="Numbers of data processes, e.g. 0,1,2.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to read for each number.")] = 2000,
+    step_ms: Annotated[float | None, typer.Option(min=0.001, help="A training step, for the forecast.")] = None,
+    json: f.Json = False,
+) -> int:
+    """Read random rows with some numbers of data processes: rows/s, MB/s, and the share of a step that would wait.
+
+    Example: kdcli cache bench STORE --method ld --workers 0,1,2 --batch 16 --step-ms 250
+    """
+    from rich.table import Table
+
+    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.engine.benching import bench as run_bench
+    from kdcli.engine.benching import default_workers
+    from kdcli.engine.editing import needs_of
+    from kdcli.report.console import human_console
+
+    try:
+        numbers = [int(n) for n in workers.split(",")] if workers else default_workers()
+    except ValueError as error:
+        raise UsageError(f"--workers '{workers}': write whole numbers, e.g. 0,1,2") from error
+    if min(numbers) < 0:
+        raise UsageError(f"--workers '{workers}': a number of processes is not negative")
+    with ConsoleWatcher() as watcher:
+        found = run_bench(store, needs_of(store, method) if method else None, numbers, batch, rows, watcher)
+    if json:
+        print_json(
+            {
+                "speeds": [
+                    {
+                        **dataclasses.asdict(s),
+                        "rows_per_s": s.rows_per_s,
+                        "wait_percent": None if step_ms is None else s.wait_percent(batch, step_ms / 1000),
+                    }
+                    for s in found
+                ]
+            }
+        )
+        return 0
+    table = Table("workers", "rows/s", "MB/s", "waiting", box=None, pad_edge=False)
+    for speed in found:
+        wait = "-" if step_ms is None else f"{speed.wait_percent(batch, step_ms / 1000):.1f} %"
+        table.add_row(str(speed.workers), f"{speed.rows_per_s:,.0f}", f"{speed.megabytes / speed.seconds:,.1f}", wait)
+    human_console().print(table)
+    return 0
+
+
+@cache.command()
 def show(
     store: Store,
     image: Annotated[int, typer.Argument(help="Image id of the annotation file.")],
@@ -228,6 +286,21 @@ def store_info(store: Path) -> dict[str, Any]:
         "tensors": tensors,
         "digest": store_digest(store),
     }
+
+
+def _part(shard: str | None) -> Part | None:
+    """What ``--shard`` says, or torchrun; None for a process that writes alone."""
+    from kdcli.engine.writing import Part
+
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if shard is None:
+        return Part(rank, world) if world > 1 else None
+    if world > 1:
+        raise UsageError("--shard does not go with torchrun, which shares the work itself")
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UsageError(f"--shard '{shard}': write I/N with I from 0 to N - 1, e.g. 0/4")
+    return Part(int(found[1]), int(found[2]))
 
 
 def _priced(found: Estimate) -> str:

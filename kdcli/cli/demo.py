@@ -106,7 +106,8 @@ def _train(out: Path, name: str, model: dict[str, Any], epochs: int, quick: bool
 
 
 def _cache(out: Path, watcher: Any) -> None:
-    from kdcli.engine.caching import plan_store, write_store
+    from kdcli.engine.caching import plan_store
+    from kdcli.engine.writing import write_store
     from kdcli.options import CacheOptions
 
     options = CacheOptions(data=str(out / "shapes"), teacher=str(out / "runs" / "teacher"), method=",".join(

@@ -36,18 +36,23 @@ def joined(device: str = "auto") -> Iterator[bool]:
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise OptionError(
-                f"torchrun started process {local} of this machine, which has {torch.cuda.device_count()} GPU(s); "
-                "use --nproc-per-node with at most that many"
-            )
-        torch.cuda.set_device(local)
+        take_local_gpu()
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield is_main()
     finally:
         dist.destroy_process_group()
+
+
+def take_local_gpu() -> None:
+    """Under torchrun, let ``cuda`` mean this process's own GPU. Raises OptionError with more processes than GPUs here."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise OptionError(
+            f"torchrun started process {local} of this machine, which has {torch.cuda.device_count()} GPU(s); "
+            "use --nproc-per-node with at most that many"
+        )
+    torch.cuda.set_device(local)
 
 
 def is_main() -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdcli.cache.writer import StoreWriter, create_store
-from kdcli.engine.caching import Plan, encode_rows
+from kdcli.engine.caching import Plan, encode_row, teacher_rows
 from kdcli.engine.samples import Sample, orientation
 from kdcli.errors import NoSpaceError
 
@@ -39,13 +39,14 @@ def estimate(plan: Plan, out: Path) -> Estimate:
     for item, sample in zip(items, samples, strict=True):
         groups.setdefault(str(orientation(plan.source, item).size), []).append(sample)
     for group in groups.values():  # the first pass of a network is slower: not counted
-        encode_rows(plan, group[: plan.forward.micro_batch])
+        teacher_rows(plan, group[: plan.forward.micro_batch])
     started = time.perf_counter()
     rows = []
     for item in items:  # decoding is in the time too
         plan.source.load(item)
     for group in groups.values():
-        rows += encode_rows(plan, group)[1]
+        values = teacher_rows(plan, group)
+        rows += [encode_row(plan, sample, value) for sample, value in zip(group, values, strict=True)]
     schema = replace(plan.schema, rows=len(rows), shard_rows=min(plan.schema.shard_rows, len(rows)))
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "probe"

@@ -21,7 +21,7 @@ from kdcli.detectors.base import Detector
 from kdcli.detectors.build import family_of, lineage_of
 from kdcli.detectors.weights import CheckpointMeta, load_detector
 from kdcli.engine import teacher as teachers
-from kdcli.engine.manifest import cache_command, region_spec, require_match, specs_of, with_classes
+from kdcli.engine.manifest import region_spec, require_match, specs_of, with_classes
 from kdcli.engine.samples import SampleSource, region_definition
 from kdcli.errors import OptionError, StoreError
 from kdcli.geometry.assign import AssignerSpec, assign
@@ -173,18 +173,14 @@ def _reader_for(
     try:
         return CacheReader(whole.path, needs)
     except StoreError as error:
-        names = ",".join(dict.fromkeys([*str(whole.manifest["methods"]).split(","), *options.method.split(",")]))
+        flags = [f"--method {options.method}"]
         stored = whole.manifest["method_options"]
-        settings: dict[str, dict[str, Any]] = {}
-        for name, method in find_methods(names).items():
-            plain = resolve_options(name, method, lineage, {})
-            asked = {**stored.get(name, {}), **options.methods.get(name, {})}
-            settings[name] = {o: v for o, v in asked.items() if o in plain and plain[o] != v}
-        fix = cache_command(
-            options.data, str(whole.manifest["origin"]["teacher"]), names, whole.views, whole.schema.canvas,
-            f"{whole.path}-more", settings, whole.manifest,
-        )  # fmt: skip
-        raise StoreError(f"{error}; write one that has them: {fix}") from error
+        for name, method in find_methods(options.method).items():
+            plain = {**resolve_options(name, method, lineage, {}), **stored.get(name, {})}
+            given = options.methods.get(name, {})
+            changed = {o: v for o, v in given.items() if o in plain and plain[o] != v}
+            flags += [f"--set {name}.{o}={'none' if v is None else str(v).lower()}" for o, v in changed.items()]
+        raise StoreError(f"{error}; add them: kdcli cache add {whole.path} {' '.join(flags)}") from error
 
 
 def spread(positions: NDArray[np.int64], views: Sequence[str], count: int) -> list[tuple[int, str]]:

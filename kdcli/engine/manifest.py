@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from kdcli.cache.reader import CacheReader, compare_manifests
 from kdcli.cache.schema import FORMAT_VERSION
 from kdcli.data.coco import Dataset
-from kdcli.data.views import format_views
 from kdcli.detectors.base import Detector
 from kdcli.engine.samples import SampleSource
 from kdcli.errors import StoreError
@@ -90,19 +88,3 @@ def require_match(
             f"store '{reader.path}' does not belong to this run: {'; '.join(differences)}; use the settings of the "
             "store or write another one with `kdcli cache-teacher`"
         )
-
-
-def cache_command(
-    data: str | Path, teacher: str, method: str, views: Sequence[str], canvas: Canvas, out: str,
-    settings: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any],
-) -> str:  # fmt: skip
-    """The command that writes what the store of ``manifest`` lacks. ``settings``: method options that are not defaults."""
-    flags = [f"--data {data}", f"--teacher {teacher}", f"--method {method}", f"--views {format_views(views)}"]
-    flags.append(f"--canvas {canvas}")
-    if manifest["dataset"]["split"] != "train":
-        flags.append(f"--split {manifest['dataset']['split']}")
-    if manifest["teacher_run"]["precision"] != "fp32":
-        flags.append(f"--precision {manifest['teacher_run']['precision']}")
-    for name, options in settings.items():
-        flags += [f"--set {name}.{o}={'none' if v is None else str(v).lower()}" for o, v in options.items()]
-    return f"kdcli cache-teacher {' '.join(flags)} --out {out}"

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from kdcli.cache.plan import plan_tensors
-from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema, StoredTensor, regions_of
+from kdcli.cache.plan import plan_tensors, served_by_dense
+from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema, StoredTensor
 from kdcli.detectors.base import Detector
 from kdcli.engine.manifest import with_classes
 from kdcli.geometry.assign import assign
@@ -62,12 +62,12 @@ def row_bytes(
     With 1000 proposals and the ground-truth boxes behind them. Raises KeyError for a tensor that ``specs`` lacks.
     """
     boxes = typical_boxes(canvas)
-    tensors = plan_tensors(needs, specs, encoding)
-    schema = CacheSchema(detector.grid, canvas, 1, 1, tensors, max_boxes=len(boxes))
+    needs = tuple(needs)
+    served = served_by_dense(needs, encoding)
+    tensors = plan_tensors([n for n in needs if n not in served], specs, encoding)
+    schema = CacheSchema(detector.grid, canvas, 1, 1, tensors, max_boxes=len(boxes), served=served)
     assigned = assign(detector.assigner, detector.grid, canvas, boxes, canvas.size)
-    entries = compute_entries(
-        regions_of(t.need for t in tensors), regions, detector.grid, canvas, boxes, assigned, canvas.size
-    )
+    entries = compute_entries(schema.regions, regions, detector.grid, canvas, boxes, assigned, canvas.size)
     real = {array.path: _rows(t, entries, len(boxes)) for t in tensors for array in schema.tensor_arrays(t).values()}
     return {
         array.path: array.row_bytes // array.shape[0] * real.get(array.path, len(entries.index))

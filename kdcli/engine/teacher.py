@@ -130,7 +130,7 @@ def cached(schema: CacheSchema, needs: tuple[Need, ...]) -> Teacher:
     """The teacher from a store: decodes, on the batch's device, the arrays that came with the batch."""
 
     def teacher(batch: Batch) -> Tensors:
-        return schema.decode(batch.rows, needs)
+        return schema.decode(batch.rows, needs, batch.entries)
 
     return teacher
 

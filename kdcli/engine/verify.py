@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from kdcli.cache.schema import collate as collate_rows
 from kdcli.cache.writer import read_journal, read_manifest
 from kdcli.data.views import format_views
 from kdcli.detectors.read import AT_PROPOSALS
-from kdcli.engine.caching import Plan, encode_rows, plan_store
+from kdcli.engine.caching import Plan, plan_store, teacher_rows
 from kdcli.engine.joining import recheck_regions, spread
 from kdcli.engine.watch import Watcher
 from kdcli.errors import StoreError
-from kdcli.options import CacheOptions
+from kdcli.options import CacheOptions, build, layer
 from kdcli.structures import RowKey
 
 
@@ -67,7 +68,7 @@ def verify_teacher(plan: Plan, store: Path, rows: int, watcher: Watcher) -> tupl
         plan.source.check_row(row, sample)
         decoded = reader.schema.decode(collate_rows([row.arrays], reader.layout.values()), plan.needs)
         boxes = decoded.get(AT_PROPOSALS[0].key)  # at which the RoI head is read again
-        values, _ = encode_rows(plan, [sample], None if boxes is None else [boxes.to(plan.device)])
+        values = teacher_rows(plan, [sample], None if boxes is None else [boxes.to(plan.device)])
         for tensor in plan.schema.tensors:
             key, exact = tensor.need.key, values[0][tensor.need.key]
             theirs = row_tensor(decoded[key])
@@ -87,23 +88,28 @@ def _again(store: Path, shard: int) -> str:
     )
 
 
-def plan_of_store(store: Path, data: str, teacher: str, device: str | None, watcher: Watcher) -> Plan:
+def plan_of_store(
+    store: Path, data: str, teacher: str, device: str | None, watcher: Watcher, *, methods: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None, encoding: str = "default",
+) -> Plan:  # fmt: skip
     """The plan that wrote ``store``, rebuilt from its manifest with the given data set and teacher.
 
-    Raises StoreError when data or teacher are not those of the manifest.
+    With ``methods`` and ``settings`` (options of methods), the plan of a store of these. Raises StoreError when the data
+    set is not that of the manifest.
     """
     manifest = read_manifest(store)
     schema = CacheSchema.from_json(manifest["schema"])
     run, left_out = manifest["teacher_run"], manifest["dataset"]["left_out"]
-    options = CacheOptions(
-        data=data, teacher=teacher, method=manifest["methods"], split=manifest["dataset"]["split"],
-        canvas=manifest["canvas"], views=format_views(manifest["views"]), view_seed=manifest["view_seed"],
-        precision=run["precision"], micro_batch=run["micro_batch"], threads=run["threads"],
-        device=device or run["device"], shard_rows=schema.shard_rows, skip_bad=bool(left_out),
-        methods=manifest["method_options"],
-    )  # fmt: skip
-    plan = plan_store(options, watcher)
+    fields = {
+        "data": data, "teacher": teacher, "method": manifest["methods"] if methods is None else methods,
+        "split": manifest["dataset"]["split"], "canvas": manifest["canvas"], "views": format_views(manifest["views"]),
+        "view_seed": manifest["view_seed"], "precision": run["precision"], "micro_batch": run["micro_batch"],
+        "threads": run["threads"], "device": device or run["device"], "shard_rows": schema.shard_rows,
+        "skip_bad": bool(left_out),
+        "encoding": encoding, "methods": layer(manifest["method_options"], settings or {}),
+    }  # fmt: skip
+    plan = plan_store(build(CacheOptions, fields), watcher)
     differences = compare_manifests({"dataset": plan.manifest["dataset"]}, manifest)
     if differences:
         raise StoreError(f"store '{store}' belongs to another data set: {'; '.join(differences)}")
-    return replace(plan, schema=schema)
+    return plan if methods is not None else replace(plan, schema=schema)

@@ -23,7 +23,7 @@ from store_case import (
 )
 
 from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import StoreWriter, create_store, read_manifest, shard_file
+from kdcli.cache.writer import StoreWriter, create_store, read_manifest, shard_key
 from kdcli.errors import StoreError
 
 SCHEMA = make_schema()
@@ -46,7 +46,7 @@ def store(whole: Path, tmp_path: Path) -> Path:
 
 def file_of(store: Path, path: str, shard: int = 1) -> Path:
     spec = next(a for a in SCHEMA.layout() if a.path == path)
-    return shard_file(store, spec, shard)
+    return store / shard_key(spec, shard)
 
 
 def read_shard_1(reader: CacheReader) -> None:

@@ -30,9 +30,9 @@ from store_case import (
 )
 
 from kdcli import files
-from kdcli.cache import writer as writer_module
+from kdcli.cache import places
 from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import StoreWriter, create_store, read_manifest, shard_file
+from kdcli.cache.writer import StoreWriter, create_store, read_manifest, shard_key
 from kdcli.errors import KDError, MissingPathError, NoSpaceError, StoreError
 
 SCHEMA = make_schema()
@@ -57,7 +57,7 @@ def half(tmp_path: Path) -> Path:
 
 
 def shard_files(store: Path, shard: int) -> list[Path]:
-    return [shard_file(store, a, shard) for a in SCHEMA.layout()]
+    return [store / shard_key(a, shard) for a in SCHEMA.layout()]
 
 
 class DiskFull:
@@ -86,14 +86,14 @@ class DiskFull:
 
 
 def test_going_on_after_an_interruption_gives_the_same_bytes(half: Path, whole: dict[str, bytes]) -> None:
-    stray = half / "tensors" / "rank@main" / "values" / "c" / "2" / "0" / "0.1234.partial"
+    stray = half / "tensors" / "rank@main" / "values" / "c" / "2" / "0" / ".0.1234.tmp"
     stray.parent.mkdir(parents=True)
     stray.write_bytes(b"half a shard")
     with pytest.raises(StoreError, match="incomplete: 2 of 4"):
         CacheReader(half)
     assert StoreWriter(half, SCHEMA).done() == {0, 1}
-    assert not stray.exists()
     write(half, SCHEMA, [2, 3])
+    assert not stray.exists()
     assert contents(half) == whole
 
 
@@ -157,11 +157,12 @@ def test_a_full_disk_while_creating_leaves_nothing(
 def test_the_journal_is_written_after_the_data(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[bool] = []
 
-    def spy(path: Path, text: str) -> None:
-        found.append(all(f.stat().st_size > 0 for f in shard_files(half, 2)))
-        files.atomic_write_text(path, text)
+    def spy(path: Path, data: bytes) -> None:
+        if path.parent.name == "journal":
+            found.append(all(f.stat().st_size > 0 for f in shard_files(half, 2)))
+        files.atomic_write_bytes(path, data)
 
-    monkeypatch.setattr(writer_module, "atomic_write_text", spy)
+    monkeypatch.setattr(places, "atomic_write_bytes", spy)
     write(half, SCHEMA, [2])
     assert found == [True]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.cache.plan import plan_tensors
+from kdcli.cache.plan import plan_tensors, served_by_dense
 from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema, regions_of
 from kdcli.detectors.base import Detector
 from kdcli.detectors.build import ModelSpec, build_detector
@@ -88,7 +88,10 @@ def test_a_row_that_is_written_has_these_bytes() -> None:
         regions_of(needs), model.region_defaults, model.grid, canvas, boxes,
         assign(model.assigner, model.grid, canvas, boxes, canvas.size), canvas.size,
     )  # fmt: skip
-    schema = CacheSchema(model.grid, canvas, 1, 1, plan_tensors(needs, specs))
+    served = served_by_dense(needs)
+    assert served  # defeat_thin's features: PFI's hold them
+    stored = [n for n in needs if n not in served]
+    schema = CacheSchema(model.grid, canvas, 1, 1, plan_tensors(stored, specs), served=served)
     cells = model.grid.num_cells(canvas)
     values = {
         t.need.key: np.ones((cells if t.need.dense else int(entries.select(t.need.region).sum()), *t.dims), np.float32)

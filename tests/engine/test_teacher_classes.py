@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.cache.writer import sole_writer
 from kdcli.detectors.weights import export, load_detector
 from kdcli.engine.caching import measure_teacher, plan_store
 from kdcli.engine.evaluate import evaluate, validation_source
@@ -17,7 +16,6 @@ from kdcli.engine.samples import Loader, collate
 from kdcli.engine.sampling import plan_epoch
 from kdcli.engine.teacher import TeacherForward
 from kdcli.engine.watch import Silent
-from kdcli.errors import StoreError
 from kdcli.files import atomic_save
 from kdcli.tensors import PROPOSAL_BOXES, PROPOSAL_LOGITS, Need
 from tests.engine.conftest import CANVAS, CLASSES, cache_options, make_teacher
@@ -85,11 +83,3 @@ def test_every_process_has_images(shapes: Path, tmp_path: Path, batch: int, worl
         assert min(sizes) > 0
     seen = {position for share in shares for part in share for position, _ in part}
     assert seen == set(np.asarray(plan.positions).tolist())
-
-
-def test_a_store_has_one_writer(tmp_path: Path) -> None:
-    second = sole_writer(tmp_path)
-    with sole_writer(tmp_path), pytest.raises(StoreError, match="is being written by another process"):
-        second.__enter__()
-    with sole_writer(tmp_path):
-        assert tmp_path.is_dir()

@@ -1,0 +1,160 @@
+"""Changes a finished store: drops tensors, takes in the tensors of another, copies rows into a new one.
+
+Nothing is decoded or computed. A killed change is finished by the same call: each step finds out for itself whether it is
+done already. A reader that is at work meanwhile goes on with the files it knows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcli.cache.fidelity import ErrorMeter
+from kdcli.cache.places import Folder
+from kdcli.cache.reader import CacheReader
+from kdcli.cache.schema import ArraySpec, CacheSchema
+from kdcli.cache.shards import ShardFile, pack_chunk
+from kdcli.cache.writer import ATTRIBUTE, StoreWriter, journal_key, read_journal, read_manifest, shard_key
+from kdcli.errors import StoreError
+from kdcli.files import fsync_folder
+
+Advance = Callable[[int], None]
+
+
+def drop_tensors(store: Path, schema: CacheSchema, changes: Mapping[str, Any], advance: Advance) -> None:
+    """Leave only the tensors of ``schema`` in a store; ``changes`` are fields of its manifest to replace.
+
+    The manifest goes first, so that nobody looks for what is being deleted.
+    """
+    manifest = read_manifest(store)
+    write_manifest(store, {**manifest, **changes, "schema": schema.to_json()})
+    paths = {a.path for a in schema.layout()}
+    keys = {t.need.key for t in schema.tensors}
+    for _shard, entry in sorted(read_journal(store).items()):
+        files = {path: file for path, file in entry["files"].items() if path in paths}
+        measured = {
+            kind: {key: sums for key, sums in found.items() if key in keys} for kind, found in entry["measured"].items()
+        }
+        if (files, measured) != (entry["files"], entry["measured"]):
+            _write_journal(store, {**entry, "files": files, "measured": measured})
+        advance(1)
+    for metadata in sorted(store.rglob("zarr.json"), key=lambda f: -len(f.parts)):
+        folder = metadata.parent
+        path = folder.relative_to(store).as_posix()
+        if path in (".", "image_id") or path in paths or any(p.startswith(f"{path}/") for p in paths):
+            continue
+        shutil.rmtree(folder)
+
+
+def orphans(store: Path) -> list[str]:
+    """Arrays on the disk that the schema does not name: what a killed ``drop_tensors`` left."""
+    paths = {a.path for a in CacheSchema.from_json(read_manifest(store)["schema"]).layout()} | {"image_id"}
+    arrays = (f.parent for f in store.rglob("zarr.json") if json.loads(f.read_text()).get("node_type") == "array")
+    found = sorted(a.relative_to(store).as_posix() for a in arrays)
+    return [path for path in found if path not in paths and not path.startswith(".")]
+
+
+def take_in(store: Path, other: Path, schema: CacheSchema, changes: Mapping[str, Any], advance: Advance) -> None:
+    """Move every array of the finished store ``other``, which has the same rows and shards, into ``store``.
+
+    Arrays that both have are replaced. ``schema``: the joined one; ``changes``: fields of its manifest to replace.
+    ``other`` has to be on the same disk, and is gone afterwards. The manifest comes last: until then nobody looks for what
+    is new.
+    """
+    manifest, source = read_manifest(store), CacheSchema.from_json(read_manifest(other)["schema"])
+    mine, theirs = read_journal(store), read_journal(other)
+    for array in source.layout():
+        _move(other / array.path / "zarr.json", store / array.path / "zarr.json")
+        for parent in (store / array.path).relative_to(store).parents:  # the groups that hold the array
+            group = other / parent / "zarr.json"
+            if parent != Path() and group.is_file() and not (store / parent / "zarr.json").exists():
+                Folder(store).write(f"{parent.as_posix()}/zarr.json", group.read_bytes())
+    for shard, entry in sorted(mine.items()):
+        for array in source.layout():
+            key = shard_key(array, shard)
+            _move(other / key, store / key)
+        measured = {kind: {**entry["measured"][kind], **theirs[shard]["measured"][kind]} for kind in entry["measured"]}
+        joined = {**entry, "files": {**entry["files"], **theirs[shard]["files"]}, "measured": measured}
+        if joined != entry:
+            _write_journal(store, joined)
+        advance(1)
+    write_manifest(store, {**manifest, **changes, "schema": schema.to_json()})
+    shutil.rmtree(other)
+
+
+def copy_rows(
+    sources: Sequence[CacheReader], rows: Sequence[tuple[int, int]], out: Path, schema: CacheSchema, advance: Advance
+) -> None:
+    """Fill the store at ``out``, made by ``create_store`` with ``schema``, with ``rows`` (source, row of it) in order.
+
+    Compressed bytes are copied as they are, unless padding differs. Errors of encodings were measured shard by shard, so
+    the new journal has those of all rows of the sources, whether copied or not.
+    """
+    writer = StoreWriter(out, schema)
+    done = writer.done()
+    files: dict[tuple[int, str, int], ShardFile] = {}
+    sums = [entry["measured"] for source in sources for _, entry in sorted(read_journal(source.path).items())]
+    for shard in range(schema.num_shards):
+        start, stop = schema.shard_range(shard)
+        if shard not in done:
+            chunks = {
+                array.path: [_chunk(sources, place, array, files) for place in rows[start:stop]]
+                for array in schema.layout()
+            }
+            measured = {}
+            for kind in ("encoding", "precision"):
+                meter = ErrorMeter()
+                for part in sums[shard :: schema.num_shards]:
+                    meter.join(part[kind])
+                measured[kind] = meter.sums
+            writer.write_chunks(shard, chunks, measured)
+        advance(1)
+
+
+def write_manifest(store: Path, manifest: Mapping[str, Any]) -> None:
+    """Replace the manifest of a store, in one step."""
+    document = json.loads((store / "zarr.json").read_text())
+    document["attributes"][ATTRIBUTE] = manifest
+    Folder(store).write("zarr.json", json.dumps(document, indent=2).encode())
+
+
+def _chunk(
+    sources: Sequence[CacheReader],
+    place: tuple[int, int],
+    array: ArraySpec,
+    files: dict[tuple[int, str, int], ShardFile],
+) -> bytes:
+    reader = sources[place[0]]
+    shard, position = divmod(place[1], reader.schema.shard_rows)
+    key = (place[0], array.path, shard)
+    theirs = reader.layout[array.path]
+    if key not in files:
+        if len(files) >= 128:
+            del files[next(iter(files))]
+        files[key] = ShardFile(Folder(reader.path), shard_key(theirs, shard), reader.schema.shard_rows)
+    if theirs.shape == array.shape:
+        return files[key].chunk(position)
+    data = files[key].read(position, theirs.row_bytes, theirs.row_bytes)
+    value = np.frombuffer(data, np.dtype(array.dtype).newbyteorder("<")).reshape(theirs.shape)
+    return pack_chunk(value[: array.shape[0]], array.shape, array.dtype)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file; a killed move that is repeated finds it there."""
+    if not source.exists():
+        if not target.exists():
+            raise StoreError(f"'{source}' is missing; delete its folder and run the same command again")
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
+    fsync_folder(target.parent)
+
+
+def _write_journal(store: Path, entry: Mapping[str, Any]) -> None:
+    Folder(store).write(journal_key(int(entry["shard"])), json.dumps(entry, sort_keys=True).encode())

@@ -1,0 +1,50 @@
+"""Who may write a store: one process alone, or several that take shards. Locks end with their process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdcli.errors import StoreError
+
+
+@contextmanager
+def hold_store(path: Path, *, shared: bool) -> Iterator[None]:
+    """Hold the folder ``path`` for writing, alone or (``shared``) beside other shared writers.
+
+    Raises StoreError when another process holds it in a way that does not go with this one.
+    """
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"'{path}' is being written by another process; wait for it, or choose another --out"
+            ) from error
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def hold_file(file: Path) -> Iterator[None]:
+    """Wait until no other process holds ``file``, and hold it; the file is gone afterwards."""
+    while True:
+        descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            ours = os.stat(file).st_ino == os.fstat(descriptor).st_ino
+        except FileNotFoundError:  # locked, but removed by its holder: nobody else would wait for it
+            ours = False
+        if ours:
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""``kdcli cache add|prune|merge``: change a finished store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcli.cli import flags as f
+from kdcli.cli.cache import Store, cache, store_info
+from kdcli.errors import OptionError, UsageError, nearest
+
+
+@cache.command()
+def add(
+    store: Store,
+    method: f.MethodList = None,
+    teacher: Annotated[str | None, typer.Option(help="Teacher (default: where the store was written from).")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set (default: where the store was written from).")] = None,
+    encoding: Annotated[str, typer.Option(help="Of the new tensors: default, float16, lossless.")] = "default",
+    set_: f.Set = None,
+    json: f.Json = False,
+) -> int:
+    """Add what other methods read. The teacher runs again; what is there stays. Killed, the same command goes on.
+
+    Example: kdcli cache add STORE --method bckd
+    """
+    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.engine.editing import add as add_tensors
+    from kdcli.methods import find_methods
+    from kdcli.options import parse_assignments
+
+    if not method:
+        raise UsageError("--method is missing: name what to add, e.g. --method bckd")
+    known = find_methods(method)
+    settings: dict[str, dict[str, Any]] = {}
+    for table, values in parse_assignments(set_ or []).items():
+        if table not in known:
+            raise OptionError(f"--set {table}.…: unknown table '{table}'{nearest(table, known)}")
+        settings[table] = values
+    with ConsoleWatcher() as watcher:
+        new = add_tensors(store, data, teacher, method, settings, encoding, watcher)
+        found = store_info(store)
+        if new:
+            watcher.note(f"{store}: {', '.join(new)} added, {found['bytes'] / 2**20:.1f} MB now")
+    if json:
+        print_json({"added": new, **found})
+    return 0
+
+
+@cache.command()
+def prune(
+    store: Store,
+    tensor: Annotated[list[str] | None, typer.Option(help="Tensor to drop, as `cache info` names it.")] = None,
+    view: Annotated[list[str] | None, typer.Option(help="View to leave out of a copy; needs --out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the copy without the views goes.")] = None,
+    json: f.Json = False,
+) -> int:
+    """Drop tensors from a store, or copy it without some views. Killed, the same command goes on.
+
+    Example: kdcli cache prune STORE --tensor features@all
+    """
+    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.engine.editing import prune_tensors, prune_views
+
+    if bool(tensor) == bool(view):
+        raise UsageError("prune takes either --tensor KEY (in place) or --view VIEW with --out COPY")
+    if bool(view) != (out is not None):
+        raise UsageError("--out goes with --view: rows cannot be taken out in place")
+    with ConsoleWatcher() as watcher:
+        if view:
+            assert out is not None
+            rows = prune_views(store, view, out, watcher)
+            watcher.note(f"{out}: {rows} rows, without {', '.join(view)}; delete '{store}' if it is not needed")
+        else:
+            dropped = prune_tensors(store, tensor or [], watcher)
+            watcher.note(f"{store}: {', '.join(dropped) or 'what a killed command left'} dropped")
+        found = store_info(out or store)
+    if json:
+        print_json(found)
+    return 0
+
+
+@cache.command()
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Stores of one teacher, canvas and method list.")],
+    out: Annotated[Path, typer.Option(help="Store to make; the same command goes on after a kill.")],
+    data: Annotated[
+        str | None, typer.Option(help="Data set with all images, when each store had an annotation file of its own.")
+    ] = None,
+    json: f.Json = False,
+) -> int:
+    """Join stores that hold other views, or other images, into a new one. Nothing is computed again.
+
+    Example: kdcli cache merge store-identity store-hflip --out store
+    """
+    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.engine.editing import merge as merge_stores
+
+    if len(stores) < 2:
+        raise UsageError("merge needs at least two stores")
+    with ConsoleWatcher() as watcher:
+        rows = merge_stores(stores, out, data, watcher)
+        watcher.note(f"{out}: {rows} rows of {len(stores)} stores")
+    if json:
+        print_json(store_info(out))
+    return 0

@@ -1,0 +1,226 @@
+"""``cache add``, ``cache prune`` and ``cache merge``: what a finished store shall hold, and the way there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcli.cache.editing import copy_rows, drop_tensors, orphans, take_in
+from kdcli.cache.locks import hold_store
+from kdcli.cache.reader import CacheReader, compare_manifests
+from kdcli.cache.schema import CacheSchema
+from kdcli.cache.writer import create_store, read_manifest
+from kdcli.data.coco import open_split
+from kdcli.engine.caching import Plan
+from kdcli.engine.prepare import absolute_methods
+from kdcli.engine.verify import plan_of_store
+from kdcli.engine.watch import Watcher
+from kdcli.engine.writing import MANIFEST_IDENTITY, write_store
+from kdcli.errors import OptionError, StoreError
+from kdcli.methods import find_methods
+from kdcli.structures import RowKey
+from kdcli.tensors import Need
+
+ADDING = ".adding"  # inside the store: same disk, and gone with it
+
+
+def add(
+    store: Path, data: str | None, teacher: str | None, methods: str, settings: Mapping[str, Mapping[str, Any]],
+    encoding: str, watcher: Watcher,
+) -> list[str]:  # fmt: skip
+    """Add what ``methods`` read and ``store`` lacks; returns the keys of the new tensors.
+
+    The teacher runs again, but only the new tensors are encoded and written, into a store inside the store that is taken
+    in when it is complete: until then readers see the old store. The same call goes on after a kill. ``data`` and
+    ``teacher``: None for where the store was written from. Raises StoreError when they are not those of the manifest.
+    """
+    reader = CacheReader(store)
+    manifest = reader.manifest
+    origin = manifest["origin"]
+    names = ",".join(dict.fromkeys([*_methods(manifest), *absolute_methods(methods).split(",")]))
+    whole = plan_of_store(
+        store, data or origin["data"], teacher or origin["teacher"], None, watcher, methods=names, settings=settings,
+        encoding=encoding,
+    )  # fmt: skip
+    fixed = {k: v for k, v in manifest.items() if k in MANIFEST_IDENTITY and k != "regions"}
+    fixed["teacher"] = {k: v for k, v in fixed["teacher"].items() if k != "ap"}
+    differences = compare_manifests(fixed, whole.manifest)
+    if differences:
+        raise StoreError(f"store '{store}' is another one: {'; '.join(differences)}; use the teacher that wrote it")
+    have = {t.need: t for t in reader.schema.tensors}
+    joined = replace(
+        whole.schema,
+        tensors=tuple(have.get(t.need, t) for t in whole.schema.tensors),
+        shard_rows=reader.schema.shard_rows,
+    )
+    new = tuple(t for t in joined.tensors if t.need not in have)
+    if not new and set(joined.served) <= {*reader.schema.served, *have}:
+        watcher.note(f"{store}: has everything that {methods} read(s)")
+        return []
+    # what was sparse and is now served by a new dense tensor goes last, so that it is there until then
+    between = replace(joined, tensors=(*joined.tensors, *(t for n, t in have.items() if n in joined.served)))
+    between = replace(between, served=tuple(n for n in joined.served if n not in have))
+    changes = {k: whole.manifest[k] for k in ("methods", "method_options", "regions")}
+    with hold_store(store, shared=False):
+        overlay = store / ADDING
+        write_store(_plan_of(whole, between, reader.schema), overlay, watcher)
+        watcher.stage("taking in", reader.schema.num_shards)
+        take_in(store, overlay, between, changes, watcher.advance)
+        if between != joined:
+            drop_tensors(store, joined, {}, watcher.advance)
+    return [t.need.key for t in new]
+
+
+def _plan_of(whole: Plan, joined: CacheSchema, stored: CacheSchema) -> Plan:
+    """The plan of a store of what ``stored`` lacks of ``joined``; where it has entries, with the regions of both."""
+    have = {t.need for t in stored.tensors} | set(stored.served)
+    schema = replace(
+        joined,
+        tensors=tuple(t for t in joined.tensors if t.need not in have),
+        served=tuple(n for n in joined.served if n not in have),
+    )
+    needs = tuple(t.need for t in schema.tensors)
+    # the AP of the teacher is known; measuring it again would take a pass over val
+    options = replace(whole.options, min_teacher_ap=0.0)
+    source = replace(whole.source, regions=joined.regions if schema.sparse else frozenset())
+    return replace(whole, options=options, needs=needs, schema=schema, source=source)
+
+
+def prune_tensors(store: Path, keys: Sequence[str], watcher: Watcher) -> list[str]:
+    """Drop the tensors ``keys`` from a store, and the methods that read them from its manifest; returns what was dropped.
+
+    Raises OptionError for a key that the store does not have, or when nothing would be left.
+    """
+    reader = CacheReader(store)
+    stored = {t.need.key: t for t in reader.schema.tensors}
+    with hold_store(store, shared=False):
+        left_over = orphans(store)  # of a killed call
+        unknown = [k for k in keys if k not in stored]
+        if unknown and not left_over:
+            raise OptionError(f"store '{store}' has no {', '.join(unknown)}; it has {', '.join(stored)}")
+        keep = [t for key, t in stored.items() if key not in keys]
+        if not keep:
+            raise OptionError(f"--tensor: nothing would be left of '{store}'; delete the folder instead")
+        have = {t.need for t in keep} | {n for n in reader.schema.served if n.name in {t.need.name for t in keep}}
+        options = reader.manifest["method_options"]
+        texts = _methods(reader.manifest)  # as given: a user's method is a path
+        able = {
+            text: name
+            for text in texts
+            for name, method in find_methods(text).items()
+            if set(method.reads(options[name])) <= have
+        }
+        watcher.stage("prune", reader.schema.num_shards)
+        changes = {"methods": ",".join(able), "method_options": {name: options[name] for name in able.values()}}
+        dense = {t.need.name for t in keep if t.need.dense}
+        served = tuple(n for n in reader.schema.served if n.name in dense)
+        drop_tensors(store, replace(reader.schema, tensors=tuple(keep), served=served), changes, watcher.advance)
+    return [k for k in keys if k in stored]
+
+
+def prune_views(store: Path, views: Sequence[str], out: Path, watcher: Watcher) -> int:
+    """Copy a store without ``views`` to ``out``; returns the rows of the copy. The same call goes on after a kill."""
+    reader = CacheReader(store)
+    unknown = [v for v in views if v not in reader.views]
+    if unknown:
+        raise OptionError(f"store '{store}' has no view {', '.join(unknown)}; it has {', '.join(reader.views)}")
+    keep = [v for v in reader.views if v not in views]
+    if not keep:
+        raise OptionError(f"--view: nothing would be left of '{store}'; delete the folder instead")
+    images = np.array(reader.image_ids, np.int64)
+    rows = [(0, reader.row_index(RowKey(int(image), view))) for image in images for view in keep]
+    manifest = {**reader.manifest, "views": keep}
+    return _copy([reader], rows, out, manifest, reader.schema, images, watcher)
+
+
+def merge(stores: Sequence[Path], out: Path, data: str | None, watcher: Watcher) -> int:
+    """Join stores of one teacher and the same tensors into ``out``: other views of the same images, or other images.
+
+    ``data``: a data set with the images of all of them, needed when they were written from different annotation files; its
+    order is the order of the rows. Returns the rows of ``out``. Raises StoreError when they differ, overlap, or do not
+    cover ``data``.
+    """
+    readers = [CacheReader(store) for store in stores]
+    first = readers[0]
+    differing = {"dataset", "views"}
+    ours = {k: first.manifest[k] for k in MANIFEST_IDENTITY if k not in differing}
+    shape = {k: v for k, v in first.schema.to_json().items() if k not in ("rows", "shard_rows", "max_boxes")}
+    for reader in readers[1:]:
+        found = compare_manifests({**ours, "schema": shape}, reader.manifest)
+        if reader.manifest["dataset"]["categories"] != first.manifest["dataset"]["categories"]:
+            found.append("dataset.categories")
+        if found:
+            raise StoreError(f"'{reader.path}' and '{first.path}' do not go together: {'; '.join(found)}")
+    dataset = {k: v for k, v in first.manifest["dataset"].items() if k != "left_out"}
+    same_data = all(compare_manifests(dataset, r.manifest["dataset"]) == [] for r in readers[1:])
+    if data is not None:
+        split = open_split(Path(data), first.manifest["dataset"]["split"])
+        dataset = {**split.fingerprint(), "split": split.split}
+        everything = split.annotations.image_ids
+    elif same_data:
+        order = {int(i): None for r in readers for i in r.image_ids}
+        everything = np.array(list(order), np.int64)
+    else:
+        raise OptionError("the stores were written from different annotation files; name the whole set with --data")
+    views = list(dict.fromkeys(v for r in readers for v in r.views))
+    places: dict[tuple[int, str], tuple[int, int]] = {}
+    for k, reader in enumerate(readers):
+        for image in reader.image_ids:
+            for view in reader.views:
+                if (int(image), view) in places:
+                    raise StoreError(f"'{reader.path}' has image {image}, view {view}, that another store has too")
+                places[int(image), view] = (k, reader.row_index(RowKey(int(image), view)))
+    known = {image for image, _ in places}
+    left_out = sorted({i for r in readers for i in r.manifest["dataset"]["left_out"]} - known)
+    images = np.array([i for i in everything if int(i) not in left_out], np.int64)
+    missing = [(int(i), v) for i in images for v in views if (int(i), v) not in places]
+    foreign = known - {int(i) for i in images}
+    if missing or foreign:
+        what = (
+            f"image {missing[0][0]}, view {missing[0][1]} is in none"
+            if missing
+            else f"image {min(foreign)} is not in --data"
+        )
+        raise StoreError(f"the stores do not make a whole one: {what}; every image needs every view")
+    rows = [places[int(i), v] for i in images for v in views]
+    manifest = {**first.manifest, "views": views, "dataset": {**dataset, "left_out": left_out}}
+    schema = replace(first.schema, max_boxes=max(r.schema.max_boxes for r in readers))
+    return _copy(readers, rows, out, manifest, schema, images, watcher)
+
+
+def needs_of(store: Path, methods: str) -> tuple[Need, ...]:
+    """What ``methods`` read, with the options that the store was written with. Raises OptionError for one it has not."""
+    manifest = read_manifest(store)
+    options = manifest["method_options"]
+    found = find_methods(methods)
+    unknown = [name for name in found if name not in options]
+    if unknown:
+        raise OptionError(f"store '{store}' was not written for {', '.join(unknown)}; it has {', '.join(options)}")
+    return tuple(sorted({n for name, method in found.items() for n in method.reads(options[name])}))
+
+
+def _methods(manifest: Mapping[str, Any]) -> list[str]:
+    return [text for text in str(manifest["methods"]).split(",") if text]
+
+
+def _copy(
+    readers: Sequence[CacheReader], rows: Sequence[tuple[int, int]], out: Path, manifest: dict[str, Any],
+    schema: CacheSchema, images: NDArray[np.int64], watcher: Watcher,
+) -> int:  # fmt: skip
+    schema = replace(schema, rows=len(rows), shard_rows=min(schema.shard_rows, len(rows)))
+    manifest = {k: v for k, v in manifest.items() if k != "schema"}
+    if out.exists():
+        differences = compare_manifests({**manifest, "schema": schema.to_json()}, read_manifest(out))
+        if differences:
+            raise StoreError(f"'{out}' is another store: {'; '.join(differences)}; choose another --out")
+    else:
+        create_store(out, schema, manifest, images)
+    watcher.stage("copying", schema.num_shards)
+    with hold_store(out, shared=False):
+        copy_rows(readers, rows, out, schema, watcher.advance)
+    return len(rows)

@@ -1,0 +1,50 @@
+"""Who may write a store at the same time."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from kdcli.cache.locks import hold_file, hold_store
+from kdcli.errors import StoreError
+
+
+@pytest.mark.parametrize(("first", "second"), [(False, False), (False, True), (True, False)])
+def test_a_sole_writer_goes_with_nobody(tmp_path: Path, first: bool, second: bool) -> None:
+    with (
+        hold_store(tmp_path, shared=first),
+        pytest.raises(StoreError, match="is being written by another process"),
+        hold_store(tmp_path, shared=second),
+    ):
+        pass
+    with hold_store(tmp_path, shared=second):
+        assert tmp_path.is_dir()
+
+
+def test_parts_write_side_by_side(tmp_path: Path) -> None:
+    with hold_store(tmp_path, shared=True), hold_store(tmp_path, shared=True):
+        assert tmp_path.is_dir()
+
+
+def test_a_held_file_is_waited_for_and_gone_afterwards(tmp_path: Path) -> None:
+    file, inside, most = tmp_path / ".lock", [0], [0]
+    count = threading.Lock()
+
+    def work() -> None:
+        for _ in range(50):
+            with hold_file(file):
+                with count:
+                    inside[0] += 1
+                    most[0] = max(most[0], inside[0])
+                with count:
+                    inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert list(tmp_path.iterdir()) == []

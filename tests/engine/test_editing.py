@@ -1,0 +1,172 @@
+"""cache add, prune, merge: what comes out is what cache-teacher would have written, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from kdcli.cache import editing as mechanics
+from kdcli.cache.reader import CacheReader
+from kdcli.cache.writer import read_manifest
+from kdcli.engine import editing
+from kdcli.engine.verify import verify_checksums
+from kdcli.engine.watch import Silent
+from kdcli.errors import OptionError, StoreError
+from kdcli.structures import RowKey
+from tests.engine.conftest import cache_options, make_teacher, write
+from tests.engine.test_kills import contents
+
+
+def add(store: Path, methods: str) -> list[str]:
+    return editing.add(store, None, None, methods, {}, "default", Silent())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("rm", "ld,pfi"),
+        ("pfi", "ld"),
+        ("ld,pfi", "rm"),
+        ("ld", "defeat_thin,bckd"),
+        ("defeat", "defeat_thin,rm"),
+        ("defeat_thin,rm", "defeat"),
+    ],
+)
+def test_added_tensors_are_those_of_one_writing(
+    shapes: Path, teacher: Path, tmp_path: Path, first: str, second: str
+) -> None:
+    store = write(cache_options(shapes, teacher, method=first), tmp_path / "store")
+    whole = write(cache_options(shapes, teacher, method=f"{first},{second}"), tmp_path / "whole")
+    add(store, second)
+    assert contents(store) == contents(whole)
+    verify_checksums(store, Silent())
+    assert add(store, second) == []
+    assert contents(store) == contents(whole)
+
+
+def forked(work: partial[object]) -> int:
+    """The status of a child that does ``work``."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+class Bomb:
+    """Kills this process at the ``number``-th call of a function."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: object, name: str, number: int) -> None:
+        self.left, self.real = number, getattr(module, name)
+        monkeypatch.setattr(module, name, self)
+
+    def __call__(self, *arguments: object, **more: object) -> object:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), 9)
+        return self.real(*arguments, **more)
+
+
+@pytest.mark.parametrize(("name", "number"), [("_move", 1), ("_move", 9), ("_write_journal", 2), ("write_manifest", 1)])
+def test_a_killed_add_leaves_a_store_that_reads_and_goes_on(
+    shapes: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    store = write(cache_options(shapes, teacher, method="ld"), tmp_path / "store")
+    whole = write(cache_options(shapes, teacher, method="ld,pfi"), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        Bomb(patch, mechanics, name, number)
+        assert os.WIFSIGNALED(forked(partial(add, store, "pfi")))
+    reader = CacheReader(store)
+    for image in reader.image_ids:
+        reader.read(RowKey(image, "hflip"))
+    add(store, "pfi")
+    assert contents(store) == contents(whole)
+
+
+def test_adding_with_another_teacher_is_refused(shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    store = write(cache_options(shapes, teacher, method="rm"), tmp_path / "store")
+    other = make_teacher(tmp_path / "other.pt", seed=5)
+    before = contents(store)
+    with pytest.raises(StoreError, match="weights_sha256"):
+        editing.add(store, None, str(other), "ld", {}, "default", Silent())
+    assert contents(store) == before
+
+
+def test_pruned_tensors_leave_what_would_have_been_written(shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    store = write(cache_options(shapes, teacher, method="ld,rm,pfi"), tmp_path / "store")
+    less = write(cache_options(shapes, teacher, method="rm,pfi"), tmp_path / "less")
+    dropped = ["box_distribution@main+vlr", "cls_logits@main"]
+    kept = [t.need.key for t in CacheReader(less).schema.tensors]
+    gone = [t.need.key for t in CacheReader(store).schema.tensors if t.need.key not in kept]
+    assert set(gone) <= set(dropped)
+    assert editing.prune_tensors(store, gone, Silent()) == gone
+    assert read_manifest(store)["methods"] == "rm,pfi"
+    ours, theirs = contents(store), contents(less)
+    entries = {k for k in ours if k.startswith(("entries/", "journal/"))}  # still those of the VLR
+    assert {k: v for k, v in ours.items() if k not in entries} == {k: v for k, v in theirs.items() if k not in entries}
+    verify_checksums(store, Silent())
+
+
+@pytest.mark.parametrize(("name", "number"), [("write_manifest", 1), ("_write_journal", 3)])
+def test_a_killed_prune_goes_on(
+    shapes: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    whole = write(cache_options(shapes, teacher, method="ld,pfi"), tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "store")
+    editing.prune_tensors(whole, ["cls_logits@all"], Silent())
+    with monkeypatch.context() as patch:
+        Bomb(patch, mechanics, name, number)
+        assert os.WIFSIGNALED(forked(partial(editing.prune_tensors, tmp_path / "store", ["cls_logits@all"], Silent())))
+    CacheReader(tmp_path / "store")
+    editing.prune_tensors(tmp_path / "store", ["cls_logits@all"], Silent())
+    assert contents(tmp_path / "store") == contents(whole)
+
+
+def test_what_cannot_be_pruned(lossless_store: Path, tmp_path: Path) -> None:
+    keys = [t.need.key for t in CacheReader(lossless_store).schema.tensors]
+    with pytest.raises(OptionError, match="has no nothing@all"):
+        editing.prune_tensors(lossless_store, ["nothing@all"], Silent())
+    with pytest.raises(OptionError, match="nothing would be left"):
+        editing.prune_tensors(lossless_store, keys, Silent())
+    with pytest.raises(OptionError, match="has no view"):
+        editing.prune_views(lossless_store, ["crop-0"], tmp_path / "out", Silent())
+
+
+def data(store: Path) -> dict[str, str]:
+    """Files but the journal, which has the errors of shards that were written otherwise, and the manifest."""
+    return {k: v for k, v in contents(store).items() if not k.startswith("journal/") and k != "zarr.json"}
+
+
+def test_views_merge_and_part_again(shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    whole = write(cache_options(shapes, teacher), tmp_path / "whole")
+    one = write(cache_options(shapes, teacher, views="identity", shard_rows=7), tmp_path / "one")
+    two = write(cache_options(shapes, teacher, views="hflip", shard_rows=10), tmp_path / "two")
+    both = tmp_path / "both"
+    assert editing.merge([two, one], both, None, Silent()) == 48
+    assert CacheReader(both).views == ("hflip", "identity")
+    both = tmp_path / "in-order"
+    editing.merge(
+        [write(cache_options(shapes, teacher, views="identity"), tmp_path / "three"), two], both, None, Silent()
+    )
+    assert data(both) == data(whole)
+    assert read_manifest(both) == read_manifest(whole)
+    verify_checksums(both, Silent())
+    assert editing.prune_views(whole, ["hflip"], tmp_path / "less", Silent()) == 24
+    assert data(tmp_path / "less") == data(tmp_path / "three")
+    with pytest.raises(StoreError, match="that another store has too"):
+        editing.merge([one, whole], tmp_path / "twice", None, Silent())
+    assert not (tmp_path / "twice").exists()
+
+
+def test_stores_that_do_not_go_together(shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    one = write(cache_options(shapes, teacher, method="rm", views="identity"), tmp_path / "one")
+    other = write(cache_options(shapes, teacher, method="pfi", views="hflip"), tmp_path / "other")
+    with pytest.raises(StoreError, match=r"do not go together: schema\.tensors"):
+        editing.merge([one, other], tmp_path / "out", None, Silent())
+    assert not (tmp_path / "out").exists()

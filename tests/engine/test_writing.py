@@ -1,0 +1,118 @@
+"""Filling a store: in parts, behind the teacher's back, and with errors that come from there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kdcli.cache.schema import CacheSchema
+from kdcli.cache.writer import StoreWriter, read_manifest
+from kdcli.cli.main import run
+from kdcli.engine import writing
+from kdcli.engine.caching import plan_store
+from kdcli.engine.watch import Silent
+from kdcli.engine.writing import Part, write_store
+from kdcli.errors import GateError, StoreError
+from tests.engine.conftest import cache_options
+from tests.engine.test_kills import contents
+
+
+def test_parts_make_the_store_of_one_process(shapes: Path, teacher: Path, default_store: Path, tmp_path: Path) -> None:
+    options = cache_options(shapes, teacher)
+    out = tmp_path / "parts"
+    rows = [write_store(plan_store(options, Silent()), out, Silent(), Part(k, 3)) for k in (2, 0, 1)]
+    assert sum(rows) == 48  # 24 images, two views
+    assert min(rows) > 0
+    assert contents(out) == contents(default_store)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts"]
+
+
+def test_parts_go_on_where_others_stopped(shapes: Path, teacher: Path, default_store: Path, tmp_path: Path) -> None:
+    options = cache_options(shapes, teacher)
+    out = tmp_path / "parts"
+    write_store(plan_store(options, Silent()), out, Silent(), Part(1, 2))
+    before = StoreWriter(out, plan_store(options, Silent()).schema).done()
+    assert before == {1, 3}
+    assert write_store(plan_store(options, Silent()), out, Silent()) == 28  # shards 0 and 2 of 10 rows, the last of 8
+    assert contents(out) == contents(default_store)
+
+
+def test_a_part_is_refused_while_one_process_writes_all(shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    plan = plan_store(cache_options(shapes, teacher, method="rm"), Silent())
+    out = tmp_path / "store"
+    write_store(plan, out, Silent(), Part(0, 2))
+    with writing.hold_store(out, shared=False), pytest.raises(StoreError, match="written by another process"):
+        write_store(plan, out, Silent(), Part(1, 2))
+
+
+def test_an_error_behind_the_teacher_stops_the_run(
+    shapes: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = CacheSchema.encode, [0]
+
+    def encode(self: CacheSchema, values: Any, valid: NDArray[np.bool_]) -> Any:
+        calls[0] += 1
+        if calls[0] == 25:  # of the third shard
+            values = {k: np.full_like(v, np.nan) for k, v in values.items()}
+        return real(self, values, valid)
+
+    monkeypatch.setattr(CacheSchema, "encode", encode)
+    plan = plan_store(cache_options(shapes, teacher, method="rm"), Silent())
+    with pytest.raises(GateError, match="not finite"):
+        write_store(plan, tmp_path / "store", Silent())
+    done = StoreWriter(tmp_path / "store", plan.schema).done()
+    assert done <= {0, 1}
+    assert not [f for f in (tmp_path / "store").rglob("*") if f.suffix in (".tmp", ".lock")]
+    monkeypatch.undo()
+    assert write_store(plan, tmp_path / "store", Silent()) == 48 - 10 * len(done)
+
+
+class Notes(Silent):
+    """Keeps what the bar says."""
+
+    def __init__(self) -> None:
+        self.infos: list[str] = []
+
+    def advance(self, units: int = 1, info: str = "") -> None:
+        """Remember."""
+        self.infos.append(info)
+
+
+def test_the_bar_says_how_fast_and_what_waits(shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    watcher = Notes()
+    write_store(plan_store(cache_options(shapes, teacher), Silent()), tmp_path / "store", watcher)
+    for word in ("images/s", "MB/s", "smaller than float32", "waiting on the disk"):
+        assert word in watcher.infos[-1]
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2"])
+def test_a_part_that_is_none(shapes: Path, teacher: Path, capsys: pytest.CaptureFixture[str], shard: str) -> None:
+    given = ["--data", str(shapes), "--teacher", str(teacher), "--method", "ld", "--out", "s", f"--shard={shard}"]
+    assert run(["cache-teacher", *given]) == 2
+    assert "write I/N" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_torchrun_writes_one_store(
+    shapes: Path, teacher: Path, default_store: Path, tmp_path: Path, processes: int
+) -> None:
+    out = tmp_path / "store"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "kdcli",
+        "cache-teacher", "--data", str(shapes), "--teacher", str(teacher), "--method", "ld,rm,pfi", "--workers", "0",
+        "--shard-rows", "10", "--micro-batch", "4", "--threads", "1", "--out", str(out),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(out)["schema"] == read_manifest(default_store)["schema"]
+    assert contents(out) == contents(default_store)
