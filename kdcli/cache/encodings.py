@@ -7,6 +7,7 @@ but float32 is lossy, and its error is measured while a store is written.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,12 +90,20 @@ class LogOdds8:
 
 
 @dataclass(frozen=True)
-class VectorAffine8:
-    """uint8, affine per last-dimension vector: one (scale, offset) per edge of a box distribution [count, 4, E], or per
-    cell of sparse features [count, C].
+class VectorAffine:
+    """Codes of ``bits`` bits in uint8, affine per last-dimension vector: one (scale, offset) per edge of a box
+    distribution [count, 4, E], or per cell of sparse features [count, C].
 
-    A softmax ignores what all bins share, so float16 offsets cost nothing; codes are computed from the rounded pair.
+    A softmax ignores what all bins share, so float16 offsets cost nothing; codes are computed from the rounded pair. Fewer
+    bits stay a byte each: zstd's entropy coder packs them, as well as a code that follows their distribution can.
     """
+
+    bits: int = 8
+
+    @property
+    def steps(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
 
     def layout(self, count: int, dims: tuple[int, ...], sizes: tuple[int, ...]) -> Layout:
         return {"": ((count, *dims), "uint8"), "affine": ((count, *dims[:-1], 2), "float16")}
@@ -102,9 +111,9 @@ class VectorAffine8:
     def encode(self, value: NDArray[np.float32], valid: NDArray[np.bool_] | None, sizes: tuple[int, ...]) -> Arrays:
         low, high = value.min(axis=-1), value.max(axis=-1)
         offset = _float16(low, toward=-np.inf)
-        scale = _float16((high - offset.astype(np.float32)) / 255, toward=np.inf)
+        scale = _float16((high - offset.astype(np.float32)) / self.steps, toward=np.inf)
         affine = np.stack([scale, offset], axis=-1)
-        codes = _quantise(value, scale.astype(np.float32)[..., None], offset.astype(np.float32)[..., None])
+        codes = _quantise(value, scale.astype(np.float32)[..., None], offset.astype(np.float32)[..., None], self.steps)
         if valid is not None:
             codes[~valid], affine[~valid] = 0, 0
         return {"": codes, "affine": affine}
@@ -114,12 +123,21 @@ class VectorAffine8:
         return arrays[""].float() * affine[..., :1] + affine[..., 1:]
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": "vector_affine_8"}
+        return {"name": f"vector_affine_{self.bits}"}
 
 
 @dataclass(frozen=True)
-class ChannelAffine8:
-    """uint8, affine per level and channel: for dense features [P, C], whose range differs by both."""
+class ChannelAffine:
+    """Codes of ``bits`` bits in uint8, affine per level and channel: for dense features [P, C], whose range differs by
+    both.
+    """
+
+    bits: int = 8
+
+    @property
+    def steps(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
 
     def layout(self, count: int, dims: tuple[int, ...], sizes: tuple[int, ...]) -> Layout:
         return {"": ((count, *dims), "uint8"), "affine": ((len(sizes), 2, *dims), "float32")}
@@ -136,16 +154,16 @@ class ChannelAffine8:
                 continue
             level_value = value[part][inside]
             offset = level_value.min(axis=0)
-            scale = (level_value.max(axis=0) - offset) / np.float32(255)
+            scale = (level_value.max(axis=0) - offset) / np.float32(self.steps)
             affine[level] = scale, offset
-            codes[part][inside] = _quantise(level_value, scale, offset)
+            codes[part][inside] = _quantise(level_value, scale, offset, self.steps)
         return {"": codes, "affine": affine}
 
     def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
         return _affine_by_level(arrays[""], arrays["affine"], sizes)
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": "channel_affine_8"}
+        return {"name": f"channel_affine_{self.bits}"}
 
 
 @dataclass(frozen=True)
@@ -199,19 +217,19 @@ def from_json(data: Mapping[str, Any]) -> Encoding:
             return Float(dtype)
         case {"name": "log_odds_8", "low": float(low), "high": float(high)}:
             return LogOdds8(low, high)
-        case {"name": "vector_affine_8"}:
-            return VectorAffine8()
-        case {"name": "channel_affine_8"}:
-            return ChannelAffine8()
+        case {"name": str(name)} if found := re.fullmatch(r"(vector|channel)_affine_([4-8])", name):
+            return (VectorAffine if found[1] == "vector" else ChannelAffine)(int(found[2]))
         case {"name": "box_16"}:
             return Box16()
     raise StoreError(f"unknown encoding {dict(data)}; this store was written by a newer kdcli")
 
 
-def _quantise(value: NDArray[np.float32], scale: NDArray[np.float32], offset: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _quantise(
+    value: NDArray[np.float32], scale: NDArray[np.float32], offset: NDArray[np.float32], steps: int
+) -> NDArray[np.uint8]:
     # a constant vector has scale 0: all its codes are 0 and decode to the offset
     safe = np.where(scale > 0, scale, np.float32(1))
-    return np.clip(np.rint((value - offset) / safe), 0, 255).astype(np.uint8)
+    return np.clip(np.rint((value - offset) / safe), 0, steps).astype(np.uint8)
 
 
 def _affine_by_level(codes: Tensor, affine: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -54,10 +54,10 @@ def served_by_dense(needs: Iterable[Need], encoding: str = "default") -> tuple[N
 
 def _default_encoding(need: Need) -> Encoding:
     if need.name == BOX_DISTRIBUTION:
-        return encodings.VectorAffine8()
+        return encodings.VectorAffine()
     if need.name == FEATURES or need.name in BACKBONE:
         # a region has no levels to share a range over: each cell has its own
-        return encodings.ChannelAffine8() if need.dense else encodings.VectorAffine8()
+        return encodings.ChannelAffine() if need.dense else encodings.VectorAffine()
     if need.name == CLS_LOGITS and need.dense:
         return encodings.LogOdds8()
     if need.name in (BOXES, PROPOSAL_BOXES):

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from kdcli.cache import encodings
-from kdcli.cache.encodings import ChannelAffine8, Encoding, Float, LogOdds8, VectorAffine8, from_json
+from kdcli.cache.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine, from_json
 from kdcli.errors import StoreError
 
 ALL: list[Encoding] = [
@@ -22,8 +22,10 @@ ALL: list[Encoding] = [
     Float("float16"),
     LogOdds8(),
     LogOdds8(-4.0, 4.5),
-    VectorAffine8(),
-    ChannelAffine8(),
+    VectorAffine(),
+    VectorAffine(5),
+    ChannelAffine(),
+    ChannelAffine(4),
 ]
 CHECKED = settings(deadline=None, max_examples=80)
 EPS = 2.0**-23  # of a float32
@@ -83,23 +85,27 @@ def test_log_odds_are_in_logit_space() -> None:
     np.testing.assert_array_equal(LogOdds8().encode(ends, None, (1,))[""], [[0, 0, 255, 255]])
 
 
+@pytest.mark.parametrize("bits", [8, 6, 4])
 @CHECKED
-@given(arrays(st.tuples(st.integers(0, 6), st.just(4), st.integers(1, 17))))
-def test_edge_affine_half_a_step_of_each_edge(value: Rows) -> None:
-    codes = VectorAffine8().encode(value, None, SIZES)
-    decoded = round_trip(VectorAffine8(), value)
+@given(value=arrays(st.tuples(st.integers(0, 6), st.just(4), st.integers(1, 17))))
+def test_edge_affine_half_a_step_of_each_edge(bits: int, value: Rows) -> None:
+    steps = 2**bits - 1
+    codes = VectorAffine(bits).encode(value, None, SIZES)
+    assert codes[""].max(initial=0) <= steps
+    decoded = round_trip(VectorAffine(bits), value)
     scale, offset = np.moveaxis(codes["affine"].astype(np.float32), -1, 0)[..., None]
-    slack = 4 * EPS * (np.abs(offset) + 255 * scale)  # of the float32 arithmetic of decoding
+    slack = 4 * EPS * (np.abs(offset) + steps * scale)  # of the float32 arithmetic of decoding
     assert (np.abs(decoded - value) <= scale / 2 + slack + 1e-37).all()  # a step under the smallest float32 is 0
     # the float16 pair costs little: steps are those of the edge's range, plus what the rounding of the offset adds
     spread = np.ptp(value, axis=-1, keepdims=True)
-    assert (scale * 255 <= (spread + 2.0**-9 * np.abs(value).max(-1, keepdims=True)) * 1.002 + 255 * 2.0**-23).all()
+    assert (scale * steps <= (spread + 2.0**-9 * np.abs(value).max(-1, keepdims=True)) * 1.002 + steps * 2.0**-23).all()
 
 
+@pytest.mark.parametrize("bits", [8, 6, 4])
 @CHECKED
-@given(arrays((9, 3)), hnp.arrays(np.bool_, 9))
-def test_channel_affine_half_a_step_of_each_level_and_channel(value: Rows, valid: NDArray[np.bool_]) -> None:
-    decoded = round_trip(ChannelAffine8(), value, valid)
+@given(value=arrays((9, 3)), valid=hnp.arrays(np.bool_, 9))
+def test_channel_affine_half_a_step_of_each_level_and_channel(bits: int, value: Rows, valid: NDArray[np.bool_]) -> None:
+    decoded = round_trip(ChannelAffine(bits), value, valid)
     start = 0
     for size in SIZES:
         part = slice(start, start + size)
@@ -107,7 +113,7 @@ def test_channel_affine_half_a_step_of_each_level_and_channel(value: Rows, valid
         inside = value[part][valid[part]]
         if not len(inside):
             continue
-        half = np.ptp(inside.astype(np.float64), axis=0) / 255 / 2
+        half = np.ptp(inside.astype(np.float64), axis=0) / (2**bits - 1) / 2
         slack = 4 * EPS * np.abs(inside).max(axis=0) + 1e-37  # float32 arithmetic and its smallest steps
         assert (np.abs(decoded[part][valid[part]] - inside) <= half + slack).all()
 
@@ -118,7 +124,7 @@ def test_channel_affine_half_a_step_of_each_level_and_channel(value: Rows, valid
 def test_invalid_rows_are_code_0_and_touch_nothing(encoding: Encoding, value: Rows, valid: NDArray[np.bool_]) -> None:
     codes = encoding.encode(value, valid, SIZES)
     assert not codes[""][~valid].any()
-    if isinstance(encoding, VectorAffine8):
+    if isinstance(encoding, VectorAffine):
         assert not codes["affine"][~valid].any()
     other = np.where(valid[:, None, None], value, np.float32(-5000))
     for suffix, code in encoding.encode(other, valid, SIZES).items():
@@ -133,11 +139,11 @@ def test_invalid_rows_are_code_0_and_touch_nothing(encoding: Encoding, value: Ro
 def test_a_constant_vector(encoding: Encoding, constant: float) -> None:
     value = np.full((9, 4, 17), constant, np.float32)
     error = np.abs(round_trip(encoding, value) - value).max()
-    if isinstance(encoding, ChannelAffine8) or encoding == Float("float32"):
+    if isinstance(encoding, ChannelAffine) or encoding == Float("float32"):
         assert error == 0  # scale 0, every code 0, the offset exact
-    elif isinstance(encoding, VectorAffine8):
-        # what the float16 offset misses is spanned by the 255 steps: at most half of one of 2^-10 * |constant| / 255
-        assert error <= 2.0**-10 * abs(constant) / 255 + 2.0**-25
+    elif isinstance(encoding, VectorAffine):
+        # what the float16 offset misses is spanned by the steps: at most half of one of 2^-10 * |constant| / steps
+        assert error <= 2.0**-10 * abs(constant) / encoding.steps + 2.0**-25
     elif isinstance(encoding, LogOdds8):
         assert error <= (encoding.high - encoding.low) / 510 + 1e-6
     else:
@@ -165,7 +171,7 @@ def test_batches_decode_as_single_rows() -> None:
 def test_a_softmax_does_not_see_a_coarse_offset() -> None:
     # logits far from 0: float16 offsets are 4 apart there, and all bins share the offset
     value = np.linspace(5000, 5012, 17, dtype=np.float32).reshape(1, 1, 17).repeat(4, 1)
-    decoded = round_trip(VectorAffine8(), value)
+    decoded = round_trip(VectorAffine(), value)
     ours, exact = (torch.softmax(torch.from_numpy(v), -1) for v in (decoded, value))
     assert float((ours - exact).abs().max()) < 0.02
 
@@ -185,6 +191,8 @@ def test_json_round_trip(encoding: Encoding) -> None:
         {"name": None},
         {"name": "float64"},
         {"name": "log_odds_8"},
+        {"name": "vector_affine_9"},
+        {"name": "channel_affine_3"},
         {"name": "log_odds_8", "low": "a", "high": 8.0},
         {"low": 1.0, "high": 2.0},
     ],

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from store_case import GRID, NEEDS, SPECS, make_row, make_schema
 
 from kdcli.cache import schema as schema_module
-from kdcli.cache.encodings import ChannelAffine8, Encoding, Float, LogOdds8, VectorAffine8
+from kdcli.cache.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine
 from kdcli.cache.plan import plan_tensors, shard_rows_for
 from kdcli.cache.schema import (
     MAX_SHARD_ROWS,
@@ -47,7 +47,7 @@ from kdcli.tensors import (
 RETINA = Grid(base_scale=4.0, scales=(1.0, 2 ** (1 / 3), 2 ** (2 / 3)), ratios=(0.5, 1.0, 2.0))
 
 sides = st.integers(1, 40).map(lambda n: 32 * n)
-ENCODINGS: list[Encoding] = [Float("float32"), Float("float16"), LogOdds8(), VectorAffine8(), ChannelAffine8()]
+ENCODINGS: list[Encoding] = [Float("float32"), Float("float16"), LogOdds8(), VectorAffine(), ChannelAffine()]
 encoded = st.sampled_from(ENCODINGS)
 needs = st.builds(
     Need,
@@ -101,10 +101,10 @@ def test_every_row_is_in_one_shard(schema: CacheSchema) -> None:
 def test_default_plan() -> None:
     planned = {t.need.key: (t.per, t.dims, t.encoding) for t in plan_tensors(NEEDS, SPECS)}
     assert planned == {
-        "features@all": ("cell", (3,), ChannelAffine8()),
+        "features@all": ("cell", (3,), ChannelAffine()),
         "cls_logits@all": ("anchor", (5,), LogOdds8()),
         "cls_logits@main": ("anchor", (5,), Float("float16")),
-        "box_distribution@main+vlr": ("anchor", (4, 9), VectorAffine8()),
+        "box_distribution@main+vlr": ("anchor", (4, 9), VectorAffine()),
         "box_regression@vlr": ("anchor", (4,), Float("float16")),
         "rank@main": ("anchor", (2,), Float("float16")),  # a score: 8 bits would cost RM 4e-3 of its loss
     }
