@@ -96,7 +96,7 @@ class CacheOptions:
     canvas: str | None = None  # None: the teacher's own
     views: str = "identity,hflip"
     view_seed: int = 0
-    encoding: Literal["default", "float16", "lossless"] = "default"
+    encoding: Literal["default", "compact", "float16", "lossless"] = "default"
     precision: Literal["fp32", "bf16"] = "fp32"
     micro_batch: int = 8
     threads: int | None = None

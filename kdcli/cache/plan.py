@@ -23,15 +23,19 @@ from kdcli.tensors import (
 def plan_tensors(
     needs: Iterable[Need], specs: Mapping[str, TensorSpec], encoding: str = "default"
 ) -> tuple[StoredTensor, ...]:
-    """Choose an encoding for each need: ``default`` (8-bit where it is safe), ``float16`` or ``lossless`` (float32)."""
+    """Choose an encoding for each need.
+
+    ``default`` (8-bit where it is safe), ``compact`` (6 bits for box distributions and features: a fifth to a quarter
+    smaller, with ten times the error), ``float16`` or ``lossless`` (float32).
+    """
     planned = []
     for need in sorted(set(needs)):
         spec = spec_of(need.name, specs)
         chosen: Encoding = encodings.FLOAT32
         if encoding == "float16":
             chosen = encodings.FLOAT16
-        elif encoding == "default":
-            chosen = _default_encoding(need)
+        elif encoding in ("default", "compact"):
+            chosen = _default_encoding(need, 8 if encoding == "default" else 6)
         planned.append(StoredTensor(need, spec.per, spec.dims, chosen))
     return tuple(planned)
 
@@ -47,17 +51,17 @@ def served_by_dense(needs: Iterable[Need], encoding: str = "default") -> tuple[N
         sorted(
             n for n in asked
             if n.at_entries and Need(n.name, "all") in asked
-            and (encoding != "default" or n.name == FEATURES or n.name in BACKBONE)
+            and (encoding in ("float16", "lossless") or n.name == FEATURES or n.name in BACKBONE)
         )
     )  # fmt: skip
 
 
-def _default_encoding(need: Need) -> Encoding:
+def _default_encoding(need: Need, bits: int) -> Encoding:
     if need.name == BOX_DISTRIBUTION:
-        return encodings.VectorAffine()
+        return encodings.VectorAffine(bits)
     if need.name == FEATURES or need.name in BACKBONE:
         # a region has no levels to share a range over: each cell has its own
-        return encodings.ChannelAffine() if need.dense else encodings.VectorAffine()
+        return encodings.ChannelAffine(bits) if need.dense else encodings.VectorAffine(bits)
     if need.name == CLS_LOGITS and need.dense:
         return encodings.LogOdds8()
     if need.name in (BOXES, PROPOSAL_BOXES):

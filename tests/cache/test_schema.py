@@ -116,6 +116,14 @@ def test_other_plans(name: str, dtype: str) -> None:
     assert {t.encoding for t in plan_tensors(NEEDS, SPECS, name)} == {Float(dtype)}
 
 
+def test_the_compact_plan_takes_six_bits_where_the_default_takes_eight() -> None:
+    eight = {t.need: t.encoding for t in plan_tensors(NEEDS, SPECS)}
+    six = {t.need: t.encoding for t in plan_tensors(NEEDS, SPECS, "compact")}
+    changed = {n for n in eight if eight[n] != six[n]}
+    assert {n.name for n in changed} == {FEATURES, BOX_DISTRIBUTION}
+    assert {six[n] for n in changed} == {ChannelAffine(6), VectorAffine(6)}
+
+
 def test_counts_of_a_real_canvas() -> None:
     canvas, wanted = Canvas(800, 1344), (Need(FEATURES, "all"), Need(CLS_LOGITS, "all"))
     tensors = plan_tensors(wanted, SPECS)

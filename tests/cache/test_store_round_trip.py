@@ -58,7 +58,7 @@ def test_every_row_comes_back(store: Path, direct: bool) -> None:
         assert_row_equal(row, written)
 
 
-@pytest.mark.parametrize("encoding", ["float16", "lossless"])
+@pytest.mark.parametrize("encoding", ["compact", "float16", "lossless"])
 def test_other_encodings_come_back(tmp_path: Path, encoding: str) -> None:
     schema = make_schema(encoding)
     make_store(tmp_path / "s", schema)
