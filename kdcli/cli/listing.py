@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from kdcli.detectors.base import Detector
     from kdcli.methods.base import Method
     from kdcli.structures import Canvas
+    from kdcli.tensors import TensorSpec
 
 Size = Annotated[str, typer.Option("--canvas", help="Image size to price, e.g. 640 or 800x1344.")]
 Classes = Annotated[int, typer.Option(min=1, help="Classes to price.")]
@@ -24,8 +27,9 @@ Classes = Annotated[int, typer.Option(min=1, help="Classes to price.")]
 FACTORS = ("vlr", "cls", "loc")  # options that scale a term and are not called a weight
 CAPTION = (
     "Bytes of one image in one view at {canvas} with {classes} classes: 7 boxes (1000 proposals), a neck of 256 channels,\n"
-    "default encodings, before compression. A weight of 0 leaves its term out. tv_* and mm_* detectors give the tensors of\n"
-    "the detector that they are named after. `kdcli cache-teacher --estimate` prices your own images."
+    "default encodings, before compression; backbone stages are those of a ResNet-50. A weight of 0 leaves its term out.\n"
+    '"with" names options that make a method read more (+); @all is dense. tv_* and mm_* detectors give the tensors of the\n'
+    "detector that they are named after. `kdcli cache-teacher --estimate` prices your own images."
 )
 
 
@@ -102,7 +106,59 @@ def _on_detector(name: str, method: type[Method], detector: str, canvas: Canvas,
         "other_defaults": {o: v for o, v in options.items() if v != plain[o] and o not in weights},
         "bytes": sum(sizes.values()),
         "bytes_by_array": sizes,
+        "options": _other_needs(name, method, options, model, canvas, classes),
     }
+
+
+def _other_needs(
+    name: str, method: type[Method], options: Mapping[str, Any], model: Detector, canvas: Canvas, classes: int
+) -> list[dict[str, Any]]:
+    """The single options that make ``method`` read more of a teacher than its defaults do, where ``model`` gives that.
+
+    ``set``: the --set of each option that does the same; ``adds``: the needs on top; ``bytes``: of the whole row.
+    """
+    from kdcli.engine.manifest import region_spec
+    from kdcli.engine.pricing import missing, row_bytes, specs_at
+
+    plain = set(method.reads(options))
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for option, value in _switches(method, options):
+        chosen = {**options, option: value}
+        needs = method.reads(chosen)
+        if not set(needs) - plain or missing(needs, model.specs()):
+            continue
+        adds = [n.key for n in needs if n not in plain]
+        assignment = f"{name}.{_spelled({option: value})}"
+        if tuple(adds) in found:
+            found[tuple(adds)]["set"].append(assignment)
+            continue
+        regions = region_spec(model.region_defaults, {name: method}, {name: chosen})
+        sizes = row_bytes(model, _resnet50(specs_at(model, classes)), needs, regions, canvas)
+        found[tuple(adds)] = {"set": [assignment], "adds": adds, "bytes": sum(sizes.values())}
+    return list(found.values())
+
+
+def _resnet50(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """``specs`` with the stages of a ResNet-50, which 101 and 152 share, in the place of a small backbone's."""
+    from kdcli.tensors import BACKBONE, TensorSpec
+
+    channels = dict(zip(BACKBONE, (256, 512, 1024, 2048), strict=True))
+    return {name: TensorSpec(s.per, (channels[name],)) if name in channels else s for name, s in specs.items()}
+
+
+def _switches(method: type[Method], options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Other values of the options that may switch a part on: each other word of a choice, 1 for a factor that is 0."""
+    hints = typing.get_type_hints(method.__init__)
+    found = []
+    for option, value in options.items():
+        hint = hints.get(option)
+        if typing.get_origin(hint) is Literal:
+            found += [(option, word) for word in typing.get_args(hint) if word != value]
+        elif isinstance(value, bool):
+            found.append((option, not value))
+        elif _scales(option, value) and not value:
+            found.append((option, 1.0))
+    return found
 
 
 def _scales(option: str, value: object) -> bool:
@@ -136,22 +192,28 @@ def _table(row: dict[str, Any]) -> Table:
 
     from kdcli.report.text import size
 
-    lines: dict[tuple[str, ...], list[str]] = {}
+    lines: dict[tuple[tuple[str, ...], ...], list[str]] = {}  # what is printed beside the names, and below them
     for detector, found in row["detectors"].items():
         if found["missing"]:
-            cells: tuple[str, ...] = (f"- (no {', '.join(found['missing'])})", "", "")
+            cells: list[tuple[str, ...]] = [(f"- (no {', '.join(found['missing'])})", "", "")]
         else:
             weights = _spelled(found["weights"]) + ("\n" if found["other_defaults"] else "")
             needs = "\n".join(found["needs"])
-            cells = (needs, weights + _spelled(found["other_defaults"]), size(found["bytes"]))
+            cells = [(needs, weights + _spelled(found["other_defaults"]), size(found["bytes"]))]
+            for more in found["options"]:
+                cells.append(
+                    ("\n".join(f"+ {key}" for key in more["adds"]), " or ".join(more["set"]), size(more["bytes"]))
+                )
         name = detector + (f"\n  with {found['set']}" if found.get("set") else "")
-        lines.setdefault(cells, []).append(name)
+        lines.setdefault(tuple(cells), []).append(name)
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, width=118)
     for title, width in (("  on", 30), ("teacher tensors", 28), ("default weights, and other defaults there", 40)):
         table.add_column(title, width=width, overflow="fold")
     table.add_column("bytes", justify="right", no_wrap=True)
-    for cells, names in lines.items():
-        table.add_row("\n".join(f"  {n}" for n in names), *cells)
+    for (first, *others), names in lines.items():
+        table.add_row("\n".join(f"  {n}" for n in names), *first)
+        for needs, assignments, bytes_ in others:
+            table.add_row("    with", needs, assignments, bytes_)
     return table
 
 

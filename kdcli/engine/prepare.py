@@ -13,7 +13,7 @@ from kdcli.data.check import check_dataset
 from kdcli.data.coco import Dataset, open_split
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.base import Detector, ModelSpec
-from kdcli.detectors.build import build_detector, lineage_of, parse_model_name
+from kdcli.detectors.build import build_detector, family_of, lineage_of, parse_model_name
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.devices import make_deterministic, pick_amp, pick_device, pick_workers, set_threads
 from kdcli.engine.joining import JoinedTeacher, inherit_regions, join_teacher, open_teacher
@@ -94,6 +94,9 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
         cache=_absolute(options.cache), teacher=_absolute(options.teacher), init_from=_absolute(options.init_from),
         backbone_weights=absolute_weights(options.backbone_weights), method=absolute_methods(options.method),
     )  # fmt: skip
+    for name, method in methods.items():
+        if caution := method.caution(family_of(student.spec.detector), resolved[name]):
+            watcher.note(f"{name}: {caution}")
     joined = join_teacher(side, student, methods, options, source, positions, views, device) if side else None
     return Prepared(
         options, train, val, positions, val_bad, canvas, views, device, amp, pick_workers(options.workers), student,

@@ -63,6 +63,11 @@ class Method(nn.Module):
         """The needs under resolved ``options``: what a store must hold. ``needs`` unless an option changes them."""
         return cls.needs
 
+    @classmethod
+    def caution(cls, detector: str, options: Mapping[str, Any]) -> str | None:
+        """What the user should know of resolved ``options`` on ``detector`` (``Pair.detector``): said as a run starts."""
+        return None
+
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
         """Weighted loss terms by name, each a scalar over the global batch; results call them ``<method>_<name>``."""
         raise AssertionError(f"{type(self).__name__} has no forward")

@@ -7,7 +7,8 @@ store. Numbers are those of the official code (TinyTigerPan/BCKD); where paper a
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kdcli.errors import OptionError
 from kdcli.geometry.boxes import EPS, aligned_giou, aligned_iou
-from kdcli.methods.base import Method, Pair
+from kdcli.methods.base import Method, Pair, method_options
 from kdcli.structures import IGNORED, Batch
 from kdcli.tensors import BOXES, CLS_LOGITS, Need, Tensors, world_mean, world_sum
 
@@ -23,6 +24,7 @@ CLASSES = Need(CLS_LOGITS, "all")
 BOX = Need(BOXES, "all")
 
 Overlap = Literal["giou", "iou", "log_iou"]
+RELEASED_ON = "gfl"  # the one detector that the authors' configurations give weights for
 
 
 class BCKD(Method):
@@ -57,6 +59,17 @@ class BCKD(Method):
         self.cls_weight, self.loc_weight = cls_weight, loc_weight
         self.iou, self.gate_levels, self.beta = iou, gate_levels, beta
 
+    @classmethod
+    def caution(cls, detector: str, options: Mapping[str, Any]) -> str | None:
+        """Off GFL the default weights are untried by the authors."""
+        weights = {name: options[name] for name in ("cls_weight", "loc_weight")}
+        if detector == RELEASED_ON or weights != {n: method_options(cls)[n].default for n in weights}:
+            return None
+        return (
+            f"its weights {weights['cls_weight']:g} and {weights['loc_weight']:g} were published for GFL only, none for "
+            f"{detector}; if it trains badly, lower bckd.loc_weight"
+        )
+
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
         """``cls`` and ``loc``, without those whose weight is 0."""
         targets = batch.targets
@@ -87,14 +100,18 @@ class BCKD(Method):
         return not self.gate_levels or bool((batch.targets.assigned >= 0).any())
 
 
-def bckd_cls(student: Tensor, teacher: Tensor, weight: Tensor, beta: float = 1.0) -> Tensor:
+def bckd_cls(
+    student: Tensor, teacher: Tensor, weight: Tensor, beta: float = 1.0, *, detach_factor: bool = False
+) -> Tensor:
     """Binary class distillation of each anchor, [...]: sum over classes of |p_T - p_S|^beta * BCE(z_S, p_T), weighted.
 
     ``student``, ``teacher``: class logits [..., K]; ``weight`` [...]. arXiv 2308.14286. The factor is part
-    of the graph, as in the official code (the paper does not say). The teacher gets no gradient.
+    of the graph, as in the official code; the paper does not say, and ``detach_factor`` is its other reading. The
+    teacher gets no gradient.
     """
     target = teacher.detach().sigmoid()
-    factor = (target - student.sigmoid()).abs().pow(beta)
+    scores = (student.detach() if detach_factor else student).sigmoid()
+    factor = (target - scores).abs().pow(beta)
     entropy = F.binary_cross_entropy_with_logits(student, target, reduction="none")
     return (factor * entropy).sum(dim=-1) * weight
 

@@ -143,12 +143,39 @@ def test_methods_and_models(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
             assert {path.split("/values")[0].removeprefix("tensors/") for path in on["bytes_by_array"]} >= {
                 *on["needs"]
             }
+
+    def switched(method: str, detector: str) -> dict[str, list[str]]:
+        """What each option adds to the needs."""
+        on = rows[method]["detectors"][detector]
+        assert all(more["bytes"] > on["bytes"] for more in on["options"])
+        return {" or ".join(more["set"]): more["adds"] for more in on["options"]}
+
+    imitation = {
+        "ld.imitation=fine_grained": ["features@fine_grained"],
+        "ld.imitation=gi": ["features@all", "cls_logits@all", "boxes@all"],
+    }
+    backbone = {"defeat.backbone_weight=1": ["backbone/c4@all", "backbone/c5@all"]}
+    classes = ["proposals/boxes@proposals", "proposals/logits@proposals"]
+    for detector in dense:
+        assert switched("ld", detector) == imitation
+        assert switched("defeat", detector) == backbone  # no proposals there
+    assert switched("defeat", "faster_rcnn") == {
+        **backbone, "defeat.obj_cls_weight=1 or defeat.bg_cls_weight=1": classes
+    }  # fmt: skip
+    assert not any(switched(name, "gfl") for name in set(rows) - {"ld", "defeat"})
     monkeypatch.setenv("COLUMNS", "120")
     assert run(["methods", "--canvas", "320"]) == 0
     out, shown = capsys.readouterr()
     assert out == ""
     assert max(map(len, shown.splitlines())) <= 120
-    for text in ("with model.box=distribution", "7 boxes", "before compression", "imitation_weight=2", *rows):
+    for text in (
+        "with model.box=distribution",
+        "7 boxes",
+        "before compression",
+        "imitation_weight=2",
+        "ld.imitation=gi",
+        *rows,
+    ):
         assert text in " ".join(shown.split()), text
     assert run(["methods", "--canvas", "100"]) == 3
     assert run(["methods", "--classes", "0"]) == 2

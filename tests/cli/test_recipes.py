@@ -26,6 +26,9 @@ from kdcli.files import atomic_save
 from kdcli.methods import find_methods
 from kdcli.methods.base import resolve_options
 from kdcli.options import TrainOptions, build
+from kdcli.report import plots
+from kdcli.structures import Canvas
+from kdcli.tensors import FEATURES
 
 assert commands.__all__  # registers the commands on ``app``
 
@@ -40,21 +43,11 @@ FLAGS = [
     "--backbone-weights", "none", *(f"--set=model.{name}={value}" for name, value in WIDTHS.items()),
 ]  # fmt: skip
 
-# every method, every detector, every part of DeFeat and LD; the other recipes run among the slow tests
-QUICK = (
-    "baseline_faster_r50",
-    "bckd_gfl_r50_r101",
-    "defeat_backbone_faster_r50_r152",
-    "defeat_backbone_retinanet_r50_r152",
-    "drkd_faster_r50_rx101",
-    "ld_atss_r50_r101",
-    "ld_fcos_r50_r101",
-    "ld_gi_gfl_r50_r101",
-    "ld_main_gfl_r18_r101",
-    "ld_retinanet_r50_r101",
-    "rm_pfi_retinanet_r50_r101",
-    "teacher_fcos_r101_2x_distribution",
-)
+# C2 to C5; a neck reads all of them or the last three
+CHANNELS = {
+    **dict.fromkeys(("resnet18", "resnet34"), (64, 128, 256, 512)),
+    **dict.fromkeys(("resnet50", "resnet101", "resnet152", "resnext101_64x4d"), (256, 512, 1024, 2048)),
+}
 STORED = ("ld_gfl_r18_r101", "defeat_cls_faster_r50_r152")
 
 recipes = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -187,13 +180,36 @@ def test_stored_options_are_those_of_the_recipe(file: Path) -> None:
     assert len(stores) == (fields["command"] == "distill" and "--teacher" not in commands_of(file)[-1])
 
 
-@pytest.mark.parametrize(
-    "file",
-    [pytest.param(f, id=f.stem, marks=() if f.stem in QUICK else pytest.mark.slow) for f in FILES],
-)
+@recipes
+def test_recipe_builds_its_own_backbone(file: Path) -> None:
+    """The runs below have a small backbone; here each recipe's own goes through its neck and heads, without numbers."""
+    model = build(TrainOptions, fields_of(file)).model
+    detector, backbone = parse_model_name(model.name)
+    built, outputs = run_on_meta(
+        ModelSpec(detector, backbone, len(COCO_CLASSES), model.fpn_channels, model.tower_convs, box=model.box)
+    )
+    assert built.backbone.stage_channels == CHANNELS[backbone]
+    laterals = [m for m in built.neck.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1)]
+    assert tuple(conv.in_channels for conv in laterals) == CHANNELS[backbone][-len(laterals) :]
+    assert len(laterals) == (4 if detector == "faster_rcnn" else 3)
+    assert outputs[FEATURES].shape == (1, built.grid.num_cells(Canvas(HEIGHT, WIDTH)), 256)
+
+
+@cache
+def run_on_meta(spec: ModelSpec) -> tuple[Any, Any]:
+    """A detector of shapes alone, and its outputs for one image."""
+    with torch.device("meta"):
+        detector = build_detector(spec)
+        return detector, detector(torch.zeros(1, 3, HEIGHT, WIDTH))
+
+
+@recipes
 def test_recipe_runs_two_steps(
-    file: Path, coco: Path, teachers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    file: Path, coco: Path, teachers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # half the time of such a run; other tests look at the plots
+    monkeypatch.setattr(plots, "plot_run", lambda run, path: None)
     arguments = ["--data", str(coco)]
     if fields_of(file)["command"] == "distill":
         arguments += ["--teacher", str(teacher_of(file, teachers))]
@@ -213,6 +229,17 @@ def test_recipe_runs_from_the_store_of_its_comment(stem: str, coco: Path, teache
         command[command.index(flag) + 1] = str(value)
     assert run([*command, "--workers", "0", "--threads", "1"]) == 0
     run_recipe(file, tmp_path / "run", "--data", str(coco), "--cache", str(tmp_path / "store"))
+
+
+@pytest.mark.parametrize(("detector", "times"), [("gfl", 0), ("retinanet", 1)])
+def test_bckd_off_gfl_says_that_its_weights_are_ours(
+    detector: str, times: int, coco: Path, teachers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(plots, "plot_run", lambda run, path: None)
+    distill = ["distill", "--data", str(coco), "--teacher", str(teachers(detector, "default")), "--method", "bckd"]
+    assert run([*distill, "--model", f"{detector}_{SMALL}", *FLAGS, "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err.count("bckd: its weights 1 and 4 were published for GFL only") == times
 
 
 def test_skip_empty(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

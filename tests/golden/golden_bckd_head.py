@@ -2,93 +2,75 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
-
 import torch
-from golden_bckd import BCKDCase, bckd_case, check_forms, check_p5, levels_with_positives
-from golden_case import ANCHOR_GRID, Case, assert_near, check_losses
+from golden_bckd import BCKDCase, bckd_case, check_forms, check_single_levels, levels_with_positives
+from golden_case import ANCHOR_GRID, LEVELS, Case, assert_near, check_losses
+from golden_ld import features_of, gfl_of, imitation_loss, ld_case
 from torch import Tensor
 
-from kdcli.detectors.dense.losses import (
-    DFL_MARGIN,
-    DFL_WEIGHT,
-    GIOU_WEIGHT,
-    distribution_focal,
-    gather_positives,
-    gfl_loss,
-)
+from kdcli.detectors.dense.losses import DFL_MARGIN, DFL_WEIGHT, GIOU_WEIGHT, distribution_focal, gather_positives
 from kdcli.geometry.boxes import aligned_giou, encode_distances
 from kdcli.methods.divergence import kl_rows
 from kdcli.methods.ld import MAIN_DIVISOR, VLR_DIVISOR
 
 BOX_WEIGHT_EXTRA = 2e-4  # the repository adds 1e-4 to the scores and 1e-4 to the best of them
-LD_WEIGHTS = (0.0, 0.25)  # of LD's own terms, in the repository's configs and by default: a file does not say which
 
 
 def check_bckd_head(case: Case) -> None:
-    """All losses with their gradients, the box term's weights and the counts.
-
-    The head's imitation term (``loss_im``, weight 0 in its configs) is not ours.
-    """
-    kept = {k: v for k, v in case.arrays.items() if k != "loss_im" and not k.startswith("d_loss_im__")}
-    bckd = with_teacher_shift(case, bckd_case(case))
-    checked = check_p5(case, bckd) | check_forms(case, bckd)
+    """All losses by level with their gradients, the box term's weights and the counts."""
+    batch, _, imitation = case.batch.partition("_")
+    bckd = bckd_case(case, batch or "B")
+    check_single_levels(case, bckd)
+    check_forms(case, bckd)
     counts = {
         "num_total_samples": bckd.average,
         "avg_factor": bckd.average,
         "levels_with_positives": levels_with_positives(bckd),
-        "cls_shift": torch.tensor(case.cls_shift()),
     }
     counts |= {f"score_kd_weight_l{k}": w.reshape(-1) for k, w in enumerate(bckd.weight.split(bckd.sizes, dim=1))}
-    for key in counts.keys() & kept.keys():
-        assert_near(counts[key].reshape(-1), kept[key].reshape(-1), key)
-    names = {key for key in kept if key.startswith("loss_")}
-    losses = {name: loss for name, loss in head_losses(bckd, kept).items() if name in names}
-    check_losses(replace(case, arrays=kept), losses, {"cls": bckd.cls, "bbox": bckd.box})
-    gradients = {key for key in kept if re.fullmatch(r"d_(loss_\w+)__d_(cls|bbox)_l\d(__(sum_c|sum_hw|idx|val))?", key)}
-    unknown = set(kept) - checked - counts.keys() - names - gradients
-    assert not unknown, f"no check for {sorted(unknown)}"
+    for key in counts.keys() & case.arrays.keys():
+        assert_near(counts[key].reshape(-1).float(), case.arrays[key].reshape(-1).float(), key)
+    base, levels = gfl_of(bckd.cls, bckd.box, bckd.targets, eps=None)
+    by_level = {**head_losses(case, bckd), "loss_cls": levels["loss_cls"]}
+    inputs = {"cls": bckd.cls, "bbox": bckd.box}
+    if "loss_im" in case.arrays:
+        inputs["feat"] = [leaf.requires_grad_() for leaf in features_of(case, "student")]
+        # the released configurations, which give it weight 0, name finegrained
+        loss = imitation_loss(case, ld_case(case, batch or "B"), bckd.teacher_logits, imitation or "finegrained",
+            inputs["feat"])  # fmt: skip
+        by_level["loss_im"] = switched(case, "loss_im", 2.0) * loss
+    losses = {name: loss.sum() for name, loss in by_level.items() if name in case.arrays}
+    check_losses(case, losses | {"loss_cls": base["loss_cls"]}, inputs, by_level)
 
 
-def with_teacher_shift(case: Case, bckd: BCKDCase) -> BCKDCase:
-    """A file of lowered scores does not say whether the teacher's were lowered too; its weights of the box term do."""
-    key, shift = "score_kd_weight_l0", case.cls_shift()
-    if not shift or key not in case.arrays:
-        return bckd
-    lowered = replace(bckd, teacher_logits=bckd.teacher_logits + shift)
-
-    def error(candidate: BCKDCase) -> float:
-        first = candidate.weight[:, : candidate.sizes[0]]
-        return float((first.reshape(-1) - case.arrays[key].reshape(-1)).abs().max())
-
-    return min(bckd, lowered, key=error)
+def switched(case: Case, name: str, default: float) -> float:
+    """The weight of a term that the released configurations switch off: 0 where all that the file has of it is 0."""
+    on = bool(case.arrays[name].any()) if name in case.arrays else False
+    return case.setting(default if on else 0.0, f"{name}_weight")
 
 
-def head_losses(bckd: BCKDCase, golden: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every loss of the head summed over levels; the terms that it multiplies by 0 are 0."""
+def head_losses(case: Case, bckd: BCKDCase) -> dict[str, Tensor]:
+    """Every loss of the head but GFL's class loss, by level [L]; the terms that it multiplies by 0 are 0."""
     vlr = bckd.vlr()
-    edges = kl_rows(bckd.distribution, bckd.teacher_box, 10.0).sum(dim=-1)  # [B, N]
-    nothing = 0 * bckd.distribution.sum()
-    base, main = box_losses(bckd, edges)
-    losses = {
-        **base,
-        "loss_ld": main,
-        "loss_ld_vlr": (edges * vlr).sum() / VLR_DIVISOR,
-        "loss_kd": bckd.per_level(bckd.class_rows()).sum() / bckd.average,
+    temperature = case.setting(10.0, "loss_ld_T", "ld_T", "T")
+    edges = kl_rows(bckd.distribution, bckd.teacher_box, temperature).sum(dim=-1)  # [B, N]
+    boxes, main = box_losses(bckd, edges)
+    rows = bckd.box_rows("giou")
+    nothing = 0 * bckd.per_level(edges)
+    return {
+        **boxes,
+        "loss_ld": switched(case, "loss_ld", 0.25) * main,
+        "loss_ld_vlr": switched(case, "loss_ld_vlr", 0.25) * bckd.per_level(edges * vlr, gated=False) / VLR_DIVISOR,
+        "loss_kd": case.setting(1.0, "loss_kd_weight") * bckd.per_level(bckd.class_rows()) / bckd.average,
         "loss_kd_neg": nothing,
-        "loss_score_kd": 4 * bckd.per_level(bckd.box_rows("giou")).sum() / bckd.average,
+        "loss_score_kd": bckd.loc_weight * bckd.per_level(rows) / bckd.average,
         "loss_score_kd_vlr": nothing,
-        "loss_score_kd_vlr_raw": bckd.per_level(bckd.box_rows("giou") * (vlr > 0)).sum(),
+        "loss_score_kd_vlr_raw": bckd.per_level(rows * (vlr > 0)),
     }
-    for name in {"loss_ld", "loss_ld_vlr"} & golden.keys():
-        ours, theirs = float(losses[name].detach()), float(golden[name].double().sum())
-        losses[name] = min(LD_WEIGHTS, key=lambda weight: abs(weight * ours - theirs)) * losses[name]
-    return losses
 
 
 def box_losses(bckd: BCKDCase, edges: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """GFL's three losses, and main LD of weight 1, with this repository's weights of the positives."""
+    """GFL's two box losses, and main LD of weight 1, by level, with this repository's weights of the positives."""
     targets = bckd.targets
     found = gather_positives(targets)
     place = (found.image, found.anchor)
@@ -99,10 +81,13 @@ def box_losses(bckd: BCKDCase, edges: Tensor) -> tuple[dict[str, Tensor], Tensor
     distance = encode_distances(center, goal).clamp(0, rows.shape[-1] - 1 - DFL_MARGIN)
     weight = bckd.logits.detach()[place].sigmoid().amax(dim=-1) + BOX_WEIGHT_EXTRA
     total = weight.sum() + 1e-6
-    base = gfl_loss(bckd.logits, bckd.distribution, targets, ANCHOR_GRID)
+    level = torch.bucketize(found.anchor, torch.tensor(bckd.sizes).cumsum(0), right=True)
+
+    def by_level(values: Tensor) -> Tensor:
+        return values.new_zeros(LEVELS).index_add(0, level, values * weight)
+
     losses = {
-        "loss_cls": base["loss_cls"],
-        "loss_bbox": GIOU_WEIGHT * ((1 - aligned_giou(boxes, goal)) * weight).sum() / total,
-        "loss_dfl": DFL_WEIGHT * (distribution_focal(rows, distance).mean(dim=-1) * weight).sum() / total,
+        "loss_bbox": GIOU_WEIGHT * by_level(1 - aligned_giou(boxes, goal)) / total,
+        "loss_dfl": DFL_WEIGHT * by_level(distribution_focal(rows, distance).mean(dim=-1)) / total,
     }
-    return losses, (edges[place] * weight).sum() / MAIN_DIVISOR
+    return losses, by_level(edges[place]) / MAIN_DIVISOR

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,17 +14,42 @@ from torch import Tensor
 
 from kdcli.geometry.assign import AssignerSpec, assign
 from kdcli.geometry.grid import Grid
-from kdcli.structures import Canvas, Targets
+from kdcli.structures import IGNORED, Canvas, Targets
 from kdcli.tensors import flatten_levels
 
 TOLERANCE = 1e-5  # of a loss, and of the largest gradient
 LOW_SCORE = -7.0
 LEVELS = 5
+HYPER = re.compile(r"(?:^|_)(?:T|weight)$")  # names of hyper-parameters, which are scalars, e.g. "loss_ld_T"
 
 ANCHOR_GRID = Grid()
 RETINA_GRID = Grid(base_scale=4.0, scales=(1.0, 2 ** (1 / 3), 2 ** (2 / 3)), ratios=(0.5, 1.0, 2.0))
 ATSS = AssignerSpec("atss", topk=9)
 MAX_IOU = AssignerSpec("max_iou", pos_iou=0.5, neg_iou=0.4, min_pos_iou=0.0)
+
+
+class Arrays(dict[str, Tensor]):
+    """The arrays of a file, which remember the keys that were looked at: a check must look at all of them."""
+
+    def __init__(self, arrays: dict[str, Tensor]) -> None:
+        super().__init__(arrays)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def matching(self, pattern: str) -> dict[str, re.Match[str]]:
+        """Keys that match as a whole, with their match; not yet looked at."""
+        return {key: found for key in self if (found := re.fullmatch(pattern, key))}
+
+    def leave_out(self, pattern: str) -> None:
+        """Take keys for seen that kdcli has no counterpart of; the caller says why."""
+        self.seen |= self.matching(pattern).keys()
+
+    def unseen(self) -> list[str]:
+        """What no check has looked at."""
+        return sorted(self.keys() - self.seen)
 
 
 @dataclass(frozen=True)
@@ -33,17 +59,30 @@ class Case:
     folder: Path
     name: str
     batch: str
-    arrays: dict[str, Tensor]
+    arrays: Arrays
 
     def file(self, name: str) -> dict[str, Tensor]:
         """Another file of the same folder, e.g. "batches"."""
         return load(self.folder / f"{name}.npz")
 
+    def setting(self, default: float, *names: str) -> float:
+        """A hyper-parameter: the first of ``names`` that the file has, else the published ``default``."""
+        return next((float(self.arrays[name]) for name in names if name in self.arrays), default)
+
     def cls_shift(self) -> float:
-        """What is added to the class logits of the inputs."""
-        if "cls_shift" in self.arrays:
-            return float(self.arrays["cls_shift"])
-        return LOW_SCORE if self.name.endswith("_lowscore") else 0.0
+        """What is added to the student's class logits of the inputs."""
+        return self.setting(LOW_SCORE if self.name.endswith("_lowscore") else 0.0, "cls_shift")
+
+    def teacher_shift(self, error: Callable[[float], float]) -> float:
+        """What is added to the teacher's class logits: what the file says, else 0 or the student's shift.
+
+        A file of lowered scores need not say whether the teacher's were lowered too. What it holds does: ``error`` is
+        how far ours is from that, for a shift of the teacher.
+        """
+        shift = self.cls_shift()
+        if "teacher_cls_shift" in self.arrays or not shift:
+            return self.setting(0.0, "teacher_cls_shift")
+        return min((0.0, shift), key=error)
 
 
 @lru_cache(maxsize=32)
@@ -110,22 +149,76 @@ def assert_near(ours: Tensor, golden: Tensor, what: str, scale: float | None = N
     assert error <= TOLERANCE * largest, f"{what}: off by {error:.3g}, largest value {largest:.3g}"
 
 
-def check_losses(case: Case, losses: dict[str, Tensor], inputs: dict[str, list[Tensor]]) -> None:
-    """Every loss summed over levels, and its gradient to every input on every level, zero where the file has none."""
-    names = {key for key in case.arrays if key.startswith("loss_")}
-    assert names == set(losses)
+def number(text: str) -> float:
+    """A number as keys spell it: ``1p5`` is 1.5."""
+    return float(text.replace("p", "."))
+
+
+def on_level(targets: Targets, sizes: list[int], level: int) -> Targets:
+    """The same with everything ignored that lies on another level."""
+    start = sum(sizes[:level])
+    assigned = torch.full_like(targets.assigned, IGNORED)
+    part = slice(start, start + sizes[level])
+    assigned[:, part] = targets.assigned[:, part]
+    return replace(targets, assigned=assigned)
+
+
+def by_level(
+    loss: Callable[[Targets], dict[str, Tensor]], norms: Callable[[Targets], dict[str, float]],
+    targets: Targets, sizes: list[int],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Each loss by level, [L]: ``loss`` of one level's targets, divided by what the whole batch is divided by.
+
+    ``norms``: what each loss is divided by.
+    """
+    found: dict[str, list[Tensor]] = {}
+    whole = norms(targets)
+    for level in range(len(sizes)):
+        part = on_level(targets, sizes, level)
+        own = norms(part)
+        for name, value in loss(part).items():
+            found.setdefault(name, []).append(value.detach() * own[name] / whole[name])
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def check_losses(
+    case: Case, losses: dict[str, Tensor], inputs: dict[str, list[Tensor]], levels: dict[str, Tensor]
+) -> None:
+    """Every loss, its part of every level, and its gradient to every input on every level, zero where the file has none.
+
+    ``levels``: by loss [L], for files that hold losses by level; FCOS's losses are one number.
+    """
+    names = {key for key in case.arrays if key.startswith("loss_") and not HYPER.search(key)}
+    assert names == set(losses), f"losses of the file: {sorted(names)}, ours: {sorted(losses)}"
     for name, loss in losses.items():
-        ours, golden = float(loss.detach()), float(case.arrays[name].double().sum())
-        assert abs(ours - golden) <= TOLERANCE * abs(golden), f"{name}: {ours} against {golden}"
-        flat_inputs = [leaf for maps in inputs.values() for leaf in maps]
-        found = torch.autograd.grad(loss, flat_inputs, retain_graph=True, allow_unused=True)
-        gradients = iter(torch.zeros_like(x) if g is None else g for x, g in zip(flat_inputs, found, strict=True))
-        for key, maps in inputs.items():
-            for level in range(len(maps)):
-                check_gradient(case.arrays, f"d_{name}__d_{key}_l{level}", next(gradients))
+        golden = case.arrays[name]
+        assert_loss(loss, golden.double().sum(), name)
+        if golden.numel() > 1:
+            assert_loss(levels[name], golden, f"{name} by level")
+        check_gradients(case, name, loss, inputs)
 
 
-def check_gradient(arrays: dict[str, Tensor], key: str, ours: Tensor) -> None:
+def check_gradients(case: Case, name: str, loss: Tensor, inputs: dict[str, list[Tensor]]) -> None:
+    """The gradient of one loss to every input on every level."""
+    flat_inputs = [leaf for maps in inputs.values() for leaf in maps]
+    found = torch.autograd.grad(loss, flat_inputs, retain_graph=True, allow_unused=True)
+    gradients = iter(torch.zeros_like(x) if g is None else g for x, g in zip(flat_inputs, found, strict=True))
+    for key, maps in inputs.items():
+        for level in range(len(maps)):
+            check_gradient(case.arrays, f"d_{name}__d_{key}_l{level}", next(gradients))
+
+
+def assert_loss(ours: Tensor, golden: Tensor, what: str) -> None:
+    """Equal within 1e-5 of each value; a part below 1 % of the largest one within 1e-5 of that 1 %."""
+    assert ours.shape == golden.shape, f"{what}: {tuple(ours.shape)} against {tuple(golden.shape)}"
+    mine, theirs = ours.detach().double(), golden.double()
+    scale = theirs.abs().clamp(min=float(theirs.abs().max()) / 100)
+    assert bool(((mine - theirs).abs() <= TOLERANCE * scale).all()), (
+        f"{what}: {mine.tolist()} against {theirs.tolist()}"
+    )
+
+
+def check_gradient(arrays: Arrays, key: str, ours: Tensor) -> None:
     """Compare with the full gradient, or with the reduced forms that the file holds of it."""
     views: dict[str, Callable[[], Tensor]] = {
         key: lambda: ours,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ from golden_case import (
     RETINA_GRID,
     Case,
     assert_near,
+    by_level,
     canvas_of,
     check_losses,
     content_of,
@@ -26,11 +26,11 @@ from golden_case import (
 )
 from golden_defeat import check_defeat_cls, check_defeat_inputs, check_defeat_neck
 from golden_fcos import check_fcos, check_fcosplus
-from golden_ld import check_general_instances, check_ld_mmdet3, check_ld_repo
+from golden_ld import check_general_instances, check_ld_mmdet3, check_ld_repo, gfl_of
 from torch import Tensor
 
 from kdcli.detectors.dense.decode import candidates, decode
-from kdcli.detectors.dense.losses import atss_loss, gather_positives, gfl_loss, retinanet_loss
+from kdcli.detectors.dense.losses import atss_loss, centerness_target, gather_positives, retinanet_loss
 from kdcli.geometry.assign import assign
 from kdcli.geometry.boxes import encode_deltas, pairwise_diou_official, pairwise_iou
 from kdcli.geometry.derive import decode_distribution, integral
@@ -40,6 +40,7 @@ from kdcli.methods.divergence import kl_rows
 from kdcli.structures import IGNORED, VLR, Canvas, Targets
 
 NUM_CLASSES = 20
+KL_INPUTS = ("pred", "soft_label", "weight", "T", "loss_weight", "avg_factor")
 
 
 def check_anchors(case: Case) -> None:
@@ -54,32 +55,30 @@ def check_anchors(case: Case) -> None:
     # the first cell lies at (0, 0), so its anchors are the base anchors
     ours["base_anchor"] = [level[:1] for level in ours["anchors"]]
     ours["retina_base_anchors"] = [level[: RETINA_GRID.num_anchors] for level in ours["retina_anchors"]]
-    for key, golden in case.arrays.items():
-        if key.endswith("_valid"):
-            assert torch.equal(ANCHOR_GRID.valid(canvas, content_of(case, key[: -len("_valid")])), golden.bool()), key
-        else:
-            name, level = key.rsplit("_l", 1)
-            assert_near(ours[name][int(level)], golden, key)
+    for key, found in case.arrays.matching(r"(\w+)_valid").items():
+        assert torch.equal(ANCHOR_GRID.valid(canvas, content_of(case, found[1])), case.arrays[key].bool()), key
+    for key, found in case.arrays.matching(rf"({'|'.join(ours)})_l(\d)").items():
+        assert_near(ours[found[1]][int(found[2])], case.arrays[key], key)
 
 
 def check_kl(case: Case) -> None:
     """KL with temperature: rows, mean, weighted mean and with the loss weight."""
-    tags = [key[: -len("_pred")] for key in case.arrays if key.endswith("_pred")]
+    tags = [found[1] for found in case.arrays.matching(r"(\w+)_pred").values()]
     assert tags
     for tag in tags:
-        g = {key[len(tag) + 1 :]: value for key, value in case.arrays.items() if key.startswith(f"{tag}_")}
+        g = {key: case.arrays[f"{tag}_{key}"] for key in KL_INPUTS}
         pred = g["pred"].clone().requires_grad_()
         rows = kl_rows(pred, g["soft_label"], float(g["T"]))
-        assert_near(rows, g["loss_none"], f"{tag} rows")
+        assert_near(rows, case.arrays[f"{tag}_loss_none"], f"{tag} rows")
         weighted = (rows * g["weight"]).sum() / g["avg_factor"]
         for form, loss in (
             ("mean", rows.mean()),
             ("weighted", weighted),
             ("module", weighted * g["loss_weight"]),
         ):
-            assert_near(loss.reshape(1), g[f"loss_{form}"], f"{tag} {form}")
+            assert_near(loss.reshape(1), case.arrays[f"{tag}_loss_{form}"], f"{tag} {form}")
             (gradient,) = torch.autograd.grad(loss, pred, retain_graph=True)
-            assert_near(gradient, g[f"grad_{form}"], f"{tag} gradient of {form}")
+            assert_near(gradient, case.arrays[f"{tag}_grad_{form}"], f"{tag} gradient of {form}")
 
 
 def check_targets(case: Case, targets: Targets, grid: Grid, deltas: bool) -> None:
@@ -108,9 +107,8 @@ def check_gfl(case: Case) -> None:
     cls, box = leaves(inputs, "cls", case.cls_shift()), leaves(inputs, "bbox")
     targets = make_targets(case, case.batch, canvas_of(inputs), ANCHOR_GRID, ATSS)
     check_targets(case, targets, ANCHOR_GRID, deltas=False)
-    bins = box[0].shape[1] // 4
-    losses = gfl_loss(flat(cls, (NUM_CLASSES,)), flat(box, (4, bins)), targets, ANCHOR_GRID)
-    check_losses(case, losses, {"cls": cls, "bbox": box})
+    losses, levels = gfl_of(cls, box, targets, eps=None)
+    check_losses(case, losses, {"cls": cls, "bbox": box}, levels)
 
 
 def check_atss(case: Case) -> None:
@@ -120,8 +118,20 @@ def check_atss(case: Case) -> None:
     box, centerness = leaves(inputs, "bbox"), leaves(inputs, "centerness")
     targets = make_targets(case, case.batch, canvas_of(inputs), ANCHOR_GRID, ATSS)
     check_targets(case, targets, ANCHOR_GRID, deltas=False)
-    losses = atss_loss(flat(cls, (NUM_CLASSES,)), flat(box, (4,)), flat(centerness, (1,)), targets, ANCHOR_GRID)
-    check_losses(case, losses, {"cls": cls, "bbox": box, "centerness": centerness})
+    outputs = flat(cls, (NUM_CLASSES,)), flat(box, (4,)), flat(centerness, (1,))
+
+    def loss(part: Targets) -> dict[str, Tensor]:
+        return atss_loss(*outputs, part, ANCHOR_GRID)
+
+    def norms(part: Targets) -> dict[str, float]:
+        found = gather_positives(part)
+        centers = ANCHOR_GRID.centers(part.canvas, torch.float32)[found.anchor]
+        total = max(float(centerness_target(centers, found.boxes).sum()), 1.0)
+        average = float(found.average)
+        return {"loss_cls": average, "loss_bbox": total, "loss_centerness": average}
+
+    levels = by_level(loss, norms, targets, ANCHOR_GRID.level_sizes(targets.canvas))
+    check_losses(case, loss(targets), {"cls": cls, "bbox": box, "centerness": centerness}, levels)
 
 
 def check_retina(case: Case) -> None:
@@ -141,8 +151,16 @@ def check_retina(case: Case) -> None:
         assigned.append(golden)
     targets = Targets(ours.boxes, ours.labels, ours.content, canvas, torch.stack(assigned), ours.valid)
     check_targets(case, targets, RETINA_GRID, deltas=True)
-    losses = retinanet_loss(flat(cls, (NUM_CLASSES,)), flat(box, (4,)), targets, RETINA_GRID)
-    check_losses(case, losses, {"cls": cls, "bbox": box})
+    outputs = flat(cls, (NUM_CLASSES,)), flat(box, (4,))
+
+    def loss(part: Targets) -> dict[str, Tensor]:
+        return retinanet_loss(*outputs, part, RETINA_GRID)
+
+    def norms(part: Targets) -> dict[str, float]:
+        return dict.fromkeys(("loss_cls", "loss_bbox"), float(gather_positives(part).average))
+
+    levels = by_level(loss, norms, targets, RETINA_GRID.level_sizes(canvas))
+    check_losses(case, loss(targets), {"cls": cls, "bbox": box}, levels)
 
 
 def tied_anchors(canvas: Canvas, boxes: Tensor) -> Tensor:
@@ -156,7 +174,7 @@ def tied_anchors(canvas: Canvas, boxes: Tensor) -> Tensor:
 def check_atss_assign(case: Case) -> None:
     """ATSS positives, their IoU and the count of valid anchors of every image in the file."""
     canvas = canvas_of(case.file("inputs_student"))
-    names = [key[: -len("_gt_inds")] for key in case.arrays if key.endswith("_gt_inds")]
+    names = [found[1] for found in case.arrays.matching(r"(\w+)_gt_inds").values()]
     assert names
     for name in names:
         boxes, content = case.file("batches")[f"{name}_gt_bboxes"], content_of(case, name)
@@ -165,42 +183,53 @@ def check_atss_assign(case: Case) -> None:
         assert torch.equal(ours, torch.where(golden == -2, IGNORED, golden - 1)), name
         positive = ours >= 0
         iou = pairwise_iou(boxes.double(), ANCHOR_GRID.anchors(canvas))
-        best = iou[ours[positive].long(), torch.nonzero(positive)[:, 0]]
-        assert_near(best, case.arrays[f"{name}_max_overlaps"][positive], f"{name} overlaps")
-        labels = case.file("batches")[f"{name}_gt_labels"]
-        assert torch.equal(case.arrays[f"{name}_labels"][positive], labels[ours[positive].long()])
+        # an image without boxes has overlap 0 everywhere, another -1 where no box was assigned
+        overlaps = torch.where(ours == IGNORED, -2.0, -1.0 if len(boxes) else 0.0)
+        overlaps[positive] = iou[ours[positive].long(), torch.nonzero(positive)[:, 0]].float()
+        assert_near(overlaps, case.arrays[f"{name}_max_overlaps"], f"{name} overlaps")
+        labels = torch.where(ours == IGNORED, -2, -1)
+        labels[positive] = case.file("batches")[f"{name}_gt_labels"][ours[positive].long()].long()
+        assert torch.equal(labels, case.arrays[f"{name}_labels"].long()), f"{name} labels"
         levels = ANCHOR_GRID.valid(canvas, content).split(ANCHOR_GRID.level_sizes(canvas))
         assert [int(v.sum()) for v in levels] == case.arrays[f"{name}_num_level_valid"].tolist()
 
 
 def check_vlr(case: Case) -> None:
-    """The valuable localization region, official and repaired, and the imitation masks (gi_* in check_general)."""
-    canvas = canvas_of(case.file("inputs_student"))
-    names = [key[: -len("_vlr")] for key in case.arrays if key.endswith("_vlr")]
+    """The valuable localization region, official and repaired, the imitation masks, and the general instances."""
+    names = [found[1] for found in case.arrays.matching(r"(\w+)_vlr").values()]
+    regions = {found[1]: None for found in case.arrays.matching(r"(\w+_img\d+)_im_\w+").values()}
     assert names
     for name in names:
-        boxes, content = case.file("batches")[f"{name}_gt_bboxes"], content_of(case, name)
-        valid = ANCHOR_GRID.valid(canvas, content)
-        asis = pairwise_diou_official(boxes.double(), ANCHOR_GRID.anchors(canvas)).T
-        assert_near(asis[valid], case.arrays[f"{name}_diou_asis"][valid], f"{name} official DIoU")
-        assigned = assign(ATSS, ANCHOR_GRID, canvas, boxes, content)
-        for metric, suffix in (("official", "vlr"), ("diou", "vlr_unionfixed")):
-            spec = RegionSpec(vlr_metric=metric)  # type: ignore[arg-type]
-            entries = compute_entries(frozenset({"main", "vlr"}), spec, ANCHOR_GRID, canvas, boxes, assigned, content)
-            golden = case.arrays[f"{name}_{suffix}"].clamp(min=0)
-            ours = torch.zeros_like(golden).index_copy(0, entries.index, entries.weight)
-            flagged = entries.index[(entries.flag & VLR) != 0]
-            assert torch.equal(flagged, torch.nonzero(golden)[:, 0]), f"{name} {suffix}"
-            assert_near(ours, golden, f"{name} {suffix}")
-    regions = {key.split("_im_")[0] for key in case.arrays if "_im_" in key}
+        check_vlr_of(case, name)
+    canvas = canvas_of(case.file("inputs_student"))
     for name in regions:
         boxes, content = case.file("batches")[f"{name}_gt_bboxes"], content_of(case, name)
+        valid = ANCHOR_GRID.valid(canvas, content)
         inside = vlr_weights(RegionSpec(vlr_metric="inside"), ANCHOR_GRID, canvas, boxes, content) > 0
         fine = fine_grained_cells(ANCHOR_GRID, canvas, boxes, content)
         for kind, ours in (("finegrained", fine), ("fitnet", inside), ("gibox", inside), ("decouple", inside)):
-            golden = case.arrays[f"{name}_im_{kind}"] == 1
-            assert torch.equal(ours, golden), f"{name} {kind}: {int((ours != golden).sum())} cells differ"
-    check_general_instances(case)
+            if f"{name}_im_{kind}" in case.arrays:
+                golden, marked = case.arrays[f"{name}_im_{kind}"], torch.where(valid, ours.int(), -1)
+                assert torch.equal(marked, golden.int()), f"{name} {kind}: {int((marked != golden).sum())} cells differ"
+    check_general_instances(case, case.batch or names[0].split("_img")[0])
+
+
+def check_vlr_of(case: Case, name: str) -> None:
+    """The region of one image in both forms; anchors outside the valid area are -1 there."""
+    canvas = canvas_of(case.file("inputs_student"))
+    boxes, content = case.file("batches")[f"{name}_gt_bboxes"], content_of(case, name)
+    valid = ANCHOR_GRID.valid(canvas, content)
+    asis = pairwise_diou_official(boxes.double(), ANCHOR_GRID.anchors(canvas)).T
+    assert_near(asis[valid], case.arrays[f"{name}_diou_asis"][valid], f"{name} official DIoU")
+    assigned = assign(ATSS, ANCHOR_GRID, canvas, boxes, content)
+    for metric, suffix in (("official", "vlr"), ("diou", "vlr_unionfixed")):
+        spec = RegionSpec(vlr_metric=metric)  # type: ignore[arg-type]
+        entries = compute_entries(frozenset({"main", "vlr"}), spec, ANCHOR_GRID, canvas, boxes, assigned, content)
+        golden = case.arrays[f"{name}_{suffix}"]
+        ours = torch.where(valid, torch.zeros_like(golden), -1.0).index_copy(0, entries.index, entries.weight)
+        flagged = entries.index[(entries.flag & VLR) != 0]
+        assert torch.equal(flagged, torch.nonzero(golden > 0)[:, 0]), f"{name} {suffix}"
+        assert_near(ours, golden, f"{name} {suffix}")
 
 
 def check_gfl_predict(case: Case) -> None:
@@ -217,13 +246,17 @@ def check_gfl_predict(case: Case) -> None:
             assert_near(part, case.arrays[f"{name}_l{level}"], f"{name}_l{level}")
     logits = flat([inputs[f"cls_l{k}"] for k in range(LEVELS)], (NUM_CLASSES,)) + case.cls_shift()
     content = torch.tensor([content_of(case, name) for name in images(case, case.batch or "B")])
-    thresholds = {m[1] for key in case.arrays if (m := re.match(r"thr(\d+)_", key))}
+    thresholds = {found[1] for found in case.arrays.matching(r"thr(\d+)_\w+").values()}
     assert thresholds
+    nms_pre, most = int(case.setting(1000, "nms_pre")), int(case.setting(100, "max_per_img"))
+    iou = case.setting(0.6, "nms_iou")
     for tag in thresholds:
         threshold, scores = int(tag) / 100, logits.sigmoid()
-        after = decode(boxes, scores, sizes, content, score_thr=threshold, nms_pre=1000, nms_iou=0.6, max_per_image=100)
+        after = decode(
+            boxes, scores, sizes, content, score_thr=threshold, nms_pre=nms_pre, nms_iou=iou, max_per_image=most
+        )
         for i in range(len(content)):
-            before = candidates(boxes[i], scores[i], sizes, content[i], score_thr=threshold, nms_pre=1000)
+            before = candidates(boxes[i], scores[i], sizes, content[i], score_thr=threshold, nms_pre=nms_pre)
             for stage, ours in (("prenms", before), ("nms", after[i])):
                 key = f"thr{tag}_{stage}_img{i}"
                 assert torch.equal(ours.labels, case.arrays[f"{key}_labels"].long()), key

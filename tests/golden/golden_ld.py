@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from golden_case import (
     ATSS,
     LEVELS,
     Case,
+    by_level,
     canvas_of,
     check_losses,
     flat,
@@ -18,7 +20,7 @@ from golden_case import (
 )
 from torch import Tensor
 
-from kdcli.detectors.dense.losses import gfl_loss
+from kdcli.detectors.dense.losses import gather_positives, gfl_loss
 from kdcli.geometry.derive import decode_distribution
 from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, vlr_weights
 from kdcli.methods.divergence import kl_rows
@@ -27,29 +29,64 @@ from kdcli.methods.ld_imitation import general_instances, level_mean_square, lev
 from kdcli.structures import Batch, Entries, RowKey, Targets
 
 NUM_CLASSES = 20
+Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class LDCase:
     """Both networks' outputs on a batch and the places where LD reads them."""
 
+    case: Case
     cls: list[Tensor]  # student, one leaf a level
     box: list[Tensor]
     targets: Targets
     entries: Entries
-    edges: Tensor  # [M] KL over the four edges of every entry, T 10
-    base: dict[str, Tensor]  # the student's own GFL losses, as LD's heads normalise them
+    edges: Tensor  # [M] KL over the four edges of every entry
 
     @property
     def logits(self) -> Tensor:
         return flat(self.cls, (NUM_CLASSES,))
 
-    def main_loss(self) -> Tensor:
-        """Main LD, weight .25."""
-        main = self.entries.select("main")
+    @property
+    def level(self) -> Tensor:
+        """Of each entry, [M]."""
+        return level_of(self.entries.index, ANCHOR_GRID, batch_of(self.targets))
+
+    def main_loss(self, on: Tensor) -> Tensor:
+        """Main LD of the entries ``on`` [M] bool."""
+        main = self.entries.select("main") & on
         score = self.logits[self.entries.image[main], self.entries.index[main]].detach().sigmoid().amax(dim=-1)
-        loss: Tensor = 0.25 * weighted_sum(self.edges[main], score, MAIN_DIVISOR)
-        return loss
+        weight = self.case.setting(0.25, "loss_ld_weight", "ld_weight")
+        return weight * weighted_sum(self.edges[main], score, MAIN_DIVISOR)
+
+    def vlr_loss(self, on: Tensor) -> Tensor:
+        """VLR LD of the entries ``on``."""
+        vlr = self.entries.select("vlr") & on
+        weight = self.case.setting(0.25, "loss_ld_vlr_weight", "ld_vlr_weight")
+        return weight * weighted_sum(self.edges[vlr], self.entries.weight[vlr], VLR_DIVISOR)
+
+    def with_levels(self, terms: Callable[[Tensor], Terms]) -> tuple[Terms, Terms]:
+        """GFL's losses and ``terms`` of some entries: their values, and the same by level."""
+        losses, levels = gfl_of(self.cls, self.box, self.targets, eps=1e-6)
+        parts = [terms(self.level == k) for k in range(LEVELS)]
+        losses |= terms(torch.ones_like(self.level, dtype=torch.bool))
+        return losses, levels | {name: torch.stack([part[name].detach() for part in parts]) for name in parts[0]}
+
+
+def gfl_of(cls: list[Tensor], box: list[Tensor], targets: Targets, eps: float | None) -> tuple[Terms, Terms]:
+    """GFL's losses, and the same by level; ``eps`` as in ``gfl_loss``."""
+    outputs = flat(cls, (NUM_CLASSES,)), flat(box, (4, box[0].shape[1] // 4))
+
+    def loss(part: Targets) -> Terms:
+        return gfl_loss(*outputs, part, ANCHOR_GRID, eps=eps)
+
+    def norms(part: Targets) -> dict[str, float]:
+        found = gather_positives(part)
+        total = float(outputs[0].detach()[found.image, found.anchor].amax(dim=-1).sigmoid().sum())
+        total = max(total, 1.0) if eps is None else total + eps
+        return {"loss_cls": float(found.average), "loss_bbox": total, "loss_dfl": total}
+
+    return loss(targets), by_level(loss, norms, targets, ANCHOR_GRID.level_sizes(targets.canvas))
 
 
 def ld_case(case: Case, batch: str) -> LDCase:
@@ -66,14 +103,15 @@ def ld_case(case: Case, batch: str) -> LDCase:
     trailing = (4, box[0].shape[1] // 4)
     place = (entries.image, entries.index)
     ours, theirs = flat(box, trailing)[place], flat([teacher[f"bbox_l{k}"] for k in range(LEVELS)], trailing)[place]
-    base = gfl_loss(flat(cls, (NUM_CLASSES,)), flat(box, trailing), targets, ANCHOR_GRID, eps=1e-6)
-    return LDCase(cls, box, targets, entries, kl_rows(ours, theirs, 10.0).sum(dim=-1), base)
+    temperature = case.setting(10.0, "loss_ld_T", "ld_T", "T")
+    return LDCase(case, cls, box, targets, entries, kl_rows(ours, theirs, temperature).sum(dim=-1))
 
 
 def check_ld_mmdet3(case: Case) -> None:
     """mmdet's LDHead: GFL with 1e-6 added to its normaliser, and LD on the positives."""
     ld = ld_case(case, case.batch)
-    check_losses(case, {**ld.base, "loss_ld": ld.main_loss()}, {"cls": ld.cls, "bbox": ld.box})
+    losses, levels = ld.with_levels(lambda on: {"loss_ld": ld.main_loss(on)})
+    check_losses(case, losses, {"cls": ld.cls, "bbox": ld.box}, levels)
 
 
 def check_ld_repo(case: Case) -> None:
@@ -81,27 +119,40 @@ def check_ld_repo(case: Case) -> None:
     batch, _, imitation = case.batch.partition("_")
     assert imitation, f"{case.name}: write ld_repo_<batch>_<imitation>"
     ld = ld_case(case, batch)
-    vlr, main = ld.entries.select("vlr"), ld.entries.select("main")
-    place = (ld.entries.image[main], ld.entries.index[main])
-    theirs = flat([case.file("inputs_teacher")[f"cls_l{k}"] for k in range(LEVELS)], (NUM_CLASSES,))
-    level = level_of(ld.entries.index[main], ANCHOR_GRID, batch_of(ld.targets))
-    features, teacher = features_of(case, "student"), features_of(case, "teacher")
+    teacher = teacher_logits(case)
+    features = features_of(case, "student")
     for leaf in features:
         leaf.requires_grad_()
-    image, cell, of_level = imitated(case, ld, theirs, imitation)
-    width = (features[0].shape[1],)
-    losses = {
-        **ld.base,
-        "loss_ld": ld.main_loss(),
-        "loss_ld_vlr": 0.25 * weighted_sum(ld.edges[vlr], ld.entries.weight[vlr], VLR_DIVISOR),
-        "loss_kd": 10 * class_kd(ld.logits[place], theirs[place], level, LEVELS, 2.0),
-        "loss_kd_neg": 0 * ld.logits.sum(),  # the repository multiplies it by 0
-        "loss_im": 2 * level_mean_square(
-            flat(features, width)[image, cell], flat(teacher, width)[image, cell], of_level,
-            levels_with_positives(level, LEVELS),
-        ),
-    }  # fmt: skip
-    check_losses(case, losses, {"cls": ld.cls, "bbox": ld.box, "feat": features})
+    weight = case.setting(2.0, "loss_im_weight", "im_weight")
+
+    def imitation_error(shift: float) -> float:
+        loss = weight * imitation_loss(case, ld, teacher + shift, imitation, features).sum()
+        return abs(float(loss.detach()) - float(case.arrays["loss_im"].sum()))
+
+    # the other losses do not change when all class logits of the teacher do by the same number
+    im_levels = weight * imitation_loss(case, ld, teacher + case.teacher_shift(imitation_error), imitation, features)
+    kd_weight = case.setting(10.0, "loss_kd_weight", "kd_weight")
+    temperature = case.setting(2.0, "loss_kd_T", "kd_T")
+
+    def terms(on: Tensor) -> Terms:
+        main = ld.entries.select("main") & on
+        place = (ld.entries.image[main], ld.entries.index[main])
+        classes = ld.logits[place], teacher[place]
+        return {
+            "loss_ld": ld.main_loss(on),
+            "loss_ld_vlr": ld.vlr_loss(on),
+            "loss_kd": kd_weight * class_kd(*classes, ld.level[main], LEVELS, temperature),
+            "loss_kd_neg": 0 * ld.logits.sum(),  # the repository multiplies it by 0
+        }
+
+    losses, levels = ld.with_levels(terms)
+    losses["loss_im"], levels["loss_im"] = im_levels.sum(), im_levels
+    check_losses(case, losses, {"cls": ld.cls, "bbox": ld.box, "feat": features}, levels)
+
+
+def teacher_logits(case: Case) -> Tensor:
+    """The teacher's class logits [B, N, K] as the inputs have them."""
+    return flat([case.file("inputs_teacher")[f"cls_l{k}"] for k in range(LEVELS)], (NUM_CLASSES,))
 
 
 def features_of(case: Case, side: str) -> list[Tensor]:
@@ -109,6 +160,19 @@ def features_of(case: Case, side: str) -> list[Tensor]:
     arrays = case.file("batches")
     channels = arrays[f"feat_{side}_a"]
     return [channels[:, :, None, None] * arrays[f"feat_{side}_b_l{k}"][:, None] for k in range(LEVELS)]
+
+
+def imitation_loss(case: Case, ld: LDCase, theirs: Tensor, imitation: str, features: list[Tensor]) -> Tensor:
+    """The imitation term of weight 1 by level, [L]: 0 on levels without positives. ``theirs``: teacher's class logits."""
+    image, cell, level = imitated(case, ld, theirs, imitation)
+    width = (features[0].shape[1],)
+    ours, goal = flat(features, width), flat(features_of(case, "teacher"), width)
+    gate = levels_with_positives(ld.level[ld.entries.select("main")], LEVELS)
+    found = []
+    for k in range(LEVELS):
+        on = (image[level == k], cell[level == k])
+        found.append(level_mean_square(ours[on], goal[on], level[level == k], gate))
+    return torch.stack(found)
 
 
 def imitated(case: Case, ld: LDCase, theirs: Tensor, imitation: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,19 +215,23 @@ def general_instances_of_batch(case: Case, ld: LDCase, theirs: Tensor) -> tuple[
     return torch.cat(image), torch.cat(cell), torch.cat(level)
 
 
-def check_general_instances(case: Case) -> None:
-    """The repository's picks ``gi_idx_l<k>`` on the flattened images of batch B."""
-    keys = [key for key in case.arrays if key.startswith("gi_idx_l")]
+def check_general_instances(case: Case, batch: str) -> None:
+    """The repository's picks ``gi_idx_l<k>`` on the flattened images of a batch."""
+    keys = case.arrays.matching(r"gi_idx_l\d")
     if not keys:
         return
-    ld = ld_case(case, "B")
-    theirs = flat([case.file("inputs_teacher")[f"cls_l{k}"] for k in range(LEVELS)], (NUM_CLASSES,))
-    image, cell, level = general_instances_of_batch(case, ld, theirs)
-    start = 0
-    for k, size in enumerate(ANCHOR_GRID.level_sizes(ld.targets.canvas)):
-        mine = (image * size + cell - start)[level == k]
-        assert mine.tolist() == case.arrays[f"gi_idx_l{k}"].tolist(), f"level {k}"
-        start += size
+    ld, theirs = ld_case(case, batch), teacher_logits(case)
+    sizes = ANCHOR_GRID.level_sizes(ld.targets.canvas)
+
+    def picks(shift: float) -> list[list[int]]:
+        image, cell, level = general_instances_of_batch(case, ld, theirs + shift)
+        flattened = [(image * size + cell - sum(sizes[:k]))[level == k] for k, size in enumerate(sizes)]
+        return [part.tolist() for part in flattened]
+
+    golden = [case.arrays[f"gi_idx_l{k}"].tolist() for k in range(LEVELS)]
+    shift = case.teacher_shift(lambda s: sum(a != b for a, b in zip(picks(s), golden, strict=True)))
+    for k, ours in enumerate(picks(shift)):
+        assert ours == golden[k], f"level {k}"
 
 
 def batch_of(targets: Targets) -> Batch:

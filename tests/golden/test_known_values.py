@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_case import ANCHOR_GRID, ATSS, Case, canvas_of, flat, leaves, make_targets
+from golden_case import ANCHOR_GRID, ATSS, Arrays, Case, canvas_of, flat, leaves, make_targets
 
 from kdcli.detectors.dense.losses import gfl_loss
 from kdcli.geometry.defeat_mask import box_levels, defeat_cells
@@ -30,7 +30,7 @@ def test_kl_of_an_edge(temperature: float, expected: float) -> None:
 @pytest.mark.parametrize(("eps", "expected"), [(None, 0.1446), (1e-6, 1.617)])
 def test_normaliser_of_low_scores(eps: float | None, expected: float) -> None:
     # batch B with class logits lowered by 7: mmdet's GFLHead clamps the sum of scores at 1, its LDHead adds 1e-6
-    case = Case(Path(__file__).parent / "cases", "gfl_B_lowscore", "B", {})
+    case = Case(Path(__file__).parent / "cases", "gfl_B_lowscore", "B", Arrays({}))
     inputs = case.file("inputs_student")
     cls, box = leaves(inputs, "cls", case.cls_shift()), leaves(inputs, "bbox")
     targets = make_targets(case, "B", canvas_of(inputs), ANCHOR_GRID, ATSS)
@@ -38,13 +38,20 @@ def test_normaliser_of_low_scores(eps: float | None, expected: float) -> None:
     assert float(losses["loss_bbox"].detach()) == pytest.approx(expected, rel=5e-4)
 
 
-def test_bckd_class_loss() -> None:
+@pytest.mark.parametrize(
+    ("detach_factor", "expected"),
+    [
+        (False, [[-0.13166331, -0.10915331, -0.07656651], [-0.05866597, 0.04888927, 0.03475255]]),
+        (True, [[-0.07250321, -0.04206649, -0.01097019], [-0.00010695, 0.00158032, 0.00156027]]),
+    ],
+)
+def test_bckd_class_loss(detach_factor: bool, expected: list[list[float]]) -> None:
     k = torch.arange(6, dtype=torch.float64)
     student = ((0.5 * k).sin() - 2).reshape(2, 3).requires_grad_()
-    loss = bckd_cls(student, ((0.5 * k).cos() - 1).reshape(2, 3), torch.ones(2)).sum() / 2
+    teacher = ((0.5 * k).cos() - 1).reshape(2, 3)
+    loss = bckd_cls(student, teacher, torch.ones(2), detach_factor=detach_factor).sum() / 2
     assert float(loss.detach()) == pytest.approx(0.4303764921, rel=1e-9)
     (gradient,) = torch.autograd.grad(loss, student)
-    expected = [[-0.13166331, -0.10915331, -0.07656651], [-0.05866597, 0.04888927, 0.03475255]]
     torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-8)
 
 

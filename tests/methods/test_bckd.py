@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdcli.errors import OptionError
 from kdcli.geometry.boxes import aligned_giou
-from kdcli.methods.base import Pair
+from kdcli.methods.base import Pair, resolve_options
 from kdcli.methods.bckd import BCKD, BOX, CLASSES, bckd_cls, bckd_loc, level_gate, positives, score_gap
 from kdcli.structures import IGNORED, Batch
 from kdcli.tensors import BOXES, CLS_LOGITS, Tensors
@@ -63,6 +63,8 @@ def test_the_factor_of_the_class_loss_is_in_the_graph() -> None:
     whole = detached + (p - teacher.sigmoid()).sign() * p * (1 - p) * entropy.detach()
     torch.testing.assert_close(ours, whole)
     assert not torch.allclose(ours, detached)
+    without = bckd_cls(student, teacher, torch.ones(1), detach_factor=True).sum()
+    torch.testing.assert_close(torch.autograd.grad(without, student)[0], detached)
 
 
 @pytest.mark.parametrize("form", ["giou", "iou", "log_iou"])
@@ -251,6 +253,23 @@ def test_options() -> None:
     assert len({round(float(t["cls"].detach() + t["loc"].detach()), 5) for t in [once, *others]}) == 4
     with pytest.raises(OptionError, match="at least 1"):
         bckd(beta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("detector", "given", "said"),
+    [
+        ("gfl", {}, False),
+        ("retinanet", {}, True),
+        ("fcos", {"iou": "iou"}, True),
+        ("atss", {"loc_weight": 1.0}, False),  # a weight of the user's own needs no caution
+    ],
+)
+def test_default_weights_off_gfl_are_ours(detector: str, given: dict[str, Any], said: bool) -> None:
+    caution = BCKD.caution(detector, resolve_options("bckd", BCKD, detector, given))
+    assert bool(caution) == said
+    if caution:
+        assert "1 and 4 were published for GFL only" in caution
+        assert detector in caution
 
 
 def test_what_it_reads() -> None:
