@@ -7,10 +7,11 @@ name the nearest known one. ``--set table.key=value`` reaches everything that ha
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -48,6 +49,13 @@ class OptimOptions:
     ema: bool = False
     ema_decay: float = 0.9998
 
+    def __post_init__(self) -> None:
+        _require(self, "lr", lambda v: 0 < v < math.inf, "a positive number")
+        _require(self, "momentum", lambda v: 0 <= v < 1, "at least 0 and below 1")
+        _require(self, "ema_decay", lambda v: 0 <= v < 1, "at least 0 and below 1")
+        for name in ("weight_decay", "warmup_steps", "clip"):  # a negative clip would turn the gradient round
+            _require(self, name, lambda v: 0 <= v < math.inf, "at least 0")
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -83,6 +91,8 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         _require_positive(self, "epochs", "batch", "eval_every", "save_steps", "micro_batch", "threads")
+        for name in ("seed", "workers"):
+            _require(self, name, lambda v: v >= 0, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,9 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         _require_positive(self, "micro_batch", "shard_rows", "threads")
+        for name in ("view_seed", "workers"):
+            _require(self, name, lambda v: v >= 0, "at least 0")
+        _require(self, "min_teacher_ap", lambda v: 0 <= v <= 100, "an AP from 0 to 100")
 
 
 def build(cls: type[T], given: Mapping[str, Any], *, label: str = "") -> T:
@@ -127,10 +140,15 @@ def build(cls: type[T], given: Mapping[str, Any], *, label: str = "") -> T:
                 raise OptionError(f"{label}{key} = {value!r}: must be a table")
             values[key] = build(hint, value, label=f"{label}{key}.")
         elif typing.get_origin(hint) is not None and typing.get_origin(hint).__name__ == "Mapping":
+            if not isinstance(value, Mapping) or not all(isinstance(v, Mapping) for v in value.values()):
+                raise OptionError(f"{label}{key} = {value!r}: must be tables, e.g. [{label}{key}.ld]")
             values[key] = value
         else:
             values[key] = convert(f"{label}{key}", value, hint)
-    return cls(**values)
+    try:
+        return cls(**values)
+    except OptionError as error:
+        raise OptionError(f"{label}{error}") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -161,7 +179,8 @@ def layer(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for mapping in layers:
         for key, value in mapping.items():
             if isinstance(value, Mapping):
-                merged[key] = layer(merged.get(key) or {}, value)
+                below = merged.get(key)
+                merged[key] = layer(below if isinstance(below, Mapping) else {}, value)
             else:
                 merged[key] = value
     return merged
@@ -181,9 +200,14 @@ def to_plain(options: Any) -> dict[str, Any]:
 
 def _require_positive(options: Any, *names: str) -> None:
     for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise OptionError(f"{name} = {value}: must be at least 1")
+        _require(options, name, lambda v: v >= 1, "at least 1")
+
+
+def _require(options: Any, name: str, fits: Callable[[float], bool], wanted: str) -> None:
+    """Raises OptionError when a field is set and does not fit; nan never does."""
+    value = getattr(options, name)
+    if value is not None and not fits(value):
+        raise OptionError(f"{name} = {value}: must be {wanted}")
 
 
 def _literal(text: str) -> Any:

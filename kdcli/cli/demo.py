@@ -20,6 +20,8 @@ OPTIM = {"name": "adamw", "lr": 0.005, "weight_decay": 0.02, "schedule": "cosine
 IMAGES = (300, 100)  # training, validation
 # of what was tried on such a student, trained from random weights for 8 epochs, these helped (docs/results/demo.md)
 METHODS = ("bckd", "ld,bckd")
+MARKER = ".kdcli-demo"  # says that a folder is a demo's, which --overwrite may replace
+MADE = ("shapes", "runs", "store", "plots", "report.html", "detections.png", "row.png")
 PICTURES = 3
 SCORE = 0.25  # detections are drawn from here on
 
@@ -47,10 +49,15 @@ def demo(
     from kdcli.report.html import gist, write_html
     from kdcli.report.plots import write_plots
 
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"--out '{out}' is a file; name a folder")
     if out.exists() and any(out.iterdir()):
-        if not overwrite or not (out / "shapes").is_dir():
+        if not overwrite or not (out / MARKER).is_file():
             raise OptionError(f"'{out}' is not empty; choose another --out, or replace a former demo with --overwrite")
-        shutil.rmtree(out)
+        for name in MADE:  # and nothing else: people keep files anywhere
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
     started = time.perf_counter()
     shrink = 10 if quick else 1
     with ConsoleWatcher() as watcher:

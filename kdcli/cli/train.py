@@ -9,7 +9,7 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.main import app
-from kdcli.errors import OptionError, UsageError
+from kdcli.errors import OptionError, UsageError, counted
 
 
 @app.command()
@@ -69,12 +69,14 @@ def _launch(
     asked = launch.from_flags(command, fields, given, model, parse_assignments(assignments or []))
     with distributed.joined(asked.fields.get("device", "auto")) as first, watching(first) as watcher:
         if resume:
-            if out or seeds or overwrite:
+            if out or seeds is not None or overwrite:
                 raise OptionError("--resume RUN continues RUN: it does not go with --out, --seeds or --overwrite")
             finished = [launch.resume(resume, asked, watcher)]
         elif out is None:
             raise UsageError(f"--out is missing: name the run folder to make, e.g. --out runs/{command}")
-        elif seeds:
+        elif seeds is not None:
+            if "seed" in given:
+                raise UsageError("--seed and --seeds exclude each other")
             finished = launch.queue(asked, _read_seeds(seeds), out, watcher, overwrite=overwrite)
         else:
             finished = [launch.start(asked, out, watcher, overwrite=overwrite)]
@@ -83,11 +85,11 @@ def _launch(
         _draw(finished)
     if as_json:
         made = [{"run": str(run), **metrics} for run, metrics in finished]
-        print_json({"runs": made} if seeds else made[0])
+        print_json({"runs": made} if seeds is not None else made[0])
     else:
         for run, metrics in finished:
             ap = "not defined" if metrics["ap"] is None else f"{metrics['ap']:.2f}"
-            watcher.note(f"{run}: AP {ap} after {metrics['epochs']} epochs, {metrics['wall_s']:.0f} s")
+            watcher.note(f"{run}: AP {ap} after {counted(metrics['epochs'], 'epoch')}, {metrics['wall_s']:.0f} s")
     return 0
 
 

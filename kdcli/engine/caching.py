@@ -27,7 +27,7 @@ from kdcli.engine.prepare import absolute_methods, usable
 from kdcli.engine.samples import Item, Loader, Sample, SampleSource, collate
 from kdcli.engine.teacher import TeacherForward, class_order
 from kdcli.engine.watch import Watcher
-from kdcli.errors import GateError
+from kdcli.errors import GateError, OptionError, nearest
 from kdcli.geometry.regions import guard
 from kdcli.methods import find_methods
 from kdcli.methods.base import Pair, check_pair, resolve_options
@@ -70,6 +70,11 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     canvas = Canvas.parse(options.canvas or meta.canvas)
     views = parse_views(options.views)
     methods = find_methods(options.method)
+    for table in options.methods:
+        if table not in methods:
+            raise OptionError(
+                f"[methods.{table}] is not used: --method names {', '.join(methods)}{nearest(table, methods)}"
+            )
     lineage = lineage_of(detector.spec.detector)
     pair = Pair(specs, specs, detector.grid, canvas, lineage[-1])
     resolved = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kdcli.cache.places import absolute
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.build import lineage_of, parse_model_name
 from kdcli.engine import distributed, runs
@@ -21,7 +22,7 @@ from kdcli.methods.base import resolve_options
 from kdcli.options import TrainOptions, build, layer, to_plain
 from kdcli.structures import Canvas
 
-PATH_FIELDS = ("data", "cache", "teacher", "init_from")
+PATH_FIELDS = ("data", "teacher", "init_from")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Asked:
             raise UsageError("--data is missing: name the data set folder")
         if self.command == "distill" and not options.method:
             raise UsageError("--method is missing: name one or more of `kdcli methods`, e.g. --method ld")
+        require_known(options.methods, options.method)
         return options
 
 
@@ -49,7 +51,7 @@ def from_flags(
     if fields.get("command", command) != command:
         raise OptionError(f"the config file is for `kdcli {fields['command']}`, not for `kdcli {command}`")
     merged = layer(fields, given, {"model": {"name": model}} if model else {})
-    known = find_methods(merged["method"]) if merged.get("method") else {}
+    known = find_methods(str(merged["method"])) if merged.get("method") else {}
     for table, values in tables.items():
         if table in known:
             merged = layer(merged, {"methods": {table: values}})
@@ -61,6 +63,15 @@ def from_flags(
             choices = [*known, "model", "optim", "train"]
             raise OptionError(f"--set {table}.…: unknown table '{table}'{nearest(table, choices)}")
     return Asked(command, merged)
+
+
+def require_known(tables: Mapping[str, object], methods: str) -> None:
+    """Raises OptionError for a table of a method that is not in the comma list ``methods``: it would do nothing."""
+    known = find_methods(methods) if methods else {}
+    for table in tables:
+        if table not in known:
+            there = f"--method names {', '.join(known)}" if known else "there is no --method"
+            raise OptionError(f"[methods.{table}] is not used: {there}{nearest(table, known)}")
 
 
 def start(asked: Asked, out: Path, watcher: Watcher, *, overwrite: bool) -> tuple[Path, dict[str, Any]]:
@@ -97,6 +108,8 @@ def queue(
     asked: Asked, seeds: list[int], out: Path, watcher: Watcher, *, overwrite: bool
 ) -> list[tuple[Path, dict[str, Any]]]:
     """One run a seed in ``out/seed-N``; finished ones are kept, unfinished ones resumed, the others started."""
+    if (out / "config.toml").exists():
+        raise OptionError(f"--seeds makes runs in '{out}', which is a run itself; choose another --out")
     finished = []
     for seed in seeds:
         mine = replace(asked, fields={**asked.fields, "seed": seed})
@@ -113,6 +126,7 @@ def _resolved(fields: Mapping[str, Any], stored: TrainOptions) -> dict[str, Any]
     """The fields as ``prepare`` writes them to config.toml, so that the same flags compare equal."""
     ways: dict[str, Callable[[str], str]] = {
         **dict.fromkeys(PATH_FIELDS, lambda v: str(Path(v).resolve())),
+        "cache": absolute,
         "backbone_weights": absolute_weights,
         "method": absolute_methods,
         "canvas": lambda v: str(Canvas.parse(v)),

@@ -335,3 +335,62 @@ def test_run_folders_are_not_overwritten(capsys: pytest.CaptureFixture[str], sha
     line = refused(capsys, 3, *flags[:-1], tmp_path / "other", "--overwrite")
     assert "not a run folder" in line
     assert (tmp_path / "other" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("optim.lr=-1", "optim.lr = -1.0: must be a positive number"),
+        ("optim.lr=nan", "optim.lr = nan"),
+        ("optim.lr=inf", "optim.lr = inf"),
+        ("optim.momentum=2", "optim.momentum = 2.0"),
+        ("optim.weight_decay=-3", "optim.weight_decay = -3.0"),
+        ("optim.warmup_steps=-3", "optim.warmup_steps = -3"),
+        ("optim.clip=-3", "optim.clip = -3.0"),
+        ("optim.ema_decay=1", "optim.ema_decay = 1.0"),
+        ("train.workers=-2", "workers = -2: must be at least 0"),
+        ("train.seed=-1", "seed = -1: must be at least 0"),
+    ],
+)
+def test_values_that_would_ruin_a_run(
+    capsys: pytest.CaptureFixture[str], shapes: Path, tmp_path: Path, setting: str, says: str
+) -> None:
+    flags = ["--data", shapes, "--model", "gfl_shufflenet_v2_x0_5", "--canvas", CANVAS]
+    line = refused(capsys, 3, "train", *flags, "--set", setting, "--out", tmp_path / "r")
+    assert says in line
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("toml", "says"),
+    [
+        ("methods = 3", "methods = 3: must be tables"),
+        ("[methods]\nld = 3", "must be tables, e.g. [methods.ld]"),
+        ("[methods.ldd]\ntemperature = 8.0", "[methods.ldd] is not used"),
+        ("model = 3", "must be a table"),
+    ],
+)
+def test_config_files_that_say_nothing(
+    capsys: pytest.CaptureFixture[str], shapes: Path, default_store: Path, tmp_path: Path, toml: str, says: str
+) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(toml)
+    start = ["distill", "--data", shapes, "--cache", default_store, "--method", "ld", "--canvas", CANVAS]
+    assert says in refused(capsys, 3, *start, "--config", config, "--out", tmp_path / "r")
+
+
+def test_runs_are_not_nested_in_a_run(capsys: pytest.CaptureFixture[str], shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")
+    start = ["train", "--data", shapes, *STUDENT, "--out", tmp_path / "run"]
+    assert "which is a run itself" in refused(capsys, 3, *start, "--seeds", "0,1")
+    assert "exclude each other" in refused(capsys, 2, *start, "--seeds", "0,1", "--seed", "3")
+    assert "write whole numbers" in refused(capsys, 3, *start, "--seeds", "")
+
+
+def test_the_demo_deletes_nothing_that_is_not_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "precious.txt").write_text("x")
+    assert "is not empty" in refused(capsys, 3, "demo", "--quick", "--out", tmp_path, "--overwrite")
+    assert (tmp_path / "precious.txt").read_text() == "x"
+    assert (tmp_path / "shapes").is_dir()
