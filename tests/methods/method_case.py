@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdcli.detectors.base import Detector
 from kdcli.detectors.build import DETECTORS, ModelSpec, build_detector
-from kdcli.detectors.read import read
+from kdcli.detectors.read import read, sample_proposals
 from kdcli.errors import OptionError
 from kdcli.geometry.assign import assign
 from kdcli.geometry.regions import compute_entries
 from kdcli.methods import METHODS
 from kdcli.methods.base import Method, Pair, check_pair, resolve_options
 from kdcli.structures import FLAGS, Batch, Canvas, Entries, RowKey, Targets
-from kdcli.tensors import BOX_REGRESSION, Need, Tensors
+from kdcli.tensors import BOX_REGRESSION, PROPOSAL_COUNT, Need, Tensors
 
 CANVAS, CONTENT, K = Canvas(96, 128), (60, 120), 3  # valid: 64 x 128
 CHANNELS = 32
@@ -30,14 +31,26 @@ NONE = torch.zeros(0, 4)
 # LD needs a distribution branch where the detector has none of its own
 NAMES = (*DETECTORS, *(f"{name}+distribution" for name in ("retinanet", "atss", "fcos")))
 
+# a method with options that give it other terms or other needs, e.g. ``ld:gi``
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ld:fine_grained": {"imitation": "fine_grained"},
+    "ld:gi": {"imitation": "gi"},
+    "ld:joint": {"joint": True},
+    "defeat:backbone": {"backbone_weight": 1.0},
+    "defeat:proposals": {"fg_weight": 0.0, "bg_weight": 0.0, "obj_cls_weight": 2.0, "bg_cls_weight": 2.0},
+}
+PROPOSALS = 100  # of an image: all of them are drawn, so that a term does not depend on Targets.draws
+
 
 @lru_cache(maxsize=32)
-def detector_of(name: str, channels: int = CHANNELS, classes: int = K, reg_max: int = 8) -> Detector:
+def detector_of(
+    name: str, channels: int = CHANNELS, classes: int = K, reg_max: int = 8, backbone: str = "shufflenet_v2_x0_5"
+) -> Detector:
     """A small detector, e.g. ``fcos`` or ``fcos+distribution``; its weights do not matter here."""
     name, _, box = name.partition("+")
     spec = ModelSpec(
         name,
-        "shufflenet_v2_x0_5",
+        backbone,
         classes,
         channels,
         1,
@@ -53,16 +66,31 @@ def pair_of(student: Detector, teacher: Detector) -> Pair:
     return Pair(student.specs(), teacher.specs(), student.grid, CANVAS, student.spec.detector)
 
 
-def _works(method: str, detector: str) -> bool:
+def resolved(name: str, detector: str, **given: object) -> dict[str, Any]:
+    """All options of a method or of one of VARIANTS on a detector."""
+    method = name.partition(":")[0]
+    options = {**VARIANTS.get(name, {}), **given}
+    return resolve_options(method, METHODS[method], detector.partition("+")[0], options)
+
+
+def class_of(name: str) -> type[Method]:
+    """The method of a name with or without a variant."""
+    return METHODS[name.partition(":")[0]]
+
+
+def _works(name: str, detector: str) -> bool:
+    pair = pair_of(detector_of(detector), detector_of(detector))
     try:
-        options = resolve_options(method, METHODS[method], detector.partition("+")[0], {})
-        check_pair(method, METHODS[method], options, pair_of(detector_of(detector), detector_of(detector)), "a", "b")
+        check_pair(name, class_of(name), resolved(name, detector), pair, "a", "b")
     except OptionError:
         return False
     return True
 
 
 CASES = [(m, d) for m in METHODS for d in NAMES if _works(m, d)]  # every pair that check_pair lets through
+VARIANT_CASES = [(v, d) for v in VARIANTS for d in NAMES if _works(v, d)]
+EVERY = [*CASES, *VARIANT_CASES]
+STUDENT, TEACHER = 1, 2  # seeds of their outputs
 
 
 def many_boxes(count: int) -> Tensor:
@@ -147,18 +175,30 @@ def student_needs(method: Method) -> tuple[Need, ...]:
     return method.needs if method.student_needs is None else method.student_needs
 
 
-def build(name: str, detector: str, teacher: Detector | None = None, **options: object) -> Method:
-    """The method with the options of its detector; student and teacher alike unless ``teacher`` is another."""
-    student = detector_of(detector)
-    resolved = resolve_options(name, METHODS[name], student.spec.detector, options)
-    return METHODS[name](pair_of(student, teacher or student), **resolved)
+def build(name: str, detector: str, **options: object) -> Method:
+    """The method or variant with the options of its detector, for two equal nets."""
+    net = detector_of(detector)
+    return class_of(name)(pair_of(net, net), **resolved(name, detector, **options))
+
+
+def both_sides(
+    method: Method, student: Detector, ours: Tensors, teacher: Detector, theirs: Tensors, batch: Batch
+) -> tuple[Watched, Watched]:
+    """What ``method`` is given of the outputs of two networks, as a training step reads it."""
+    needs, targets = student_needs(method), batch.targets
+    if not any(need.region == "proposals" for need in method.needs):
+        return inputs(student, ours, needs, batch), inputs(teacher, theirs, method.needs, batch)
+    found = teacher.proposals(theirs, targets.content, targets.canvas)
+    listed = [torch.cat([p[:PROPOSALS], b]) for p, b in zip(found, targets.boxes, strict=True)]
+    stored = read(teacher, theirs, method.needs, batch.entries, targets, listed)
+    stored[PROPOSAL_COUNT] = torch.tensor([len(boxes) for boxes in listed])
+    stored, drawn = sample_proposals(student, stored, targets)
+    return Watched(read(student, ours, needs, batch.entries, targets, drawn)), Watched(stored)
 
 
 def terms_of(method: Method, student: Detector, outputs: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
     """The terms of ``method`` for outputs of two networks on the student's grid."""
-    ours = inputs(student, outputs, student_needs(method), batch)
-    theirs = inputs(student, teacher, method.needs, batch)
-    terms: dict[str, Tensor] = method(ours, theirs, batch)
+    terms: dict[str, Tensor] = method(*both_sides(method, student, outputs, student, teacher, batch), batch)
     return terms
 
 

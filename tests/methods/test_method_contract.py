@@ -7,19 +7,23 @@ import torch
 from method_case import (
     CANVAS,
     CASES,
+    EVERY,
     NAMES,
     NONE,
     ONE,
+    STUDENT,
+    TEACHER,
     TWO,
+    VARIANT_CASES,
+    both_sides,
     build,
     detector_of,
     first_image,
-    inputs,
     make_batch,
     make_outputs,
     many_boxes,
     outside_of,
-    pair_of,
+    resolved,
     student_needs,
     take,
     terms_of,
@@ -30,7 +34,18 @@ from torch import Tensor
 from kdcli.errors import OptionError
 from kdcli.methods import METHODS
 from kdcli.methods.base import Method, method_options, resolve_options
-from kdcli.tensors import BOXES, CLS_LOGITS, FEATURES, GT_ROIS, RANK
+from kdcli.methods.defeat import WEIGHT_OPTIONS
+from kdcli.tensors import (
+    BOXES,
+    CLS_LOGITS,
+    FEATURES,
+    GT_ROIS,
+    PROPOSAL_BOXES,
+    PROPOSAL_LABELS,
+    PROPOSAL_LOGITS,
+    RANK,
+    Need,
+)
 
 SCENES = {
     "one box": [ONE],
@@ -42,14 +57,10 @@ SCENES = {
     "tiny box": [torch.tensor([[40.2, 33.1, 41.3, 34.2]])],
     "whole image": [torch.tensor([[0.0, 0.0, 120.0, 60.0]])],
 }
-STUDENT, TEACHER = 1, 2  # seeds
-
 
 # these train modules on the teacher's side, or an adapter whatever the channels: equal nets do not give 0
 TRAINED = {"drkd", "drkd_lite", "defeat", "defeat_thin"}
-# what starts at 0 by design (FGD's context blocks, the adapters of DeFeat) has no gradient behind it at first
-ZERO_START = {"fgd", "drkd", "drkd_lite", "defeat_thin"}  # and a coarse level may have no sampled cell
-PARAMETERS = TRAINED | {"fgd"}
+BACKGROUND = ("object+sample", "proposals")  # regions that are not empty where no box is
 DENSE = {"gfl", "retinanet", "atss", "fcos", "retinanet+distribution", "atss+distribution", "fcos+distribution"}
 
 
@@ -58,15 +69,24 @@ def weights(method: Method, terms: dict[str, Tensor]) -> set[str]:
     return {method.weight_option(part) for part in terms}
 
 
+def scaled_by(method: Method, part: str) -> set[str]:
+    """The options that scale one term: DeFeat's backbone_weight multiplies the neck's two."""
+    neck = {WEIGHT_OPTIONS[part.removeprefix("backbone_")]} if part.startswith("backbone_") else set()
+    return {method.weight_option(part)} | neck
+
+
 def test_which_methods_work_where() -> None:
     ld = {"gfl", "retinanet+distribution", "atss+distribution", "fcos+distribution"}
     anywhere = {"defeat", "drkd", "drkd_lite", "cwd", "pkd", "fgd", "defeat_thin"}
     expected = {("ld", d) for d in ld} | {(m, d) for m in ("rm", "pfi", "bckd") for d in DENSE}
     expected |= {(m, d) for m in anywhere for d in DENSE | {"faster_rcnn"} if d in NAMES}
     assert set(CASES) == expected
+    variants = {(f"ld:{v}", d) for v in ("fine_grained", "gi", "joint") for d in ld}
+    variants |= {("defeat:backbone", d) for d in NAMES} | {("defeat:proposals", "faster_rcnn")}
+    assert set(VARIANT_CASES) == variants
 
 
-@pytest.mark.parametrize(("name", "detector"), CASES)
+@pytest.mark.parametrize(("name", "detector"), EVERY)
 @pytest.mark.parametrize("scene", SCENES)
 def test_terms_are_finite_scalars_with_a_graph(name: str, detector: str, scene: str) -> None:
     student, boxes = detector_of(detector), SCENES[scene]
@@ -81,7 +101,7 @@ def test_terms_are_finite_scalars_with_a_graph(name: str, detector: str, scene: 
         assert torch.isfinite(term)
         assert term >= -1e-6
         assert term.requires_grad  # also for an empty image: under DDP no parameter may go unused
-        if not any(n.dense or "sample" in n.region for n in method.needs) and not any(len(b) for b in boxes):
+        if not any(n.dense or n.region in BACKGROUND for n in method.needs) and not any(len(b) for b in boxes):
             assert term == 0
     total(terms).backward()
     for output in ours.values():
@@ -92,7 +112,17 @@ def test_terms_are_finite_scalars_with_a_graph(name: str, detector: str, scene: 
             assert method.active(batch, part), part
 
 
-@pytest.mark.parametrize(("name", "detector"), CASES)
+# which outputs a derived tensor is computed from
+READ_FROM = {
+    RANK: (CLS_LOGITS, "box"),
+    BOXES: ("box",),
+    GT_ROIS: (FEATURES,),
+    PROPOSAL_BOXES: (),
+    PROPOSAL_LOGITS: (FEATURES,),
+}
+
+
+@pytest.mark.parametrize(("name", "detector"), EVERY)
 def test_gradients_reach_the_student_and_never_the_teacher(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO, ONE])
@@ -100,29 +130,32 @@ def test_gradients_reach_the_student_and_never_the_teacher(name: str, detector: 
     method = build(name, detector)
     total(terms_of(method, student, ours, theirs, batch)).backward()
     for need in student_needs(method):
-        if name == "ld" and need.name == CLS_LOGITS and need.region != "main":
+        if name.startswith("ld") and need.name == CLS_LOGITS and need.region == "main+vlr":
             continue  # the scores that weigh the VLR on FCOS are detached
-        derived = {RANK: (CLS_LOGITS, "box"), BOXES: ("box",), GT_ROIS: (FEATURES,)}.get(need.name, (need.name,))
-        for output in (student.box_name if part == "box" else part for part in derived):
+        if need.name in (CLS_LOGITS, BOXES) and name == "ld:gi" and need.dense:
+            continue  # they choose anchors
+        for output in (student.box_name if part == "box" else part for part in READ_FROM.get(need.name, (need.name,))):
             gradient = ours[output].grad
             assert gradient is not None, output
             assert gradient.abs().sum() > 0, output
     assert all(output.grad is None for output in theirs.values())
 
 
-@pytest.mark.parametrize(("name", "detector"), CASES)
+@pytest.mark.parametrize(("name", "detector"), EVERY)
 def test_a_method_reads_its_needs_and_nothing_else(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO])
     method = build(name, detector)
-    ours = inputs(student, make_outputs(student, 1, STUDENT), student_needs(method), batch)
-    theirs = inputs(student, make_outputs(student, 1, TEACHER), method.needs, batch)
+    outputs = make_outputs(student, 1, STUDENT), make_outputs(student, 1, TEACHER)
+    ours, theirs = both_sides(method, student, outputs[0], student, outputs[1], batch)
     method(ours, theirs, batch)  # batch.images and batch.rows are empty
-    assert ours.used == {n.key for n in student_needs(method)}
-    assert theirs.used == {n.key for n in method.needs}
+    boxes = Need(PROPOSAL_BOXES, "proposals")  # the step reads these, and hands over the labels of those it has drawn
+    assert ours.used == {n.key for n in student_needs(method) if n != boxes}
+    labels = {PROPOSAL_LABELS} if boxes in method.needs else set()
+    assert theirs.used == {n.key for n in method.needs if n != boxes} | labels
 
 
-@pytest.mark.parametrize(("name", "detector"), [case for case in CASES if case[0] not in TRAINED])
+@pytest.mark.parametrize(("name", "detector"), [case for case in EVERY if case[0].partition(":")[0] not in TRAINED])
 def test_a_student_that_equals_its_teacher_has_no_loss(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO, many_boxes(20)])
@@ -135,7 +168,7 @@ def test_a_student_that_equals_its_teacher_has_no_loss(name: str, detector: str)
     assert all(v.grad is None or v.grad.abs().max() < 1e-5 for v in ours.values())
 
 
-@pytest.mark.parametrize(("name", "detector"), CASES)
+@pytest.mark.parametrize(("name", "detector"), EVERY)
 @pytest.mark.parametrize("images", [2, 5])
 def test_the_batch_size_does_not_change_a_term(name: str, detector: str, images: int) -> None:
     student = detector_of(detector)
@@ -149,7 +182,7 @@ def test_the_batch_size_does_not_change_a_term(name: str, detector: str, images:
         assert float(term.detach()) == pytest.approx(float(alone[part].detach()), rel=1e-5), part
 
 
-@pytest.mark.parametrize(("name", "detector"), CASES)
+@pytest.mark.parametrize(("name", "detector"), EVERY)
 def test_the_order_of_images_does_not_change_a_term(name: str, detector: str) -> None:
     student, order = detector_of(detector), [2, 0, 1]
     batch = make_batch(student, [TWO, NONE, many_boxes(12)])
@@ -162,7 +195,8 @@ def test_the_order_of_images_does_not_change_a_term(name: str, detector: str) ->
         assert float(term.detach()) == pytest.approx(float(before[part].detach()), rel=1e-5), part
 
 
-@pytest.mark.parametrize(("name", "detector"), CASES)
+# a RoI head reads beyond the content where a proposal touches its edge, as it does in training and inference
+@pytest.mark.parametrize(("name", "detector"), [case for case in EVERY if case[0] != "defeat:proposals"])
 def test_invalid_cells_are_never_read(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO])
@@ -184,7 +218,7 @@ def test_invalid_cells_are_never_read(name: str, detector: str) -> None:
         assert value.grad is None or not value.grad[:, mask].any(), key
 
 
-@pytest.mark.parametrize(("name", "detector"), CASES)
+@pytest.mark.parametrize(("name", "detector"), EVERY)
 def test_a_term_of_weight_0_is_absent(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO])
@@ -194,12 +228,12 @@ def test_a_term_of_weight_0_is_absent(name: str, detector: str) -> None:
     options = weights(method, terms)
     for option in options if len(options) > 1 else ():
         left = terms_of(build(name, detector, **{option: 0.0}), student, *outputs, batch)
-        assert set(left) == {part for part in terms if method.weight_option(part) != option}
-    with pytest.raises(OptionError, match=f"method '{name}' has no term"):
+        assert set(left) == {part for part in terms if option not in scaled_by(method, part)}
+    with pytest.raises(OptionError, match=f"method '{name.partition(':')[0]}' has no term"):
         build(name, detector, **dict.fromkeys(options, 0.0))
 
 
-@pytest.mark.parametrize(("name", "detector"), CASES)
+@pytest.mark.parametrize(("name", "detector"), EVERY)
 def test_terms_scale_with_their_weight(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO])
@@ -207,35 +241,13 @@ def test_terms_scale_with_their_weight(name: str, detector: str) -> None:
     torch.manual_seed(0)
     method = build(name, detector)
     once = terms_of(method, student, *outputs, batch)
-    default = resolve_options(name, METHODS[name], student.spec.detector, {})
+    default = resolved(name, detector)
     torch.manual_seed(0)  # the same adapters
     more = build(name, detector, **{option: 3 * default[option] for option in weights(method, once)})
-    thrice = terms_of(more, student, *outputs, batch)
+    many = terms_of(more, student, *outputs, batch)
     for part, term in once.items():
-        assert float(thrice[part].detach()) == pytest.approx(3 * float(term.detach()), rel=1e-5)
-
-
-@pytest.mark.parametrize(("name", "detector"), CASES)
-def test_other_channels_get_an_adapter_that_learns(name: str, detector: str) -> None:
-    student, teacher = detector_of(detector, 64), detector_of(detector)
-    options = resolve_options(name, METHODS[name], student.spec.detector, {})
-    method = METHODS[name](pair_of(student, teacher), **options)
-    batch = make_batch(student, [TWO, ONE])
-    ours = inputs(student, make_outputs(student, 2, STUDENT), student_needs(method), batch)
-    theirs = inputs(teacher, make_outputs(teacher, 2, TEACHER), method.needs, batch)
-    terms = method(ours, theirs, batch)
-    parameters = list(method.parameters())
-    assert bool(parameters) == any(n.name in (FEATURES, GT_ROIS) for n in method.needs)
-    total(terms).backward()
-    for parameter in parameters:
-        assert parameter.grad is not None  # under DDP none may go unused
-        assert name in ZERO_START or parameter.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize(("name", "detector"), [case for case in CASES if case[0] not in PARAMETERS])
-def test_equal_channels_need_no_adapter(name: str, detector: str) -> None:
-    assert list(build(name, detector).parameters()) == []
-    assert list(build(name, detector).buffers()) == []
+        factor = 3 ** len(scaled_by(method, part))
+        assert float(many[part].detach()) == pytest.approx(factor * float(term.detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)

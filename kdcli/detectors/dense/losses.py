@@ -157,9 +157,10 @@ def centerness_target(centers: Tensor, boxes: Tensor) -> Tensor:
 
 def _centerness(logits: Tensor, found: Positives, targets: Targets, grid: Grid) -> tuple[Tensor, Tensor]:
     """(target [M], cross-entropy summed over the positives, a scalar) of centerness logits [B, N, 1]."""
-    centers = grid.centers(targets.canvas, torch.float32, logits.device)[found.anchor // grid.num_anchors]
-    goal = centerness_target(centers, found.boxes)
     rows = precise(logits[found.image, found.anchor, 0])
+    # of the logits' dtype: float32 goals would sum to another last digit on each number of processes, also in float64
+    centers = grid.centers(targets.canvas, rows.dtype, logits.device)[found.anchor // grid.num_anchors]
+    goal = centerness_target(centers, found.boxes.to(rows.dtype))
     return goal, F.binary_cross_entropy_with_logits(rows, goal, reduction="sum")
 
 
