@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,6 +46,20 @@ class FPN(nn.Module):
         for k in range(len(inner) - 1, 0, -1):
             inner[k - 1] = inner[k - 1] + F.interpolate(inner[k], size=inner[k - 1].shape[-2:], mode="nearest")
         outputs = [conv(x) for conv, x in zip(self.output, inner, strict=True)]
-        p6 = self.p6(outputs[-1] if self.spec.p6_from == "p5" else maps[-1])
-        p7 = self.p7(F.relu(p6) if self.spec.relu_before_p7 else p6)
+        p6 = _halved(self.p6, outputs[-1] if self.spec.p6_from == "p5" else maps[-1])
+        p7 = _halved(self.p7, F.relu(p6) if self.spec.relu_before_p7 else p6)
         return [*outputs, p6, p7]
+
+
+def _halved(conv: nn.Module, x: Tensor) -> Tensor:
+    """``conv(x)``, in float32 where a CPU's bf16 is wrong.
+
+    PyTorch 2.14.1 on a CPU with AMX reads unwritten memory in the bf16 weight gradient of a stride-2 convolution whose
+    input has width 1 (canvas sides of 64 px or less): nan, or values up to 1e37.
+    """
+    if x.device.type == "cpu" and x.shape[-1] == 1 and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            result: Tensor = conv(x.float())
+            return result
+    out: Tensor = conv(x)
+    return out

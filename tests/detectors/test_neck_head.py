@@ -95,3 +95,19 @@ def test_32_groups_where_they_divide(channels: int, groups: int) -> None:
 def test_largest_divisor_says_so(channels: int, groups: int) -> None:
     with pytest.warns(UserWarning, match=f"{channels} channels: GroupNorm has {groups} groups"):
         assert group_count(channels) == groups
+
+
+def test_bf16_gradients_are_right_on_maps_of_width_1() -> None:
+    torch.manual_seed(0)
+    neck = FPN((8, 16, 24), 32, NeckSpec())
+    maps = [torch.randn(4, c, n, 2 * n // 2) for c, n in ((8, 8), (16, 4), (24, 2))]  # a canvas of 64x64: P6 is 1x1
+    wanted, found = [], []
+    for enabled, gradients in ((False, wanted), (True, found)):
+        neck.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            levels = neck(maps)
+        assert levels[3].shape[-1] == levels[4].shape[-1] == 1
+        torch.stack([level.float().square().mean() for level in levels]).sum().backward()  # type: ignore[no-untyped-call]
+        gradients += [conv.weight.grad.clone() for conv in (neck.p6, neck.p7) if conv.weight.grad is not None]
+    for exact, ours in zip(wanted, found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0.1, atol=0.05 * float(exact.abs().max()))
