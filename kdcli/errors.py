@@ -66,6 +66,11 @@ class GateError(KDError, RuntimeError):
     exit_code = 6
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 fault``, ``2 faults``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of ``known``, or what there is to choose from."""
     choices = sorted(known)

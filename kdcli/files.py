@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from kdcli.errors import MissingPathError, NoSpaceError, OptionError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers of a full disk
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -77,9 +77,10 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise NoSpaceError(f"{path}: the disk is full; free some space or choose another place") from error
-        raise
+        # names the file that was asked for, not the temporary one, which means nothing to anybody
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

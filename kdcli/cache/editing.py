@@ -16,11 +16,20 @@ from typing import Any
 import numpy as np
 
 from kdcli.cache.fidelity import ErrorMeter
-from kdcli.cache.places import Folder
+from kdcli.cache.places import Folder, Where
 from kdcli.cache.reader import CacheReader
 from kdcli.cache.schema import ArraySpec, CacheSchema
-from kdcli.cache.shards import ShardFile, pack_chunk
-from kdcli.cache.writer import ATTRIBUTE, StoreWriter, journal_key, read_journal, read_manifest, shard_key
+from kdcli.cache.seal import seal
+from kdcli.cache.shards import ShardFile, open_shards, pack_chunk, read_chunks
+from kdcli.cache.writer import (
+    ATTRIBUTE,
+    StoreWriter,
+    journal_bytes,
+    journal_key,
+    read_journal,
+    read_manifest,
+    shard_key,
+)
 from kdcli.errors import StoreError
 from kdcli.files import fsync_folder
 
@@ -89,7 +98,7 @@ def take_in(store: Path, other: Path, schema: CacheSchema, changes: Mapping[str,
 
 
 def copy_rows(
-    sources: Sequence[CacheReader], rows: Sequence[tuple[int, int]], out: Path, schema: CacheSchema, advance: Advance
+    sources: Sequence[CacheReader], rows: Sequence[tuple[int, int]], out: Where, schema: CacheSchema, advance: Advance
 ) -> None:
     """Fill the store at ``out``, made by ``create_store`` with ``schema``, with ``rows`` (source, row of it) in order.
 
@@ -99,7 +108,7 @@ def copy_rows(
     writer = StoreWriter(out, schema)
     done = writer.done()
     files: dict[tuple[int, str, int], ShardFile] = {}
-    sums = [entry["measured"] for source in sources for _, entry in sorted(read_journal(source.path).items())]
+    sums = [entry["measured"] for source in sources for _, entry in sorted(read_journal(source.place).items())]
     for shard in range(schema.num_shards):
         start, stop = schema.shard_range(shard)
         if shard not in done:
@@ -120,7 +129,7 @@ def copy_rows(
 def write_manifest(store: Path, manifest: Mapping[str, Any]) -> None:
     """Replace the manifest of a store, in one step."""
     document = json.loads((store / "zarr.json").read_text())
-    document["attributes"][ATTRIBUTE] = manifest
+    document["attributes"][ATTRIBUTE] = seal(manifest)
     Folder(store).write("zarr.json", json.dumps(document, indent=2).encode())
 
 
@@ -137,10 +146,11 @@ def _chunk(
     if key not in files:
         if len(files) >= 128:
             del files[next(iter(files))]
-        files[key] = ShardFile(Folder(reader.path), shard_key(theirs, shard), reader.schema.shard_rows)
+        (files[key],) = open_shards(reader.place, [shard_key(theirs, shard)], reader.schema.shard_rows)
+    (chunk,) = read_chunks(reader.place, [(files[key], position)])
     if theirs.shape == array.shape:
-        return files[key].chunk(position)
-    data = files[key].read(position, theirs.row_bytes, theirs.row_bytes)
+        return chunk
+    data = files[key].unpack(chunk, theirs.row_bytes, theirs.row_bytes)
     value = np.frombuffer(data, np.dtype(array.dtype).newbyteorder("<")).reshape(theirs.shape)
     return pack_chunk(value[: array.shape[0]], array.shape, array.dtype)
 
@@ -157,4 +167,4 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _write_journal(store: Path, entry: Mapping[str, Any]) -> None:
-    Folder(store).write(journal_key(int(entry["shard"])), json.dumps(entry, sort_keys=True).encode())
+    Folder(store).write(journal_key(int(entry["shard"])), journal_bytes(entry))

@@ -1,5 +1,6 @@
-"""Reads rows of a store, by key, straight from its shard files: one pread, one checksum and one decompression per array.
+"""Reads rows of a store, by key, straight from its shard files: one read, one checksum and one decompression per array.
 
+The chunks of a row are asked for together, as an object store answers them side by side.
 ``direct=False`` reads through zarr-python, which tests use as the judge.
 """
 
@@ -7,23 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import zarr
 from numpy.typing import NDArray
+from zarr.buffer.cpu import Buffer
+from zarr.storage import MemoryStore
 
-from kdcli.cache.places import Folder
+from kdcli.cache.places import Folder, Where, place_of
 from kdcli.cache.schema import ENTRY_COUNT, ENTRY_DTYPES, ArraySpec, CacheSchema
-from kdcli.cache.shards import ShardFile
+from kdcli.cache.shards import ShardFile, open_shards, read_chunks
 from kdcli.cache.writer import read_journal, read_manifest, shard_key
-from kdcli.errors import StoreError
+from kdcli.errors import KDError, StoreError
 from kdcli.structures import FLAGS, Entries, RowKey
 from kdcli.tensors import PROPOSAL_COUNT, Need
 
 MAX_OPEN_FILES = 256  # a COCO-sized store has 10,000 shard files, a process may usually open 1,024
+MAX_INDICES = 16384  # of shard files in an object store, 4 kB each
+_Chunks = dict[str, tuple[ShardFile, bytes]]  # by array path
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,15 @@ class Row:
 
 
 class CacheReader:
-    """Rows of the store at ``path``, restricted to what ``needs`` read (None: everything).
+    """Rows of the store at ``where``, restricted to what ``needs`` read (None: everything).
 
     Cheap to pickle: files are opened by the process that reads. ``direct=False`` reads through zarr-python.
     Raises MissingPathError or StoreError for a store that is missing, foreign, unfinished, or lacks a need.
     """
 
-    def __init__(self, path: Path, needs: Iterable[Need] | None = None, *, direct: bool = True) -> None:
-        self.path, self.direct = path, direct
-        self.manifest = read_manifest(path)
+    def __init__(self, where: Where, needs: Iterable[Need] | None = None, *, direct: bool = True) -> None:
+        self.place, self.direct = place_of(where), direct
+        self.manifest = read_manifest(self.place)
         self.schema = CacheSchema.from_json(self.manifest["schema"])
         self.tensors = self.schema.tensors if needs is None else self.schema.restrict(tuple(needs))
         self.views: tuple[str, ...] = tuple(self.manifest["views"])
@@ -67,11 +71,11 @@ class CacheReader:
     def row_index(self, key: RowKey) -> int:
         """Position of a row. Raises StoreError when the image or the view was not cached."""
         if key.view not in self.views:
-            raise StoreError(f"store '{self.path}' has no view '{key.view}'; it has {', '.join(self.views)}")
+            raise StoreError(f"store '{self.place}' has no view '{key.view}'; it has {', '.join(self.views)}")
         position = self._image_rows.get(key.image_id)
         if position is None:
             raise StoreError(
-                f"store '{self.path}' has no row for image {key.image_id}: it was left out when the store was written; "
+                f"store '{self.place}' has no row for image {key.image_id}: it was left out when the store was written; "
                 "train with the same --skip-bad, or write the store again"
             )
         return position * len(self.views) + self.views.index(key.view)
@@ -79,14 +83,15 @@ class CacheReader:
     def read(self, key: RowKey) -> Row:
         """The row of ``key``. Raises StoreError when it is missing or its bytes fail a checksum."""
         index = self.row_index(key)
+        chunks = self._fetch(index) if self.direct else {}
         counts = {}
         for path, most in self.schema.counts.items():
-            counts[path] = int(self._array(path, index, None)[0])
+            counts[path] = int(self._array(chunks, path, index, None)[0])
             if not 0 <= counts[path] <= most:
                 raise StoreError(
-                    f"store '{self.path}', {key}: impossible {path} {counts[path]}; run `kdcli cache verify`"
+                    f"store '{self.place}', {key}: impossible {path} {counts[path]}; run `kdcli cache verify`"
                 )
-        entries = self._entries(index, counts[ENTRY_COUNT]) if self.schema.sparse else None
+        entries = self._entries(chunks, index, counts[ENTRY_COUNT]) if self.schema.sparse else None
         arrays = {}
         for tensor in self.tensors:
             length = None if tensor.count is None else counts[tensor.count]
@@ -94,15 +99,15 @@ class CacheReader:
                 assert entries is not None
                 length = int(entries.select(tensor.need.region).sum())
             for spec in self.schema.tensor_arrays(tensor).values():
-                arrays[spec.path] = self._array(spec.path, index, length)
+                arrays[spec.path] = self._array(chunks, spec.path, index, length)
             if tensor.count == PROPOSAL_COUNT:  # the boxes of each image are counted by its targets, proposals are not
                 arrays[PROPOSAL_COUNT] = np.array([counts[PROPOSAL_COUNT]], np.int32)
-        identity = self._array("row/identity", index, None).tobytes()
-        return Row(arrays, entries, identity[:32], identity[32:], self._array("row/geometry", index, None))
+        identity = self._array(chunks, "row/identity", index, None).tobytes()
+        return Row(arrays, entries, identity[:32], identity[32:], self._array(chunks, "row/geometry", index, None))
 
     def bytes_on_disk(self) -> int:
         """Bytes of all shard files, from the journal."""
-        return sum(int(f["bytes"]) for e in read_journal(self.path).values() for f in e["files"].values())
+        return sum(int(f["bytes"]) for e in read_journal(self.place).values() for f in e["files"].values())
 
     def _wanted(self) -> dict[str, ArraySpec]:
         specs = {a.path: a for a in self.schema.layout() if not a.path.startswith("tensors/")}
@@ -111,33 +116,50 @@ class CacheReader:
         return specs
 
     def _require_complete(self) -> None:
-        done = len(read_journal(self.path))
+        done = len(read_journal(self.place))
         if done != self.schema.num_shards:
             raise StoreError(
-                f"store '{self.path}' is incomplete: {done} of {self.schema.num_shards} shards are written; "
+                f"store '{self.place}' is incomplete: {done} of {self.schema.num_shards} shards are written; "
                 "run the same cache-teacher command again to finish it"
             )
 
     def _read_image_rows(self) -> dict[int, int]:
         try:
-            array = zarr.open_array(self.path / "image_id", mode="r")
+            keys = ("zarr.json", "c/0")
+            files = zip(keys, self.place.read_all([f"image_id/{key}" for key in keys]), strict=True)
+            array = zarr.open_array(MemoryStore({key: Buffer.from_bytes(data) for key, data in files}), mode="r")
             # before anything of that size is allocated; a lost chunk would be read as zeros
             whole = array.shape == (self.schema.rows // len(self.views),) and array.dtype == np.int64
             ids: NDArray[np.int64] = np.array(array[:]) if whole else np.zeros(0, np.int64)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:  # as zarr may
-            raise StoreError(f"store '{self.path}': its image_id array is corrupt; write the store again") from error
+            if isinstance(error, KDError):
+                raise
+            raise StoreError(f"store '{self.place}': its image_id array is corrupt; write the store again") from error
         if len(ids) * len(self.views) != self.schema.rows or len(np.unique(ids)) != len(ids):
             raise StoreError(
-                f"store '{self.path}': its image_id array does not name the images of {self.schema.rows} rows in "
+                f"store '{self.place}': its image_id array does not name the images of {self.schema.rows} rows in "
                 f"{len(self.views)} views; write the store again"
             )
         return {int(image_id): position for position, image_id in enumerate(ids)}
 
-    def _entries(self, index: int, count: int) -> Entries:
-        parts = {name: self._array(f"entries/{name}", index, count) for name in ENTRY_DTYPES}
+    def _fetch(self, index: int) -> _Chunks:
+        """The chunks of row ``index``, one of each array that is wanted, checked."""
+        shard, position = divmod(index, self.schema.shard_rows)
+        new = [path for path in self.layout if (path, shard) not in self._shards]
+        keys = [shard_key(self.layout[path], shard) for path in new]
+        for path, file in zip(new, open_shards(self.place, keys, self.schema.shard_rows), strict=True):
+            self._shards[path, shard] = file
+        files = [self._shards[path, shard] for path in self.layout]
+        while len(self._shards) > (MAX_OPEN_FILES if isinstance(self.place, Folder) else MAX_INDICES):
+            del self._shards[next(iter(self._shards))]  # the one opened first; reads are random anyway
+        data = read_chunks(self.place, [(file, position) for file in files])
+        return dict(zip(self.layout, zip(files, data, strict=True), strict=True))
+
+    def _entries(self, chunks: _Chunks, index: int, count: int) -> Entries:
+        parts = {name: self._array(chunks, f"entries/{name}", index, count) for name in ENTRY_DTYPES}
         flag = parts["flag"]
         if count and int((flag & ~np.uint8(sum(FLAGS.values()))).max()):
-            raise StoreError(f"store '{self.path}', row {index}: unknown region flag; it was written by a newer kdcli")
+            raise StoreError(f"store '{self.place}', row {index}: unknown region flag; it was written by a newer kdcli")
         return Entries(
             index=torch.from_numpy(parts["index"].astype(np.int64)),
             flag=torch.from_numpy(flag),
@@ -146,24 +168,18 @@ class CacheReader:
             image=torch.zeros(count, dtype=torch.int64),
         )
 
-    def _array(self, path: str, index: int, length: int | None) -> NDArray[Any]:
+    def _array(self, chunks: _Chunks, path: str, index: int, length: int | None) -> NDArray[Any]:
         """Row ``index`` of an array, its first ``length`` entries (None: all). A fresh, writable array."""
         spec = self.layout[path]
         if not self.direct:
             if self._group is None:  # a truth test of a group lists all its members
-                self._group = zarr.open_group(self.path, mode="r")
+                self._group = zarr.open_group(self.place.for_zarr(), mode="r")
             value: NDArray[Any] = np.array(self._group[path][index])
             return value[:length]
-        shard, position = divmod(index, self.schema.shard_rows)
-        file = self._shards.get((path, shard))
-        if file is None:
-            file = ShardFile(Folder(self.path), shard_key(spec, shard), self.schema.shard_rows)
-            if len(self._shards) >= MAX_OPEN_FILES:
-                del self._shards[next(iter(self._shards))]  # the one opened first; reads are random anyway
-            self._shards[path, shard] = file
+        file, chunk = chunks[path]
         shape = spec.shape if length is None else (length, *spec.shape[1:])
         size = spec.row_bytes if length is None else int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
-        data = file.read(position, size, spec.row_bytes)
+        data = file.unpack(chunk, size, spec.row_bytes)
         return np.frombuffer(bytearray(data), dtype=np.dtype(spec.dtype).newbyteorder("<")).reshape(shape)
 
 

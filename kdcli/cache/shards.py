@@ -15,7 +15,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from kdcli.cache.places import Place
+from kdcli.cache.places import OpenFile, Place
 from kdcli.errors import StoreError
 
 ZSTD_LEVEL = 1  # codes hardly compress; what zstd is for is the padding behind sparse rows
@@ -43,41 +43,34 @@ def pack_shard(chunks: Sequence[bytes | None], size: int) -> bytes:
 
 
 class ShardFile:
-    """Random access to the chunks of one shard file; its index is read once.
+    """The chunks of one open shard file; its index is read once. Raises StoreError for one that fails its checksum."""
 
-    Raises StoreError for a file that is missing, or an index that fails its checksum.
-    """
+    def __init__(self, name: str, file: OpenFile, chunks: int) -> None:
+        self.file = file
+        self._name = name
+        if len(file.tail) != _index_bytes(chunks) or not crc_is_right(file.tail):
+            raise _corrupt(name, "has a broken index")
+        self._index = np.frombuffer(file.tail[:-4], dtype="<u8").reshape(chunks, 2)
 
-    def __init__(self, place: Place, key: str, chunks: int) -> None:
-        self._name = f"{place}/{key}"
-        tail = 16 * chunks + 4
-        try:
-            self._file = place.open(key)
-            self._size = self._file.size
-            index = self._file.read(max(0, self._size - tail), tail)
-        except FileNotFoundError as error:
-            raise self._corrupt("is missing") from error
-        if len(index) != tail or _crc(index[:-4]) != index[-4:]:
-            raise self._corrupt("has a broken index")
-        self._index = np.frombuffer(index[:-4], dtype="<u8").reshape(chunks, 2)
-
-    def chunk(self, position: int) -> bytes:
-        """The stored bytes of a chunk, its checksum included. Raises StoreError when they are not what was written."""
+    def where(self, position: int) -> tuple[int, int]:
+        """Offset and length of a chunk. Raises StoreError for one that was never written."""
         offset, length = (int(v) for v in self._index[position])
-        if offset == MISSING or length < 4 or offset + length > self._size:
-            raise self._corrupt(f"has no data for its row {position}")
-        chunk = self._file.read(offset, length)
-        if _crc(chunk[:-4]) != chunk[-4:]:
-            raise self._corrupt(f"fails the checksum of its row {position}")
+        if offset == MISSING or length < 4 or offset + length > self.file.size:
+            raise _corrupt(self._name, f"has no data for its row {position}")
+        return offset, length
+
+    def checked(self, position: int, chunk: bytes) -> bytes:
+        """``chunk`` itself. Raises StoreError when it is not what was written."""
+        if not crc_is_right(chunk):
+            raise _corrupt(self._name, f"fails the checksum of its row {position}")
         return chunk
 
-    def read(self, position: int, size: int, full_size: int) -> bytes:
-        """The first ``size`` decompressed bytes of a chunk of ``full_size``. Raises StoreError as ``chunk`` does."""
-        chunk = self.chunk(position)
+    def unpack(self, chunk: bytes, size: int, full_size: int) -> bytes:
+        """The first ``size`` decompressed bytes of a checked chunk of ``full_size``. Raises StoreError for another."""
         if size == 0:
             return b""
         if zstandard.frame_content_size(chunk) != full_size:
-            raise self._corrupt(f"holds {zstandard.frame_content_size(chunk)} bytes instead of {full_size}")
+            raise _corrupt(self._name, f"holds {zstandard.frame_content_size(chunk)} bytes instead of {full_size}")
         if size * 4 > full_size:
             return zstandard.ZstdDecompressor().decompress(chunk[:-4])[:size]
         # a padded row: stop after the real entries, the zeros behind them are most of it
@@ -85,8 +78,35 @@ class ShardFile:
             data: bytes = stream.read(size)
         return data
 
-    def _corrupt(self, what: str) -> StoreError:
-        return StoreError(f"shard file '{self._name}' {what}; run `kdcli cache verify`, then write the store again")
+
+def open_shards(place: Place, keys: Sequence[str], chunks: int) -> list[ShardFile]:
+    """Open shard files of ``chunks`` chunks. Raises StoreError for one that is missing or has a broken index."""
+    opened = []
+    for key, file in zip(keys, place.open_all(keys, _index_bytes(chunks)), strict=True):
+        if file is None:
+            raise _corrupt(f"{place}/{key}", "is missing")
+        opened.append(ShardFile(f"{place}/{key}", file, chunks))
+    return opened
+
+
+def read_chunks(place: Place, wanted: Sequence[tuple[ShardFile, int]]) -> list[bytes]:
+    """The stored bytes of chunks, their checksums included. Raises StoreError when they are not what was written."""
+    ranges = [(shard.file, *shard.where(position)) for shard, position in wanted]
+    data = place.read_ranges(ranges)
+    return [shard.checked(position, chunk) for (shard, position), chunk in zip(wanted, data, strict=True)]
+
+
+def crc_is_right(data: bytes) -> bool:
+    """Whether bytes end in their own crc32c, as chunks and indices do."""
+    return _crc(data[:-4]) == data[-4:]
+
+
+def _index_bytes(chunks: int) -> int:
+    return 16 * chunks + 4
+
+
+def _corrupt(name: str, what: str) -> StoreError:
+    return StoreError(f"shard file '{name}' {what}; run `kdcli cache verify`, then write the store again")
 
 
 def _crc(data: bytes) -> bytes:

@@ -15,6 +15,7 @@ from kdcli.cli.main import app
 from kdcli.errors import OptionError, UsageError, nearest
 
 if TYPE_CHECKING:
+    from kdcli.cache.places import Where
     from kdcli.engine.caching import Plan
     from kdcli.engine.estimate import Estimate
     from kdcli.engine.watch import Watcher
@@ -25,7 +26,7 @@ cache = typer.Typer(
 )
 app.add_typer(cache, name="cache")
 
-Store = Annotated[Path, typer.Argument(help="Store folder.", show_default=False)]
+Store = Annotated[str, typer.Argument(help="Store folder, or s3://, gs://, az:// URL.", show_default=False)]
 
 
 @app.command(name="cache-teacher")
@@ -33,11 +34,13 @@ def cache_teacher(
     data: f.Data = None,
     teacher: Annotated[str | None, typer.Option(help="Run folder or checkpoint of the teacher.")] = None,
     method: f.MethodList = None,
-    out: Annotated[Path | None, typer.Option(help="Store folder; the same command again goes on after a kill.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Store folder or URL; the same command again goes on after a kill.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split to cache (default train).")] = None,
     canvas: f.CanvasSize = None,
     views: f.Views = None,
-    encoding: Annotated[str | None, typer.Option(help="default (8-bit where safe), float16, lossless.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="default (8 bit where safe), compact, float16, lossless.")] = None,
     precision: Annotated[str | None, typer.Option(help="Teacher precision: fp32 (default) or bf16.")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass (default 8).")] = None,
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows a shard (default: 128 MB, at most 256).")] = None,
@@ -54,6 +57,7 @@ def cache_teacher(
 
     Example: kdcli cache-teacher --data DATA --teacher runs/teacher --method ld,pfi --views identity,hflip --out STORE
     """
+    from kdcli.cache.places import place_of
     from kdcli.cli.watch import print_json, watching
     from kdcli.engine.caching import plan_store
     from kdcli.engine.estimate import estimate as make_estimate
@@ -79,18 +83,19 @@ def cache_teacher(
             raise UsageError(f"{flag} is missing; see the example in `kdcli cache-teacher --help`")
     if out is None:
         raise UsageError("--out is missing: name the store folder, e.g. --out store")
+    place = place_of(out)
     part = _part(shard)
     with watching(part is None or shard is not None or part.index == 0) as watcher:
         plan = plan_store(options, watcher)
-        found = make_estimate(plan, out) if estimate or not out.exists() else None
+        found = make_estimate(plan, place) if estimate or not place.exists() else None
         if estimate:
             assert found is not None
             return _report_estimate(plan, found, watcher, json)
         if found is not None:
-            require_room(found, out)
+            require_room(found, place)
             watcher.note(_priced(found))
-        written = write_store(plan, out, watcher, part)
-        info = store_info(out)
+        written = write_store(plan, place, watcher, part)
+        info = store_info(place)
         state = "complete" if info["complete"] else f"{info['shards_done']} of {info['shards']} shards are written"
         watcher.note(f"{out}: {state}, {info['rows']} rows ({written} written now), {info['bytes'] / 2**20:.1f} MB")
     if json:
@@ -130,10 +135,16 @@ def info(store: Store, json: f.Json = False) -> int:
     ]
     for line in lines:
         console.print(Text(plain(line)))
-    table = Table("tensor", "encoding", "bytes", "rms error", "relative", "worst", box=None, pad_edge=False)
+    measured = any(tensor["precision_error"] for tensor in found["tensors"].values())
+    precision = [f"{found['teacher_run']['precision']} teacher"] if measured else []
+    table = Table(
+        "tensor", "encoding", "bytes", "rms error", "relative", "worst", *precision, box=None, pad_edge=False
+    )  # fmt: skip
     for key, tensor in found["tensors"].items():
-        error = tensor["error"]
-        numbers = ("-" if error is None else f"{error[k]:.2g}" for k in ("rms", "relative", "worst"))
+        error, other = tensor["error"], tensor["precision_error"]
+        numbers = ["-" if error is None else f"{error[k]:.2g}" for k in ("rms", "relative", "worst")]
+        if measured:
+            numbers.append("-" if other is None else f"{other['relative']:.2g}")
         table.add_row(key, tensor["encoding"], f"{tensor['bytes']:,}", *numbers)
     console.print(table)
     return 0
@@ -143,7 +154,7 @@ def info(store: Store, json: f.Json = False) -> int:
 def verify(
     store: Store,
     teacher: Annotated[str | None, typer.Option(help="Run this teacher again on some rows.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set folder; needed with --teacher.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set of --teacher (default: where the store is from).")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows for --teacher.")] = 32,
     device: Annotated[
         str | None, typer.Option(help="Device for --teacher (default: the one that wrote the store).")
@@ -154,6 +165,7 @@ def verify(
 
     Example: kdcli cache verify STORE --teacher runs/teacher --data DATA --rows 32
     """
+    from kdcli.cache.writer import read_manifest
     from kdcli.cli.watch import ConsoleWatcher, print_json
     from kdcli.engine.verify import plan_of_store, verify_checksums, verify_teacher
 
@@ -161,9 +173,7 @@ def verify(
         files, size = verify_checksums(store, watcher)
         result: dict[str, Any] = {"files": files, "bytes": size, "rows_compared": 0, "differences": {}}
         if teacher:
-            if not data:
-                raise UsageError("--teacher needs --data: the images that it is run on")
-            plan = plan_of_store(store, data, teacher, device, watcher)
+            plan = plan_of_store(store, data or read_manifest(store)["origin"]["data"], teacher, device, watcher)
             result["rows_compared"], result["differences"] = verify_teacher(plan, store, rows, watcher)
         watcher.note(f"{store}: {files} shard files, {size / 2**20:.1f} MB, every checksum is right")
         for key, error in result["differences"].items():
@@ -241,16 +251,19 @@ def show(
 
     Example: kdcli cache show STORE 17 --out row.png
     """
+    from kdcli.cli.outputs import require_file
     from kdcli.engine.showing import read_for_show
+    from kdcli.report.draw import save_png
     from kdcli.report.row import draw_row
 
+    require_file(out, "--out", ".png")
     picture = draw_row(read_for_show(store, data, image, view))
     out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out)
+    save_png(picture, out)
     return 0
 
 
-def store_info(store: Path) -> dict[str, Any]:
+def store_info(store: Where) -> dict[str, Any]:
     """The manifest of a store with its sizes and measured errors, as JSON."""
     from kdcli.cache.fidelity import summarise
     from kdcli.cache.schema import CacheSchema
@@ -306,7 +319,8 @@ def _part(shard: str | None) -> Part | None:
 def _priced(found: Estimate) -> str:
     return (
         f"estimate: {found.rows} rows, {found.bytes_total / 2**20:.1f} MB on disk ({found.bytes_raw / 2**20:.1f} MB raw), "
-        f"{found.seconds:.0f} s at {found.rows_per_s:.1f} rows/s; {found.free_bytes / 2**30:.1f} GB are free"
+        f"{found.seconds:.0f} s at {found.rows_per_s:.1f} rows/s"
+        + ("" if found.free_bytes is None else f"; {found.free_bytes / 2**30:.1f} GB are free")
     )
 
 

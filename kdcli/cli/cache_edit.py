@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +17,7 @@ def add(
     method: f.MethodList = None,
     teacher: Annotated[str | None, typer.Option(help="Teacher (default: where the store was written from).")] = None,
     data: Annotated[str | None, typer.Option(help="Data set (default: where the store was written from).")] = None,
-    encoding: Annotated[str, typer.Option(help="Of the new tensors: default, float16, lossless.")] = "default",
+    encoding: Annotated[str, typer.Option(help="Of the new tensors: default, compact, float16, lossless.")] = "default",
     set_: f.Set = None,
     json: f.Json = False,
 ) -> int:
@@ -54,7 +53,7 @@ def prune(
     store: Store,
     tensor: Annotated[list[str] | None, typer.Option(help="Tensor to drop, as `cache info` names it.")] = None,
     view: Annotated[list[str] | None, typer.Option(help="View to leave out of a copy; needs --out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the copy without the views goes.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where the copy without the views goes.")] = None,
     json: f.Json = False,
 ) -> int:
     """Drop tensors from a store, or copy it without some views. Killed, the same command goes on.
@@ -84,8 +83,8 @@ def prune(
 
 @cache.command()
 def merge(
-    stores: Annotated[list[Path], typer.Argument(help="Stores of one teacher, canvas and method list.")],
-    out: Annotated[Path, typer.Option(help="Store to make; the same command goes on after a kill.")],
+    stores: Annotated[list[str], typer.Argument(help="Stores of one teacher, canvas and method list.")],
+    out: Annotated[str, typer.Option(help="Store to make; the same command goes on after a kill.")],
     data: Annotated[
         str | None, typer.Option(help="Data set with all images, when each store had an annotation file of its own.")
     ] = None,

@@ -25,6 +25,7 @@ def compare(
 
     Example: kdcli compare runs --html report.html --plots plots
     """
+    from kdcli.cli.outputs import require_file, require_folder
     from kdcli.cli.watch import print_json
     from kdcli.report.compare import compare as make_comparison
     from kdcli.report.compare import load_runs
@@ -32,6 +33,10 @@ def compare(
     from kdcli.report.html import write_html
     from kdcli.report.plots import write_plots
 
+    if html is not None:
+        require_file(html, "--html")
+    if plots is not None:
+        require_folder(plots, "--plots")
     comparison = make_comparison(load_runs(runs), baseline)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)

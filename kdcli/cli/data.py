@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,9 +28,11 @@ def make_shapes(
 
     Example: kdcli data make-shapes shapes --train 300 --val 100
     """
+    from kdcli.cli.outputs import require_folder
     from kdcli.data.shapes import make_shapes as draw
     from kdcli.report.console import human_console
 
+    require_folder(out, "OUT")
     draw(out, num_train=train, num_val=val, seed=seed)
     human_console().print(f"{out}: {train} training and {val} validation images", markup=False)
     return 0
@@ -42,20 +45,22 @@ def check(
 ) -> int:
     """List what is wrong with a data set; exits with 3 on a fault.
 
-    Faults: missing or corrupt images, unknown categories, duplicate ids, boxes outside. Warnings: boxes over the border
-    by up to 2 px (clipped), sides under 1 px (dropped).
+    Faults: missing or corrupt images, unknown categories, duplicate ids, boxes outside, no train or val split, splits
+    of different categories. Warnings: boxes over the border by up to 2 px (clipped), sides under 1 px (dropped).
 
     Example: kdcli data check DATA
     """
     from kdcli.cli.watch import ConsoleWatcher, print_json
-    from kdcli.data.check import check_dataset
-    from kdcli.data.coco import has_split, open_split
+    from kdcli.data.check import category_fault, check_dataset, missing_report, open_splits
 
-    splits = [s for s in ("train", "val") if has_split(root, s)] or ["train"]
     found = {}
+    opened, refused = open_splits(root)
     with ConsoleWatcher() as watcher:
-        for split in splits:
-            dataset = open_split(root, split)
+        for split, error in refused.items():
+            found[split] = missing_report(root, split, error)
+            watcher.note(f"{split}: not checked")
+            watcher.note(f"  fault: {found[split].faults[0].kind}: {found[split].faults[0].message}")
+        for split, dataset in opened.items():
             watcher.stage(f"check {split}", dataset.num_images)
             seen = 0
 
@@ -65,6 +70,8 @@ def check(
                 seen = done
 
             report = check_dataset(dataset, progress=moved)
+            if split == "val" and "train" in opened and (fault := category_fault(opened["train"], dataset)):
+                report = replace(report, faults=(fault, *report.faults))
             watcher.note(
                 f"{split}: {report.num_images} images ({report.num_empty} without boxes), {report.num_boxes} boxes, "
                 f"{report.num_crowd} crowd"

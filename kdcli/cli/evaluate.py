@@ -10,7 +10,7 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.main import app
-from kdcli.errors import GateError, UsageError
+from kdcli.errors import GateError, UsageError, counted
 
 Checkpoint = Annotated[str, typer.Argument(help="Run folder or checkpoint file.", show_default=False)]
 
@@ -31,6 +31,7 @@ def evaluate(
 
     Example: kdcli eval runs/student --data DATA --out scores
     """
+    from kdcli.cli.outputs import require_folder
     from kdcli.cli.watch import ConsoleWatcher, print_json
     from kdcli.data.coco import open_split
     from kdcli.detectors.weights import load_detector
@@ -46,6 +47,8 @@ def evaluate(
 
     if data is None:
         raise UsageError("--data is missing: name the data set folder")
+    if out is not None:
+        require_folder(out, "--out")
     detector, meta = load_detector(checkpoint)
     dataset = open_split(Path(data), split)
     require_same_classes(meta.classes, dataset)
@@ -91,17 +94,20 @@ def predict(
 
     Example: kdcli predict runs/student photos --out drawn --score 0.4
     """
+    from kdcli.cli.outputs import require_folder
     from kdcli.cli.watch import ConsoleWatcher, print_json
     from kdcli.detectors.weights import load_detector
     from kdcli.engine.devices import pick_device
-    from kdcli.engine.predicting import image_files, predict_files
-    from kdcli.report.draw import draw_detections
+    from kdcli.engine.predicting import image_files, predict_files, require_images
+    from kdcli.report.draw import draw_detections, save_png
     from kdcli.structures import Canvas
 
+    require_folder(out, "--out")
     detector, meta = load_detector(checkpoint)
     target, chosen = Canvas.parse(canvas or meta.canvas), pick_device(device or "auto")
     names = [str(c["name"]) for c in meta.classes]
     files = image_files(source)
+    require_images(files)
     stems = [file.stem for file in files]  # a.jpg and a.png must not draw over each other
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -112,10 +118,10 @@ def predict(
             labels = [names[k] for k in found.labels[keep]]
             picture = draw_detections(found.pixels, found.boxes[keep], labels, found.scores[keep], classes=names)
             name = out / f"{found.file.stem if stems.count(found.file.stem) == 1 else found.file.name}.png"
-            picture.save(name)
+            save_png(picture, name)
             drawn.append({"image": str(found.file), "drawn": str(name), "detections": int(keep.sum())})
             watcher.advance(1)
-        watcher.note(f"{len(drawn)} picture(s) and detections.json in {out}")
+        watcher.note(f"{counted(len(drawn), 'picture')} and detections.json in {out}")
     if json:
         print_json({"images": drawn})
     return 0

@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -19,6 +20,16 @@ INTERRUPTED = (
     "interrupted; what is finished is kept: train and distill go on with --resume RUN, cache-teacher with the "
     "same command"
 )
+
+_ELSEWHERE = "; choose another place"
+FIXES = {  # what helps against an OSError that nothing below here has turned into a message
+    errno.ENOTDIR: _ELSEWHERE,
+    errno.EEXIST: _ELSEWHERE,
+    errno.EISDIR: _ELSEWHERE,
+    errno.EROFS: _ELSEWHERE,
+    errno.EACCES: "; change its permissions or choose another place",
+    errno.EPERM: "; change its permissions or choose another place",
+}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,6 +67,7 @@ def main() -> None:
     # 0.32 and 2.9). Must be set before torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    warnings.showwarning = show_warning
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     sys.exit(run(arguments, debug=debug))
@@ -87,9 +99,16 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         if debug:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return _fail(
-            f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another place", 5 if full else 3
-        )
+        fix = "; free some space or choose another place" if full else FIXES.get(error.errno or 0, "")
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}{fix}", 5 if full else 3)
+
+
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """A Python warning as one line; Python's own two name the file and line of code that gave it."""
+    print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
 
 def _fail(message: str, code: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,7 +69,11 @@ def _launch(
 
     fields = read_toml(config) if config else {}
     asked = launch.from_flags(command, fields, given, model, parse_assignments(assignments or []))
-    with distributed.joined(asked.fields.get("device", "auto")) as first, watching(first) as watcher:
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # torch.hub prints what it downloads; stdout is for --json alone
+        distributed.joined(asked.fields.get("device", "auto")) as first,
+        watching(first) as watcher,
+    ):
         if resume:
             if out or seeds is not None or overwrite:
                 raise OptionError("--resume RUN continues RUN: it does not go with --out, --seeds or --overwrite")

@@ -51,8 +51,8 @@ class ConsoleWatcher:
             self._bar.advance(self._task, units)
 
     def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(Text(plain(text)))
+        """Print a line above the bar; in a pipe it stays one line, for grep."""
+        self.console.print(Text(plain(text)), soft_wrap=not self.console.is_terminal)
 
 
 @contextmanager

@@ -12,13 +12,14 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcli.data.coco import MIN_SIDE, Dataset, clip_xyxy
+from kdcli.data.coco import MIN_SIDE, Dataset, clip_xyxy, open_split
 from kdcli.data.images import ImageSizeError, decode_image, probe_image
-from kdcli.errors import DataError, MissingPathError
+from kdcli.errors import DataError, KDError, MissingPathError, counted
 
 MAX_OVER = 2.0  # pixels over the border that still count as rounding
 NUM_EXAMPLES = 5  # of each kind of warning
@@ -71,7 +72,7 @@ class CheckReport:
             raise DataError(f"{self.where}: {first.message}")
         if not skip_bad:
             raise DataError(
-                f"{self.where} has {len(self.faults)} faults, first {first.kind}: {first.message}; "
+                f"{self.where} has {counted(len(self.faults), 'fault')}, first {first.kind}: {first.message}; "
                 "list them with kdcli data check, or leave the images out with --skip-bad"
             )
         if len(self.bad_images) == self.num_images:
@@ -103,6 +104,38 @@ def check_dataset(dataset: Dataset, decode: bool = True, progress: Progress | No
         num_boxes=len(notes.category),
         num_crowd=int(notes.crowd.sum()),
     )
+
+
+def open_splits(root: Path) -> tuple[dict[str, Dataset], dict[str, KDError]]:
+    """train and val, which training needs both, and what stood against opening them. Raises it if neither opens."""
+    opened: dict[str, Dataset] = {}
+    refused: dict[str, KDError] = {}
+    for split in ("train", "val"):
+        try:
+            opened[split] = open_split(root, split)
+        except (DataError, MissingPathError) as error:
+            refused[split] = error
+    if not opened:
+        raise next(iter(refused.values()))
+    return opened, refused
+
+
+def missing_report(root: Path, split: str, error: KDError) -> CheckReport:
+    """The report on a split that could not be opened."""
+    kind = "missing split" if isinstance(error, MissingPathError) else "unreadable split"
+    fault = Fault(kind, str(root), f"{error}; training needs a train and a val split")
+    return CheckReport(str(root), (fault,), (), frozenset(), 0, 0, 0, 0)
+
+
+def category_fault(train: Dataset, val: Dataset) -> Fault | None:
+    """What training refuses in two splits together: class names that are not the same in the same order."""
+    ours, theirs = ([c.name for c in split.classes] for split in (train, val))
+    if ours == theirs:
+        return None
+    odd = sorted(set(ours) ^ set(theirs))
+    how = f"{', '.join(odd[:3])} in one alone" if odd else "the same names in another order of ids"
+    message = f"train and val do not have the same categories ({how}); give both the same list"
+    return Fault("different categories", str(val.annotations_path), message)
 
 
 def _table_faults(dataset: Dataset) -> Iterator[Fault]:

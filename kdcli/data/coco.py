@@ -121,13 +121,17 @@ def open_split(root: Path, split: str) -> Dataset:
     """
     root = Path(root)
     if not root.is_dir():
-        raise MissingPathError(f"data folder {root} does not exist")
+        wrong = "is not a folder; name the one that holds annotations/" if root.exists() else "does not exist"
+        raise MissingPathError(f"data folder {root} {wrong}")
     layouts = _layouts(root, split)
     for annotations_path, images_dir in layouts:
         if annotations_path.is_file():
             if not images_dir.is_dir():
                 raise MissingPathError(f"{annotations_path} is there, but not its image folder {images_dir}")
             return Dataset(root, split, images_dir, annotations_path, load_annotations(annotations_path))
+    for annotations_path, _ in layouts:
+        if annotations_path.exists():
+            raise DataError(f"{annotations_path} is not a file; put the annotations of {split} there")
     looked = " nor ".join(f"{a.relative_to(root)} with {d.name}/" for a, d in layouts)
     raise MissingPathError(f"no split '{split}' under {root}: found neither {looked}")
 

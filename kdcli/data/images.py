@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from kdcli.errors import DataError, MissingPathError
 
@@ -108,7 +108,10 @@ def _missing(path: Path) -> MissingPathError:
 
 
 def _unreadable(path: Path, error: BaseException) -> DataError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # its own text names a BytesIO object by its address
+        reason = "of no known image format"
+    else:
+        reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(f"image {path} cannot be decoded ({reason}); replace the file")
 
 

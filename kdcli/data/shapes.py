@@ -8,9 +8,10 @@ half visible, so that whatever is drawn is also annotated. Soft blobs and stroke
 from __future__ import annotations
 
 import colorsys
+import io
 import json
 import math
-import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from kdcli.errors import DataError, OptionError
+from kdcli.errors import DataError, NoSpaceError, OptionError
+from kdcli.files import atomic_write_bytes, atomic_write_text
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "hexagon", "arrow")
-MARKER = "shapes.json"  # written first: tells an interrupted set from somebody else's folder
+MARKER = "shapes.json"  # written first: tells a set that lacks files from somebody else's folder
 FORMAT = 2
 SUPERSAMPLE = 4
 MIN_SIZE = 8.0  # pixels across
@@ -51,8 +53,9 @@ def make_shapes(
 ) -> None:
     """Write ``out/annotations/{train,val}.json`` and ``out/{train,val}/*.jpg``. ``size``: smallest, largest side.
 
-    A complete set of the same arguments is left as it is and an interrupted one is finished. Raises OptionError for
-    impossible numbers and DataError when ``out`` holds anything else.
+    A complete set of the same arguments is left as it is, and one that lacks files gets them. A new set is drawn in a
+    hidden folder first and appears whole. Raises OptionError for impossible numbers, DataError when ``out`` holds
+    anything else, and NoSpaceError when the disk is full.
     """
     if num_train < 1 or num_val < 1 or seed < 0 or not 64 <= size[0] <= size[1] <= 4096:
         raise OptionError(
@@ -62,16 +65,27 @@ def make_shapes(
     counts = {"train": num_train, "val": num_val}
     marker = json.dumps({"kdcli_shapes": FORMAT, "images": counts, "seed": seed, "sides": list(size)}, sort_keys=True)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    staging = out / f".{MARKER}.making" if out.exists() else out.with_name(f".{out.name}.making")
+    if out.exists() and (not out.is_dir() or any(p != staging for p in out.iterdir())):
         if not (out / MARKER).is_file() or (out / MARKER).read_text("utf-8") != marker:
             raise DataError(f"{out} is not empty and not this demo set; choose an empty folder")
         if _complete(out, counts):
             return
-    (out / "annotations").mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text(marker, "utf-8")
-    for number, (split, count) in enumerate(counts.items()):
-        (out / split).mkdir(exist_ok=True)
-        _write_split(out, split, count, np.random.SeedSequence([seed, number]), size)
+        shutil.rmtree(staging, ignore_errors=True)
+        _write(out, counts, marker, seed, size)
+        return
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed run
+    try:
+        _write(staging, counts, marker, seed, size)
+        if out.exists():  # an empty folder is filled and not replaced: it may be the one the user is in
+            for part in sorted(staging.iterdir(), key=lambda p: p.name != MARKER):  # so that a kill here is known
+                part.rename(out / part.name)
+        else:
+            staging.rename(out)
+    except NoSpaceError as error:
+        raise NoSpaceError(f"{out}: the disk is full; free some space or choose another place") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def draw_image(rng: np.random.Generator, size: tuple[int, int]) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
@@ -105,12 +119,22 @@ def _complete(out: Path, counts: dict[str, int]) -> bool:
     )
 
 
+def _write(out: Path, counts: dict[str, int], marker: str, seed: int, size: tuple[int, int]) -> None:
+    (out / "annotations").mkdir(parents=True, exist_ok=True)
+    atomic_write_text(out / MARKER, marker)
+    for number, (split, count) in enumerate(counts.items()):
+        (out / split).mkdir(exist_ok=True)
+        _write_split(out, split, count, np.random.SeedSequence([seed, number]), size)
+
+
 def _write_split(out: Path, split: str, count: int, seeds: np.random.SeedSequence, size: tuple[int, int]) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for i, (name, child) in enumerate(zip(_names(count), seeds.spawn(count), strict=True)):
         pixels, boxes = draw_image(np.random.Generator(np.random.PCG64(child)), size)
-        Image.fromarray(pixels).save(out / split / name, quality=JPEG_QUALITY)
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "JPEG", quality=JPEG_QUALITY)
+        atomic_write_bytes(out / split / name, data.getvalue())
         images.append({"id": i + 1, "file_name": name, "height": pixels.shape[0], "width": pixels.shape[1]})
         for box in boxes:
             annotations.append({"id": len(annotations) + 1, "image_id": i + 1, "iscrowd": 0, "segmentation": [], **box})
@@ -121,10 +145,7 @@ def _write_split(out: Path, split: str, count: int, seeds: np.random.SeedSequenc
         "images": images,
         "annotations": annotations,
     }
-    target = out / "annotations" / f"{split}.json"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content), "utf-8")
-    os.replace(temporary, target)
+    atomic_write_text(out / "annotations" / f"{split}.json", json.dumps(content))
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> Pixels:

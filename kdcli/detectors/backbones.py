@@ -1,9 +1,9 @@
 """Torchvision classifiers cut into the three feature maps that a neck reads: C3, C4, C5 at strides 8, 16, 32.
 
 Each is listed as four runs of torchvision submodules: everything up to stride 4, then one run per map. A map is the
-last output of its stride. MobileNets end before their final 1x1 conv, which only widens 320 (160, 96) channels to what
-the classifier wants (1280, 960, 576); ShuffleNet's conv5 is left out for the same reason. The modules keep
-torchvision's names, so its checkpoints load as they are.
+last output of its stride. MobileNets end after their final 1x1 conv, which widens 320 (160, 96) channels to 1280 (960,
+576), as torchvision's own detectors have them; ShuffleNet's conv5, a submodule outside its stages, is left out. The
+modules keep torchvision's names, so its checkpoints load as they are.
 """
 
 from __future__ import annotations

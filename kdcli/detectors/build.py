@@ -50,7 +50,10 @@ def parse_model_name(name: str) -> tuple[str, str]:
         backbone = name.removeprefix(f"{detector}_")
         if backbone != name and backbone in BACKBONES:
             return detector, backbone
-    raise OptionError(f"model '{name}': unknown{nearest(name, model_names())} ({YOURS})")
+    begun = [known for known in model_names() if known.startswith(name)]  # "gfl": a hundred names are no answer
+    similar = f"; did you mean '{begun[0]}'?" if begun else nearest(name, model_names())
+    similar = similar if "did you mean" in similar else ";"
+    raise OptionError(f"model '{name}': unknown{similar} `kdcli models` lists them ({YOURS})")
 
 
 def family_of(detector: str) -> str:

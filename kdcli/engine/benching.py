@@ -6,12 +6,12 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from kdcli.cache.places import Where
 from kdcli.cache.reader import CacheReader
 from kdcli.cache.schema import collate
 from kdcli.cache.writer import read_journal
@@ -45,7 +45,7 @@ class Speed:
 
 
 def bench(
-    store: Path, needs: Sequence[Need] | None, workers: Sequence[int], batch: int, rows: int, watcher: Watcher
+    store: Where, needs: Sequence[Need] | None, workers: Sequence[int], batch: int, rows: int, watcher: Watcher
 ) -> list[Speed]:
     """Read ``rows`` random rows in batches, for each number of ``workers``; the same rows each time.
 
@@ -79,7 +79,7 @@ def _bytes_a_row(reader: CacheReader) -> float:
     wanted = set(reader.layout)
     total = sum(
         int(file["bytes"])
-        for entry in read_journal(reader.path).values()
+        for entry in read_journal(reader.place).values()
         for path, file in entry["files"].items()
         if path in wanted
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from kdcli.cache.editing import copy_rows, drop_tensors, orphans, take_in
 from kdcli.cache.locks import hold_store
+from kdcli.cache.places import Folder, Where, place_of
 from kdcli.cache.reader import CacheReader, compare_manifests
 from kdcli.cache.schema import CacheSchema
 from kdcli.cache.writer import create_store, read_manifest
@@ -30,7 +32,7 @@ ADDING = ".adding"  # inside the store: same disk, and gone with it
 
 
 def add(
-    store: Path, data: str | None, teacher: str | None, methods: str, settings: Mapping[str, Mapping[str, Any]],
+    store: Where, data: str | None, teacher: str | None, methods: str, settings: Mapping[str, Mapping[str, Any]],
     encoding: str, watcher: Watcher,
 ) -> list[str]:  # fmt: skip
     """Add what ``methods`` read and ``store`` lacks; returns the keys of the new tensors.
@@ -40,6 +42,7 @@ def add(
     ``teacher``: None for where the store was written from. Raises StoreError when they are not those of the manifest.
     """
     reader = CacheReader(store)
+    folder = _folder(reader, "add to it")
     manifest = reader.manifest
     origin = manifest["origin"]
     names = ",".join(dict.fromkeys([*_methods(manifest), *absolute_methods(methods).split(",")]))
@@ -66,13 +69,13 @@ def add(
     between = replace(joined, tensors=(*joined.tensors, *(t for n, t in have.items() if n in joined.served)))
     between = replace(between, served=tuple(n for n in joined.served if n not in have))
     changes = {k: whole.manifest[k] for k in ("methods", "method_options", "regions")}
-    with hold_store(store, shared=False):
-        overlay = store / ADDING
+    with hold_store(folder, shared=False):
+        overlay = folder / ADDING
         write_store(_plan_of(whole, between, reader.schema), overlay, watcher)
         watcher.stage("taking in", reader.schema.num_shards)
-        take_in(store, overlay, between, changes, watcher.advance)
+        take_in(folder, overlay, between, changes, watcher.advance)
         if between != joined:
-            drop_tensors(store, joined, {}, watcher.advance)
+            drop_tensors(folder, joined, {}, watcher.advance)
     return [t.need.key for t in new]
 
 
@@ -91,15 +94,16 @@ def _plan_of(whole: Plan, joined: CacheSchema, stored: CacheSchema) -> Plan:
     return replace(whole, options=options, needs=needs, schema=schema, source=source)
 
 
-def prune_tensors(store: Path, keys: Sequence[str], watcher: Watcher) -> list[str]:
+def prune_tensors(store: Where, keys: Sequence[str], watcher: Watcher) -> list[str]:
     """Drop the tensors ``keys`` from a store, and the methods that read them from its manifest; returns what was dropped.
 
     Raises OptionError for a key that the store does not have, or when nothing would be left.
     """
     reader = CacheReader(store)
+    folder = _folder(reader, "prune it")
     stored = {t.need.key: t for t in reader.schema.tensors}
-    with hold_store(store, shared=False):
-        left_over = orphans(store)  # of a killed call
+    with hold_store(folder, shared=False):
+        left_over = orphans(folder)  # of a killed call
         unknown = [k for k in keys if k not in stored]
         if unknown and not left_over:
             raise OptionError(f"store '{store}' has no {', '.join(unknown)}; it has {', '.join(stored)}")
@@ -119,11 +123,11 @@ def prune_tensors(store: Path, keys: Sequence[str], watcher: Watcher) -> list[st
         changes = {"methods": ",".join(able), "method_options": {name: options[name] for name in able.values()}}
         dense = {t.need.name for t in keep if t.need.dense}
         served = tuple(n for n in reader.schema.served if n.name in dense)
-        drop_tensors(store, replace(reader.schema, tensors=tuple(keep), served=served), changes, watcher.advance)
+        drop_tensors(folder, replace(reader.schema, tensors=tuple(keep), served=served), changes, watcher.advance)
     return [k for k in keys if k in stored]
 
 
-def prune_views(store: Path, views: Sequence[str], out: Path, watcher: Watcher) -> int:
+def prune_views(store: Where, views: Sequence[str], out: Where, watcher: Watcher) -> int:
     """Copy a store without ``views`` to ``out``; returns the rows of the copy. The same call goes on after a kill."""
     reader = CacheReader(store)
     unknown = [v for v in views if v not in reader.views]
@@ -138,7 +142,7 @@ def prune_views(store: Path, views: Sequence[str], out: Path, watcher: Watcher) 
     return _copy([reader], rows, out, manifest, reader.schema, images, watcher)
 
 
-def merge(stores: Sequence[Path], out: Path, data: str | None, watcher: Watcher) -> int:
+def merge(stores: Sequence[Where], out: Where, data: str | None, watcher: Watcher) -> int:
     """Join stores of one teacher and the same tensors into ``out``: other views of the same images, or other images.
 
     ``data``: a data set with the images of all of them, needed when they were written from different annotation files; its
@@ -155,7 +159,7 @@ def merge(stores: Sequence[Path], out: Path, data: str | None, watcher: Watcher)
         if reader.manifest["dataset"]["categories"] != first.manifest["dataset"]["categories"]:
             found.append("dataset.categories")
         if found:
-            raise StoreError(f"'{reader.path}' and '{first.path}' do not go together: {'; '.join(found)}")
+            raise StoreError(f"'{reader.place}' and '{first.place}' do not go together: {'; '.join(found)}")
     dataset = {k: v for k, v in first.manifest["dataset"].items() if k != "left_out"}
     same_data = all(compare_manifests(dataset, r.manifest["dataset"]) == [] for r in readers[1:])
     if data is not None:
@@ -173,7 +177,7 @@ def merge(stores: Sequence[Path], out: Path, data: str | None, watcher: Watcher)
         for image in reader.image_ids:
             for view in reader.views:
                 if (int(image), view) in places:
-                    raise StoreError(f"'{reader.path}' has image {image}, view {view}, that another store has too")
+                    raise StoreError(f"'{reader.place}' has image {image}, view {view}, that another store has too")
                 places[int(image), view] = (k, reader.row_index(RowKey(int(image), view)))
     known = {image for image, _ in places}
     left_out = sorted({i for r in readers for i in r.manifest["dataset"]["left_out"]} - known)
@@ -193,7 +197,7 @@ def merge(stores: Sequence[Path], out: Path, data: str | None, watcher: Watcher)
     return _copy(readers, rows, out, manifest, schema, images, watcher)
 
 
-def needs_of(store: Path, methods: str) -> tuple[Need, ...]:
+def needs_of(store: Where, methods: str) -> tuple[Need, ...]:
     """What ``methods`` read, with the options that the store was written with. Raises OptionError for one it has not."""
     manifest = read_manifest(store)
     options = manifest["method_options"]
@@ -204,23 +208,34 @@ def needs_of(store: Path, methods: str) -> tuple[Need, ...]:
     return tuple(sorted({n for name, method in found.items() for n in method.reads(options[name])}))
 
 
+def _folder(reader: CacheReader, verb: str) -> Path:
+    """Where a store that is changed in place is. Raises OptionError for an object store."""
+    if not isinstance(reader.place, Folder):
+        raise OptionError(
+            f"'{reader.place}' is in an object store, where nothing can be moved or locked: copy the store to a disk "
+            f"first, {verb} there, and copy it back"
+        )
+    return reader.place.path
+
+
 def _methods(manifest: Mapping[str, Any]) -> list[str]:
     return [text for text in str(manifest["methods"]).split(",") if text]
 
 
 def _copy(
-    readers: Sequence[CacheReader], rows: Sequence[tuple[int, int]], out: Path, manifest: dict[str, Any],
+    readers: Sequence[CacheReader], rows: Sequence[tuple[int, int]], out: Where, manifest: dict[str, Any],
     schema: CacheSchema, images: NDArray[np.int64], watcher: Watcher,
 ) -> int:  # fmt: skip
     schema = replace(schema, rows=len(rows), shard_rows=min(schema.shard_rows, len(rows)))
     manifest = {k: v for k, v in manifest.items() if k != "schema"}
-    if out.exists():
-        differences = compare_manifests({**manifest, "schema": schema.to_json()}, read_manifest(out))
+    place = place_of(out)
+    if place.exists():
+        differences = compare_manifests({**manifest, "schema": schema.to_json()}, read_manifest(place))
         if differences:
-            raise StoreError(f"'{out}' is another store: {'; '.join(differences)}; choose another --out")
+            raise StoreError(f"'{place}' is another store: {'; '.join(differences)}; choose another --out")
     else:
-        create_store(out, schema, manifest, images)
+        create_store(place, schema, manifest, images)
     watcher.stage("copying", schema.num_shards)
-    with hold_store(out, shared=False):
-        copy_rows(readers, rows, out, schema, watcher.advance)
+    with hold_store(place.path, shared=False) if isinstance(place, Folder) else nullcontext():
+        copy_rows(readers, rows, place, schema, watcher.advance)
     return len(rows)

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kdcli.cache.places import Folder, Where, place_of
 from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.engine.caching import Plan, encode_row, teacher_rows
 from kdcli.engine.samples import Sample, orientation
@@ -27,10 +28,10 @@ class Estimate:
     bytes_raw: int  # before compression, padding not counted
     seconds: float
     rows_per_s: float
-    free_bytes: int
+    free_bytes: int | None  # None: an object store, which has no end
 
 
-def estimate(plan: Plan, out: Path) -> Estimate:
+def estimate(plan: Plan, out: Where) -> Estimate:
     """Run a few evenly spaced rows through everything but the final place, and scale up."""
     step = max(1, plan.schema.rows // PROBE_ROWS)
     items = [plan.item(r) for r in range(0, plan.schema.rows, step)][:PROBE_ROWS]
@@ -73,19 +74,26 @@ def estimate(plan: Plan, out: Path) -> Estimate:
     )
 
 
-def require_room(found: Estimate, out: Path) -> None:
+def require_room(found: Estimate, out: Where) -> None:
     """Raises NoSpaceError (exit 5) when the disk of ``out`` cannot hold the store; nothing has been written then."""
     wanted = int(found.bytes_total * MARGIN)
-    if wanted > found.free_bytes:
+    if found.free_bytes is not None and wanted > found.free_bytes:
         raise NoSpaceError(
-            f"the store needs about {wanted / 2**30:.2f} GB, the disk of '{out}' has {found.free_bytes / 2**30:.2f} GB "
-            "free; free some space, choose another --out, fewer --views or methods with sparse needs (ld, rm)"
+            f"the store needs about {_size(wanted)}, the disk of '{out}' has {_size(found.free_bytes)} free; "
+            " free some space, choose another --out, fewer --views or methods with sparse needs (ld, rm)"
         )
 
 
-def free_bytes(path: Path) -> int:
-    """Free bytes on the disk that ``path`` is or will be on."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GB" if count >= 2**30 else f"{count / 2**20:.2f} MB"
+
+
+def free_bytes(where: Where) -> int | None:
+    """Free bytes on the disk that a folder is or will be on; None for an object store."""
+    place = place_of(where)
+    if not isinstance(place, Folder):
+        return None
+    folder = place.path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

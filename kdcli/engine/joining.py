@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,7 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
     if bool(options.cache) == bool(options.teacher):
         raise OptionError("distill takes either --cache STORE or --teacher CKPT (the live teacher), not both or none")
     if options.cache:
-        reader = CacheReader(Path(options.cache))
+        reader = CacheReader(options.cache)
         entry = reader.manifest["teacher"]
         name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
         return TeacherSide(
@@ -119,7 +118,7 @@ def join_teacher(
         wanted = sorted(gone & {source.dataset.image_id(int(p)) for p in positions}) if gone else []
         if wanted:
             raise StoreError(
-                f"store '{side.reader.path}' was written without {len(wanted)} images of this run, the first is image "
+                f"store '{side.reader.place}' was written without {len(wanted)} images of this run, the first is image "
                 f"{wanted[0]}; train with --skip-bad too, or write the store again"
             )
         index_space = (student.grid, student.assigner, source.region_spec) if aligned else None
@@ -129,7 +128,7 @@ def join_teacher(
         if aligned:
             recheck_regions(source, positions, views)
         return JoinedTeacher(
-            teachers.cached(reader.schema, needs), built, source, side.ap, side.sha256, store_digest(reader.path),
+            teachers.cached(reader.schema, needs), built, source, side.ap, side.sha256, store_digest(reader.place),
             reader.bytes_on_disk(),
         )  # fmt: skip
     assert side.detector is not None
@@ -171,7 +170,7 @@ def _reader_for(
     whole = side.reader
     assert whole is not None
     try:
-        return CacheReader(whole.path, needs)
+        return CacheReader(whole.place, needs)
     except StoreError as error:
         flags = [f"--method {options.method}"]
         stored = whole.manifest["method_options"]
@@ -180,7 +179,7 @@ def _reader_for(
             given = options.methods.get(name, {})
             changed = {o: v for o, v in given.items() if o in plain and plain[o] != v}
             flags += [f"--set {name}.{o}={'none' if v is None else str(v).lower()}" for o, v in changed.items()]
-        raise StoreError(f"{error}; add them: kdcli cache add {whole.path} {' '.join(flags)}") from error
+        raise StoreError(f"{error}; add them: kdcli cache add {whole.place} {' '.join(flags)}") from error
 
 
 def spread(positions: NDArray[np.int64], views: Sequence[str], count: int) -> list[tuple[int, str]]:
@@ -215,7 +214,7 @@ def recheck_regions(source: SampleSource, positions: NDArray[np.int64], views: S
         stored = set(zip(theirs.index.tolist(), theirs.flag.tolist(), strict=True))
         if len(mine ^ stored) > RECHECK_TOLERANCE * source.grid.num_total(geometry.canvas):
             raise StoreError(
-                f"store '{reader.path}', {key}: {len(mine ^ stored)} region entries differ from those computed here; the "
+                f"store '{reader.place}', {key}: {len(mine ^ stored)} region entries differ from those computed here; the "
                 "boxes or the region rules have changed: write the store again"
             )
     return len(chosen)

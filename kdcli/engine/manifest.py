@@ -85,6 +85,6 @@ def require_match(
         differences.append(f"views: the store has {', '.join(reader.views)}, not {', '.join(missing)}")
     if differences:
         raise StoreError(
-            f"store '{reader.path}' does not belong to this run: {'; '.join(differences)}; use the settings of the "
+            f"store '{reader.place}' does not belong to this run: {'; '.join(differences)}; use the settings of the "
             "store or write another one with `kdcli cache-teacher`"
         )

@@ -45,6 +45,15 @@ def image_files(source: Path) -> list[Path]:
     return files
 
 
+def require_images(files: Sequence[Path]) -> None:
+    """Decode every file once, so that a bad one is named before anything is written. Raises DataError.
+
+    Decoding is a small part of detecting and drawing; a header alone would not show that the rest is cut off.
+    """
+    for file in files:
+        decode_image(file, _size(file))
+
+
 def predict_files(
     detector: Detector, files: Sequence[Path], canvas: Canvas, device: torch.device,
     classes: Sequence[dict[str, Any]], detections: Path,
@@ -75,4 +84,5 @@ def _size(file: Path) -> tuple[int, int]:
             turned = image.getexif().get(274, 1) >= 5  # orientations 5-8 swap the sides
             return (image.width, image.height) if turned else (image.height, image.width)
     except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"image '{file}' cannot be opened: {error}") from error
+        reason = "of no known image format" if isinstance(error, UnidentifiedImageError) else error.strerror or error
+        raise DataError(f"image '{file}' cannot be opened ({reason}); replace or remove the file") from error

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcli.cache.places import absolute
 from kdcli.data.check import check_dataset
 from kdcli.data.coco import Dataset, open_split
 from kdcli.data.views import format_views, parse_views
@@ -91,11 +92,12 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
         canvas=str(canvas), views=format_views(views), methods=resolved, threads=threads,
         data=str(Path(options.data).resolve()),
         model=replace(options.model, bn=student.spec.bn, head_channels=student.spec.head_channels),
-        cache=_absolute(options.cache), teacher=_absolute(options.teacher), init_from=_absolute(options.init_from),
+        cache=None if options.cache is None else absolute(options.cache),
+        teacher=_absolute(options.teacher), init_from=_absolute(options.init_from),
         backbone_weights=absolute_weights(options.backbone_weights), method=absolute_methods(options.method),
     )  # fmt: skip
     for name, method in methods.items():
-        if caution := method.caution(family_of(student.spec.detector), resolved[name]):
+        if caution := method.caution(family_of(student.spec.detector), resolved[name], len(train.classes)):
             watcher.note(f"{name}: {caution}")
     joined = join_teacher(side, student, methods, options, source, positions, views, device) if side else None
     return Prepared(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kdcli.cache.places import Where
 from kdcli.cache.reader import CacheReader, compare_manifests
 from kdcli.cache.schema import collate
 from kdcli.data.coco import open_split
@@ -34,7 +35,7 @@ class ShownRow:
     heat: Tensor | None  # [h, w] mean absolute feature of the finest level, when features are stored
 
 
-def read_for_show(store: Path, data: str | None, image_id: int, view: str | None) -> ShownRow:
+def read_for_show(store: Where, data: str | None, image_id: int, view: str | None) -> ShownRow:
     """Read the row of an image; ``data``: None for the folder that the store was written from.
 
     Raises StoreError when the row is not in the store, or annotations or image are not those that it was written from.

@@ -2,53 +2,89 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
+import zarr
+from zarr.buffer.cpu import Buffer
+from zarr.storage import MemoryStore
 
 from kdcli.cache.fidelity import ErrorMeter, summarise
+from kdcli.cache.places import Place, Where
 from kdcli.cache.reader import CacheReader, compare_manifests
 from kdcli.cache.schema import CacheSchema, row_tensor
 from kdcli.cache.schema import collate as collate_rows
-from kdcli.cache.writer import read_journal, read_manifest
+from kdcli.cache.writer import journal_key, make_arrays, read_journal, read_manifest, shard_key
 from kdcli.data.views import format_views
 from kdcli.detectors.read import AT_PROPOSALS
 from kdcli.engine.caching import Plan, plan_store, teacher_rows
 from kdcli.engine.joining import recheck_regions, spread
 from kdcli.engine.watch import Watcher
-from kdcli.errors import StoreError
+from kdcli.errors import KDError, StoreError
 from kdcli.options import CacheOptions, build, layer
 from kdcli.structures import RowKey
 
 
-def verify_checksums(store: Path, watcher: Watcher) -> tuple[int, int]:
+def verify_checksums(store: Where, watcher: Watcher) -> tuple[int, int]:
     """Compare every shard file with the size and crc32c in the journal; returns (files, bytes).
 
     Raises StoreError naming the first file that is missing, torn or changed.
     """
-    CacheReader(store)  # complete, and of a schema that can be read
-    journal = read_journal(store)
-    watcher.stage("verify", sum(len(e["files"]) for e in journal.values()))
+    reader = CacheReader(store)  # complete, and of a schema that can be read
+    place, layout = reader.place, reader.layout
+    _verify_headers(reader)
+    journal = read_journal(place)
+    watcher.stage("verify", len(journal) * len(layout))
     files = total = 0
     for shard, entry in sorted(journal.items()):
-        for array, recorded in entry["files"].items():
-            folder = store / array / "c" / str(shard)
-            found = [f for f in folder.rglob("*") if f.is_file()]
-            if len(found) != 1:
-                raise StoreError(f"'{folder}' should hold one shard file, not {len(found)}; {_again(store, shard)}")
-            data = found[0].read_bytes()
+        for array, spec in layout.items():
+            key, recorded = shard_key(spec, shard), entry["files"].get(array)
+            if recorded is None:
+                raise StoreError(f"the journal does not name shard file '{place}/{key}'; {_again(place, shard)}")
+            try:
+                data = place.read(key)
+            except FileNotFoundError as error:
+                if isinstance(error, KDError):  # no such bucket
+                    raise
+                raise StoreError(f"shard file '{place}/{key}' is missing; {_again(place, shard)}") from error
             if len(data) != recorded["bytes"] or f"{google_crc32c.value(data):08x}" != recorded["crc32c"]:
-                raise StoreError(f"shard file '{found[0]}' is not what was written; {_again(store, shard)}")
+                raise StoreError(f"shard file '{place}/{key}' is not what was written; {_again(place, shard)}")
             files += 1
             total += len(data)
             watcher.advance(1)
     return files, total
 
 
-def verify_teacher(plan: Plan, store: Path, rows: int, watcher: Watcher) -> tuple[int, dict[str, dict[str, Any]]]:
+def _verify_headers(reader: CacheReader) -> None:
+    """The zarr.json of every array says what the schema does: other readers of Zarr go by it.
+
+    Word for word if the zarr-python that wrote the store is the one here, else as zarr-python understands it.
+    """
+    fresh = MemoryStore()
+    make_arrays(fresh, reader.schema, {}, np.array(reader.image_ids, np.int64))
+    wanted: Any = zarr.open_group(fresh, mode="r")
+    same_zarr = reader.manifest.get("versions", {}).get("zarr") == zarr.__version__
+    for path in (*reader.layout, "image_id"):
+        key = f"{path}/zarr.json"
+        try:
+            data = reader.place.read(key)
+            found = zarr.open_array(MemoryStore({"zarr.json": Buffer.from_bytes(data)}), mode="r").metadata.to_dict()
+            same = found == wanted[path].metadata.to_dict()
+            if same_zarr:
+                same = json.loads(data) == json.loads(fresh._store_dict[key].to_bytes())
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:  # as zarr may
+            if isinstance(error, KDError):
+                raise
+            same = False
+        if not same:
+            raise StoreError(f"'{reader.place}/{key}' is not what was written; write the store again")
+
+
+def verify_teacher(plan: Plan, store: Where, rows: int, watcher: Watcher) -> tuple[int, dict[str, dict[str, Any]]]:
     """Run the teacher again on ``rows`` evenly spaced rows and compare; returns (rows compared, error per tensor).
 
     Raises StoreError when the teacher is not the one of the manifest.
@@ -81,15 +117,14 @@ def verify_teacher(plan: Plan, store: Path, rows: int, watcher: Watcher) -> tupl
     return len(chosen), summarise([meter.sums])
 
 
-def _again(store: Path, shard: int) -> str:
+def _again(place: Place, shard: int) -> str:
     return (
-        f"delete '{store / 'journal' / f'{shard:06d}.json'}' and run the same cache-teacher command again: "
-        "it writes this shard anew"
+        f"delete '{place}/{journal_key(shard)}' and run the same cache-teacher command again: it writes this shard anew"
     )
 
 
 def plan_of_store(
-    store: Path, data: str, teacher: str, device: str | None, watcher: Watcher, *, methods: str | None = None,
+    store: Where, data: str, teacher: str, device: str | None, watcher: Watcher, *, methods: str | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None, encoding: str = "default",
 ) -> Plan:  # fmt: skip
     """The plan that wrote ``store``, rebuilt from its manifest with the given data set and teacher.

@@ -12,8 +12,8 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from kdcli.cache.fidelity import ErrorMeter
 from kdcli.cache.locks import hold_file, hold_store
+from kdcli.cache.places import Folder, Place, Where, place_of
 from kdcli.cache.reader import compare_manifests
 from kdcli.cache.schema import collate as collate_rows
 from kdcli.cache.schema import row_tensor
@@ -70,28 +71,36 @@ class Packed:
     precision: dict[str, dict[str, float]]
 
 
-def write_store(plan: Plan, out: Path, watcher: Watcher, part: Part | None = None) -> int:
+def write_store(plan: Plan, out: Where, watcher: Watcher, part: Part | None = None) -> int:
     """Write what is missing of the store at ``out``; returns how many rows were written in this call.
 
     With a ``part``, only the shards of that part: other processes may write the others at the same time. An existing
     store is continued if it is the same one, else StoreError lists the fields that differ; also when another process is
     writing all of it.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with hold_file(out.with_name(f".{out.name}.lock")):  # the others wait for the one that makes it
-        if not out.exists():
-            _create(plan, out, watcher)
-    require_same(plan, out)
-    with hold_store(out, shared=part is not None):
-        return _write_shards(plan, out, part or Part(), watcher)
+    place = place_of(out)
+    if not isinstance(place, Folder):  # no locks there: each process tries to make it, and one does
+        if not place.exists():
+            with suppress(FileExistsError):
+                _create(plan, place, watcher)
+        require_same(plan, place)
+        return _write_shards(plan, place, part or Part(), watcher)
+    path = place.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with hold_file(path.with_name(f".{path.name}.lock")):  # the others wait for the one that makes it
+        if not place.exists():
+            _create(plan, place, watcher)
+    require_same(plan, place)
+    with hold_store(path, shared=part is not None):
+        return _write_shards(plan, place, part or Part(), watcher)
 
 
-def _create(plan: Plan, out: Path, watcher: Watcher) -> None:
+def _create(plan: Plan, out: Place, watcher: Watcher) -> None:
     manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": measure_teacher(plan, watcher)}}
     create_store(out, plan.schema, manifest, plan.source.dataset.annotations.image_ids[plan.positions])
 
 
-def require_same(plan: Plan, out: Path) -> None:
+def require_same(plan: Plan, out: Place) -> None:
     """Raises StoreError when the store at ``out`` is not the one of ``plan``, GateError when its teacher is too weak."""
     stored = read_manifest(out)
     ours = {k: plan.manifest[k] for k in MANIFEST_IDENTITY} | {"schema": _by_name(plan.schema.to_json())}
@@ -105,7 +114,7 @@ def require_same(plan: Plan, out: Path) -> None:
     require_able(stored["teacher"]["ap"], plan.options.min_teacher_ap)
 
 
-def _write_shards(plan: Plan, out: Path, part: Part, watcher: Watcher) -> int:
+def _write_shards(plan: Plan, out: Place, part: Part, watcher: Watcher) -> int:
     writer = StoreWriter(out, plan.schema)
     done, mine = writer.done(), part.shards(plan.schema.num_shards)
     ranges = {s: plan.schema.shard_range(s) for s in mine}

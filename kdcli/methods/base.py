@@ -64,7 +64,7 @@ class Method(nn.Module):
         return cls.needs
 
     @classmethod
-    def caution(cls, detector: str, options: Mapping[str, Any]) -> str | None:
+    def caution(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
         """What the user should know of resolved ``options`` on ``detector`` (``Pair.detector``): said as a run starts."""
         return None
 

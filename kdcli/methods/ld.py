@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdcli.errors import OptionError
 from kdcli.geometry.grid import Grid
-from kdcli.methods.base import Method, Pair
+from kdcli.methods.base import Method, Pair, method_options
 from kdcli.methods.divergence import kl_rows
 from kdcli.methods.ld_imitation import general_instances, level_mean_square, levels_with_positives
 from kdcli.structures import Batch, Entries
@@ -28,6 +28,7 @@ STUDENT_SCORES = Need(CLS_LOGITS, "main+vlr")  # what the VLR is weighed by on F
 FINE = Need(FEATURES, "fine_grained")
 GENERAL = (Need(FEATURES, "all"), Need(CLS_LOGITS, "all"), Need(BOXES, "all"))
 
+PUBLISHED_CLASSES = 80  # COCO, for which the weights were chosen
 MAIN_DIVISOR = 4.0  # the code's avg_factor on the positives: the four edges
 VLR_DIVISOR = 16.0  # and on the VLR
 VLR_MASK_DIVISOR = 64.0  # with 0/1 weights instead of the IoU, whose mean is about 0.25: the same scale
@@ -103,6 +104,18 @@ class LD(Method):
     def reads(cls, options: Mapping[str, Any]) -> tuple[Need, ...]:
         """Edges and class logits, and what the imitation reads."""
         return (*cls.needs, *{"none": (), "fine_grained": (FINE,), "gi": GENERAL}[options["imitation"]])
+
+    @classmethod
+    def caution(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
+        """The published weight of the class term belongs to 80 classes, over which the divergence is averaged."""
+        alike = options["kd_weight"] * num_classes / PUBLISHED_CLASSES
+        if options["kd_weight"] != method_options(cls)["kd_weight"].default or not 1 < num_classes <= 20:
+            return None
+        return (
+            f"kd_weight {options['kd_weight']:g} was published for {PUBLISHED_CLASSES} classes; averaged over {num_classes} "
+            f"it weighs {PUBLISHED_CLASSES / num_classes:.0f} times as much. If the student trains badly, try --set "
+            f"ld.kd_weight={alike:.2g}"
+        )
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
         """``main``, ``vlr``, ``kd`` and ``imitation``, without those whose weight is 0."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from kdcli.files import atomic_write_bytes
 from kdcli.report.colours import colour_of, text_on
 from kdcli.report.text import plain
 
@@ -69,6 +72,13 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
         sheet.paste(picture, (left, strip))
         left += picture.width + gap
     return sheet
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write ``picture`` to ``path`` whole or not at all. Raises NoSpaceError when the disk is full."""
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    atomic_write_bytes(path, data.getvalue())
 
 
 def _of_height(picture: Image.Image, height: int) -> Image.Image:

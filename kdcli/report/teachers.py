@@ -47,13 +47,21 @@ def teacher_runs(runs: Sequence[Run]) -> dict[Path, tuple[Run, str]]:
     A teacher is known by the sha256 of its weights (``teacher_sha256`` in the student's ``env.json``,
     ``weights_sha256`` in the teacher's ``metrics.json``), or else by its path.
     """
-    hashes = {sha: (run, weights) for run in runs for weights, sha in run.metrics.get("weights_sha256", {}).items()}
+    hashes = {
+        sha: (run, weights)
+        for run in runs
+        for weights, sha in sorted(run.metrics.get("weights_sha256", {}).items())  # "last" wins over an equal "best"
+    }
     homes = {run.path.resolve(): run for run in runs}
     found: dict[Path, tuple[Run, str]] = {}
     for run in runs:
         if run.command != "distill":
             continue
-        origin = hashes.get(run.env.get("teacher_sha256")) or _by_path(run, homes)
+        sha, named = run.env.get("teacher_sha256"), _by_path(run, homes)
+        if named is not None and sha is not None and named[0].metrics.get("weights_sha256", {}).get(named[1]) == sha:
+            origin: tuple[Run, str] | None = named  # best and last may be the same weights: then the path decides
+        else:
+            origin = hashes.get(sha) or named
         if origin is not None and origin[0] is not run:
             found[run.path] = origin
     return found

@@ -23,6 +23,7 @@ from store_case import (
 )
 
 from kdcli.cache.reader import CacheReader
+from kdcli.cache.seal import seal
 from kdcli.cache.writer import StoreWriter, create_store, read_manifest, shard_key
 from kdcli.errors import StoreError
 
@@ -167,11 +168,31 @@ def test_a_folder_or_file_that_is_no_store(tmp_path: Path) -> None:
 
 def change_manifest(store: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     document = json.loads((store / "zarr.json").read_text())
-    change(document["attributes"]["kdcli"])
+    manifest = document["attributes"]["kdcli"]
+    change(manifest)
+    document["attributes"]["kdcli"] = seal(manifest)  # as a foreign writer would: this is about what it says
     (store / "zarr.json").write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize("field", ["schema", "views", "format"])
+def test_every_flipped_bit_of_manifest_and_journal_is_found(store: Path) -> None:
+    draw = np.random.default_rng(0)
+    for file in (store / "zarr.json", store / "journal" / "000001.json"):
+        data = file.read_bytes()
+        for position in draw.integers(0, len(data), 300):
+            file.write_bytes(flipped(data, int(position), int(draw.integers(8))))
+            with pytest.raises(StoreError):
+                CacheReader(store)
+        file.write_bytes(data)
+    CacheReader(store)
+
+
+def test_the_format_of_a_later_kdcli_is_refused(store: Path) -> None:
+    change_manifest(store, lambda m: m.update(version=99))
+    with pytest.raises(StoreError, match="format version 99, this kdcli reads 1"):
+        CacheReader(store)
+
+
+@pytest.mark.parametrize("field", ["schema", "views", "format", "version"])
 def test_a_manifest_without_a_field_is_refused(store: Path, field: str) -> None:
     change_manifest(store, lambda m: m.pop(field))
     with pytest.raises(StoreError):

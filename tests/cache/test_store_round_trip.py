@@ -30,6 +30,7 @@ from store_case import (
 from kdcli.cache import reader as reader_module
 from kdcli.cache.reader import CacheReader
 from kdcli.cache.schema import CacheSchema, collate
+from kdcli.cache.seal import seal
 from kdcli.cache.writer import StoreWriter, read_journal, read_manifest, store_digest
 from kdcli.errors import MissingPathError, StoreError
 from kdcli.structures import RowKey
@@ -171,7 +172,7 @@ def test_the_order_of_shards_does_not_matter(store: Path, tmp_path: Path) -> Non
 def test_digest_tells_stores_apart(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "s")
     journal = tmp_path / "s" / "journal" / "000002.json"
-    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"measured": {"rows": 5}}))
+    journal.write_text(json.dumps(seal(json.loads(journal.read_text()) | {"measured": {"rows": 5}})))
     assert store_digest(tmp_path / "s") != store_digest(store)
 
 

@@ -199,7 +199,7 @@ def test_quick_demo_makes_everything_that_it_promises(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     assert run(["demo", "--out", str(out), "--quick"]) == 0
     top = {p.name for p in out.iterdir()}
-    assert top == {"shapes", "runs", "store", "plots", "report.html", "detections.png", "row.png"}
+    assert top == {".kdcli-demo", "shapes", "runs", "store", "plots", "report.html", "detections.png", "row.png"}
     assert {p.name for p in (out / "runs").iterdir()} == {"teacher", "baseline", "bckd", "ld-bckd"}
     with Image.open(out / "detections.png") as picture:
         assert picture.width > 600

@@ -112,7 +112,7 @@ def test_boxes_at_the_border(make_dataset: Make, content: Content) -> None:
 def test_training_refuses_faults_unless_images_are_left_out(make_dataset: Make, content: Content) -> None:
     _add(content, 20, 700, [100, 100, 5, 5])
     report = check_dataset(make_dataset(content), decode=False)
-    with pytest.raises(DataError, match=r"1 faults, first box outside: .*--skip-bad"):
+    with pytest.raises(DataError, match=r"1 fault, first box outside: .*--skip-bad"):
         report.refuse(skip_bad=False)
     report.refuse(skip_bad=True)
     assert report.bad_images == {2}

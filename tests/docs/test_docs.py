@@ -204,7 +204,7 @@ def _small_store(path: Path) -> np.ndarray[Any, Any]:
     needs = (Need("box_distribution", "main+vlr"), Need("cls_logits", "main"))
     specs = {"box_distribution": TensorSpec("anchor", (4, 17)), "cls_logits": TensorSpec("anchor", (3,))}
     schema = CacheSchema(GFL.grid, Canvas(64, 64), 2, 2, plan_tensors(needs, specs))
-    create_store(path, schema, {"format": "kdcli.store", "views": ["identity", "hflip"]}, np.array([1]))
+    create_store(path, schema, {"format": "kdcli.store", "version": 1, "views": ["identity", "hflip"]}, np.array([1]))
     rng = np.random.default_rng(0)
     rows, edges = [], np.zeros(0, np.float32)
     for count, flag in ((1, [1]), (5, [1, 2, 3, 2, 1])):

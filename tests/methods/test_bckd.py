@@ -265,7 +265,7 @@ def test_options() -> None:
     ],
 )
 def test_default_weights_off_gfl_are_ours(detector: str, given: dict[str, Any], said: bool) -> None:
-    caution = BCKD.caution(detector, resolve_options("bckd", BCKD, detector, given))
+    caution = BCKD.caution(detector, resolve_options("bckd", BCKD, detector, given), 80)
     assert bool(caution) == said
     if caution:
         assert "1 and 4 were published for GFL only" in caution

@@ -8,6 +8,7 @@ import pytest
 import torch
 from method_case import NONE, ONE, TWO, detector_of, inputs, make_batch, make_outputs, many_boxes, pair_of
 
+from kdcli.methods.base import resolve_options
 from kdcli.methods.divergence import kl_rows
 from kdcli.methods.ld import (
     CLASSES,
@@ -192,3 +193,13 @@ def test_saturated_logits_stay_finite() -> None:
     ours, theirs = ({k: 1e4 * v for k, v in side.items()} for side in data(batch))
     terms = ld(temperature=1)(ours, theirs, batch)
     assert all(torch.isfinite(t) for t in terms.values())
+
+
+@pytest.mark.parametrize(
+    ("classes", "given", "says"),
+    [(80, {}, ""), (6, {}, "0.75"), (3, {}, "0.38"), (1, {}, ""), (6, {"kd_weight": 2.0}, "")],
+)
+def test_the_published_class_weight_belongs_to_80_classes(classes: int, given: dict[str, float], says: str) -> None:
+    caution = LD.caution("gfl", resolve_options("ld", LD, "gfl", given), classes)
+    assert (caution or "").endswith(says and f"--set ld.kd_weight={says}")
+    assert bool(caution) == bool(says)

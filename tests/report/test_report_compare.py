@@ -71,6 +71,14 @@ def test_teacher_of_a_store_is_found_by_the_hash_of_its_weights(make_run: MakeRu
     assert comparison.baseline is None  # the teacher trained for more epochs, so it is no baseline
 
 
+@pytest.mark.parametrize("env", [{}, {"teacher": "big/weights/last.pt"}, {"teacher": "big/weights/best.pt"}])
+def test_equal_weights_are_named_by_the_path_or_last(make_run: MakeRun, env: dict[str, str]) -> None:
+    root = make_run("big", ap=54.0, epochs=8, metrics={"weights_sha256": {"last": "aa", "best": "aa"}}).parent
+    make_run("a", method=["ld"], env={"teacher_sha256": "aa", **env})
+    (row,) = compare(load_runs([root])).teachers
+    assert row.source.endswith("(best.pt)" if "best" in env.get("teacher", "") else "(last.pt)")
+
+
 def test_namesakes_are_told_apart_by_what_differs(make_run: MakeRun) -> None:
     make_run("a", method=["ld"], options={"cache": "stores/raw.zarr"})
     make_run("b", method=["ld"], options={"cache": "stores/raw.zarr"}, tables={"ld": {"temperature": 5.0}})

@@ -1,0 +1,442 @@
+"""Stores in an object store: the same objects as a folder's files, through a network that breaks, in any process."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from store_case import IMAGE_IDS, MANIFEST, assert_row_equal, contents, create, keys, make_row, make_schema, make_store
+from store_case import write as write_shards
+from test_many_writers import fill, forked
+from torch.utils.data import DataLoader
+
+from kdcli.cache import remote as remote_module
+from kdcli.cache.places import place_of
+from kdcli.cache.reader import CacheReader
+from kdcli.cache.remote import Remote
+from kdcli.cache.writer import StoreWriter, create_store, read_journal, store_digest
+from kdcli.cli.main import run
+from kdcli.engine import launch
+from kdcli.engine.editing import merge
+from kdcli.engine.verify import verify_checksums
+from kdcli.engine.watch import Silent
+from kdcli.errors import MissingPathError, OptionError, StoreError
+from tests.engine.conftest import asked, cache_options
+from tests.engine.conftest import write as write_real
+
+pytest.importorskip("moto")
+pytest.importorskip("obstore")
+from s3_case import BUCKET, Proxy, Server, use
+
+SCHEMA = make_schema()
+ROWS = range(SCHEMA.rows)
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    started = Server()
+    yield started
+    started.stop()
+
+
+@pytest.fixture(autouse=True)
+def _s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use(monkeypatch, server.port)
+    yield
+    remote_module.stop_carrier()
+
+
+@pytest.fixture
+def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Stands between the store and the server."""
+    between = Proxy(server.port)
+    use(monkeypatch, between.port)
+    yield between
+    between.cut()
+
+
+@pytest.fixture
+def url() -> str:
+    return f"s3://{BUCKET}/test/{next(NUMBERS)}"
+
+
+@pytest.fixture(scope="session")
+def whole(server: Server) -> str:
+    """A complete store; not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, server.port)
+        make_store(f"s3://{BUCKET}/whole", SCHEMA)
+    return f"s3://{BUCKET}/whole"
+
+
+def prefix(url: str) -> str:
+    return url.removeprefix(f"s3://{BUCKET}/")
+
+
+def read_everything(reader: CacheReader) -> None:
+    for index, key in enumerate(keys()):
+        assert_row_equal(reader.read(key), make_row(SCHEMA, index))
+
+
+def test_objects_are_a_folders_files(server: Server, whole: str, tmp_path: Path) -> None:
+    make_store(tmp_path / "s", SCHEMA)
+    assert server.objects("whole") == contents(tmp_path / "s")
+    assert store_digest(whole) == store_digest(tmp_path / "s")
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "zarr"])
+def test_every_row_comes_back(whole: str, direct: bool) -> None:
+    read_everything(CacheReader(whole, direct=direct))
+
+
+def test_a_row_is_two_requests(whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[list[str]] = []
+    real = Remote._ask
+
+    def spy(self: Remote, jobs: Any, body: bytes = b"", *, missing: bool = False) -> Any:
+        asked_for.append([job["do"] for job in jobs])
+        return real(self, jobs, body, missing=missing)
+
+    reader = CacheReader(whole)
+    monkeypatch.setattr(Remote, "_ask", spy)
+    reader.read(keys()[0])
+    arrays = len(reader.layout)
+    assert asked_for == [["tail"] * arrays, ["range"] * arrays]
+    asked_for.clear()
+    reader.read(keys()[1])  # of the same shard: its indices are known
+    assert [jobs for jobs in asked_for if jobs] == [["range"] * arrays]
+
+
+class Rows:
+    """What a data worker reads."""
+
+    def __init__(self, reader: CacheReader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.reader.read(keys()[index]).content
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_data_workers_read(whole: str, start: str) -> None:
+    reader = CacheReader(whole)
+    reader.read(keys()[0])  # obstore's threads would now be lost by a fork
+    context = multiprocessing.get_context(start)
+    loader = DataLoader(
+        Rows(reader), batch_size=None, num_workers=2 if start == "fork" else 1, multiprocessing_context=context
+    )
+    assert list(loader) == [make_row(SCHEMA, index)["row/identity"].tobytes()[:32] for index in ROWS]
+    reader.read(keys()[5])
+
+
+def test_a_killed_writer_goes_on(server: Server, url: str) -> None:
+    create(url, SCHEMA)
+    pid = forked(partial(fill, url, list(range(SCHEMA.num_shards)), 0.05))
+    while not read_journal(url):
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert len(read_journal(url)) < SCHEMA.num_shards
+    with pytest.raises(StoreError, match=r"incomplete: \d of 4"):
+        CacheReader(url)
+    fill(url, list(range(SCHEMA.num_shards)), 0)
+    assert server.objects(prefix(url)) == server.objects("whole")
+
+
+def test_parts_in_several_processes_make_the_same_store(server: Server, url: str) -> None:
+    create(url, SCHEMA)
+    pids = [forked(partial(fill, url, [part, part + 2], 0)) for part in range(2)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    assert server.objects(prefix(url)) == server.objects("whole")
+
+
+def test_one_of_two_makers_wins(server: Server, url: str) -> None:
+    create(url, SCHEMA)
+    create(url, SCHEMA)  # the same bytes: whose they are does not matter
+    before = server.objects(prefix(url))
+    with pytest.raises(FileExistsError):
+        create_store(url, SCHEMA, {**MANIFEST, "teacher": "another"}, IMAGE_IDS)
+    with pytest.raises(StoreError, match="is of another store"):
+        create(url, make_schema("lossless"))
+    left = server.objects(prefix(url))
+    assert {name: left[name] for name in before} == before
+
+
+def test_a_journalled_shard_is_not_written_again(server: Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(url, SCHEMA)
+    before = server.objects(prefix(url))
+    other = [make_row(SCHEMA, 5)] * 4
+    assert StoreWriter(url, SCHEMA).write_shard(1, other, {}) == 0
+    assert server.objects(prefix(url)) == before
+    # two at the same time: neither has seen the other's journal entry when it began
+    monkeypatch.setattr(Remote, "has", lambda self, key: False)
+    write_shards(url, SCHEMA, [1])  # the same numbers
+    assert server.objects(prefix(url)) == before
+    with pytest.raises(StoreError, match="by two processes at the same time"):
+        StoreWriter(url, SCHEMA).write_shard(1, other, {})
+    assert sorted(read_journal(url)) == [0, 2, 3]
+    monkeypatch.undo()
+
+
+@contextmanager
+def breaking(proxy: Proxy) -> Iterator[list[float]]:
+    """Cuts the network four times, 0.2 s each; the moments."""
+    done, cuts = threading.Event(), []
+
+    def work() -> None:
+        while len(cuts) < 4 and not done.wait(0.15):
+            cuts.append(time.monotonic())
+            proxy.cut()
+            time.sleep(0.2)
+            proxy.mend()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield cuts
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_reading_goes_on_when_the_network_breaks(proxy: Proxy, whole: str) -> None:
+    reader = CacheReader(whole)
+    with breaking(proxy) as cuts:
+        while len(cuts) < 4:
+            read_everything(reader)
+    read_everything(reader)
+
+
+def test_writing_goes_on_when_the_network_breaks(server: Server, proxy: Proxy, whole: str, url: str) -> None:
+    with breaking(proxy) as cuts:
+        make_store(url, SCHEMA)
+    assert len(cuts) > 1
+    assert server.objects(prefix(url)) == server.objects("whole")
+
+
+def test_a_network_that_stays_away_is_one_line(proxy: Proxy, whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, proxy.port, patience=0.5)
+    reader = CacheReader(whole)
+    proxy.cut()
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="no answer from the object store") as caught:
+        reader.read(keys()[0])
+    assert time.monotonic() - began < 10
+    assert f"{whole}/" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    proxy.mend()
+    read_everything(reader)  # the next read finds it back
+
+
+def test_a_carrier_that_was_killed_is_one_line(whole: str) -> None:
+    reader = CacheReader(whole)
+    remote_module._carrier()._process.kill()
+    with pytest.raises(StoreError, match="the process that reads it has ended"):
+        reader.read(keys()[0])
+    read_everything(reader)
+
+
+def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and error of a command line."""
+    capsys.readouterr()
+    code = run(list(arguments))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+    return code, error
+
+
+def test_errors_of_the_command_line(
+    server: Server, whole: str, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, error = failing(capsys, "cache", "info", "s3://no-such-bucket/x")
+    assert (code, "there is no such bucket" in error) == (3, True), error
+    code, error = failing(capsys, "cache", "info", url)
+    assert (code, f"store '{url}' does not exist" in error) == (3, True), error
+    for wrong in ("http://host/x", "s3://", "memory://x"):
+        code, error = failing(capsys, "cache", "info", wrong)
+        assert (code, "names no store" in error) == (3, True), error
+    code, error = failing(capsys, "cache", "prune", whole, "--tensor", "rank@main")
+    assert (code, "copy the store to a disk first" in error) == (3, True), error
+    use(monkeypatch, 1, patience=0.3)
+    code, error = failing(capsys, "cache", "info", whole)
+    assert (code, "no answer" in error, whole in error) == (4, True, True), error
+    use(monkeypatch, server.port, patience=0.3, credentials=False)
+    code, error = failing(capsys, "cache", "info", whole)
+    assert (code, "AWS_ACCESS_KEY_ID" in error, whole in error) == (4, True, True), error
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, error = failing(capsys, "cache", "info", whole)
+    assert (code, "pip install 'kdcli[remote]'" in error) == (3, True), error
+
+
+def test_a_path_is_no_url() -> None:
+    with pytest.raises(OptionError, match="pass it as a str"):
+        place_of(Path("s3://bucket/store"))
+    with pytest.raises(MissingPathError):
+        CacheReader(Path("no/such/store"))
+
+
+def test_a_broken_object_is_found(server: Server, url: str) -> None:
+    make_store(url, SCHEMA)
+    key = f"{prefix(url)}/tensors/features@all/values/c/1/0/0"
+    data = bytearray(server.client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    data[10] ^= 1
+    server.client.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
+    with pytest.raises(StoreError, match=r"fails the checksum of its row 0; run `kdcli cache verify`"):
+        CacheReader(url).read(keys()[4])
+    with pytest.raises(StoreError, match="is not what was written"):
+        verify_checksums(url, Silent())
+    server.client.delete_object(Bucket=BUCKET, Key=key)
+    with pytest.raises(StoreError, match="is missing"):
+        CacheReader(url).read(keys()[4])
+    with pytest.raises(StoreError, match=r"is missing; delete '.*/journal/000001.json'"):
+        verify_checksums(url, Silent())
+
+
+class Fetched:
+    """Counts the chunks that come over the network."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.chunks = 0
+        real = Remote._ask
+
+        def spy(place: Remote, jobs: Any, body: bytes = b"", *, missing: bool = False) -> Any:
+            self.chunks += sum(job["do"] == "range" for job in jobs)
+            return real(place, jobs, body, missing=missing)
+
+        monkeypatch.setattr(Remote, "_ask", spy)
+
+
+def kept(folder: Path) -> list[Path]:
+    return [f for f in folder.rglob("*") if f.is_file()]
+
+
+def test_the_read_cache(server: Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(url, SCHEMA)
+    monkeypatch.setenv("KDCLI_READ_CACHE", str(tmp_path / "kept"))
+    fetched = Fetched(monkeypatch)
+    reader = CacheReader(url)
+    read_everything(reader)
+    files, arrays = kept(tmp_path / "kept"), len(reader.layout)
+    assert len(files) == fetched.chunks == SCHEMA.rows * arrays
+    fetched.chunks = 0
+    read_everything(CacheReader(url))
+    assert fetched.chunks == 0
+    # a flipped bit, a torn file, an empty one: fetched again, and right the next time
+    for k, change in enumerate((lambda d: bytes([d[0] ^ 4]) + d[1:], lambda d: d[: len(d) // 2], lambda d: b"")):
+        files[k].write_bytes(change(files[k].read_bytes()))
+    read_everything(reader)
+    assert fetched.chunks == 3
+    read_everything(reader)
+    assert fetched.chunks == 3
+    # another store at the same URL: nothing of the old one is read
+    key = f"{prefix(url)}/row/identity/c/0/0"
+    other = server.client.get_object(Bucket=BUCKET, Key=f"{prefix(url)}/row/identity/c/1/0")["Body"].read()
+    server.client.put_object(Bucket=BUCKET, Key=key, Body=other)
+    row = CacheReader(url).read(keys()[0])
+    assert row.content + row.guard == make_row(SCHEMA, 4)["row/identity"].tobytes()
+
+
+def test_the_read_cache_is_bounded_with_several_processes(
+    whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound = 2 * 2**20  # of the 1.1 MB that each store would take, eight times
+    monkeypatch.setenv("KDCLI_READ_CACHE", str(tmp_path))
+    monkeypatch.setenv("KDCLI_READ_CACHE_GB", str(bound / 2**30))
+    reader = CacheReader(whole)
+    reader.place._cache._share //= 4  # type: ignore[attr-defined]
+    pids = [forked(partial(read_everything, reader)) for _ in range(2)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    used = sum(f.stat().st_blocks * 512 for f in kept(tmp_path))
+    assert 0.2 * bound / 4 < used <= 1.25 * bound / 4
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_what_was_read_last_stays(tmp_path: Path) -> None:
+    from kdcli.cache.read_cache import PARTS, ReadCache
+
+    cache = ReadCache(tmp_path, PARTS * 64 * 4096)
+    chunk = b"data" + remote_chunk_crc(b"data")
+    cache.put("often", chunk)
+    for number in range(PARTS * 100):
+        cache.put(str(number), chunk)
+        if number % 50 == 0:
+            assert cache.get("often") == chunk, number
+    assert cache.get("0") is None
+
+
+def remote_chunk_crc(data: bytes) -> bytes:
+    import google_crc32c
+
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
+def test_a_size_that_is_no_number(whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCLI_READ_CACHE", "somewhere")
+    monkeypatch.setenv("KDCLI_READ_CACHE_GB", "much")
+    with pytest.raises(OptionError, match="KDCLI_READ_CACHE_GB='much' is not a number"):
+        place_of(whole)
+
+
+def test_a_real_store_and_a_run_from_it(
+    server: Server, shapes: Path, teacher: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = cache_options(shapes, teacher, method="rm")
+    local = write_real(options, tmp_path / "local")
+    assert run([
+        "cache-teacher", "--data", str(shapes), "--teacher", str(teacher), "--method", "rm", "--workers", "0",
+        "--shard-rows", "10", "--micro-batch", "4", "--threads", "1", "--out", url,
+    ]) == 0  # fmt: skip
+    assert server.objects(prefix(url)) == contents(local)
+    capsys.readouterr()
+    assert run(["cache", "info", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["complete"]
+    assert run(["cache", "verify", url]) == 0
+    assert run(["cache", "bench", url, "--rows", "8", "--batch", "4", "--workers", "1"]) == 0
+
+    class Stopped(Silent):
+        """Ends a run after its first epoch."""
+
+        def stage(self, label: str, total: int) -> None:
+            if label == "epoch 2/2":
+                raise KeyboardInterrupt
+
+    wanted = asked("distill", shapes, method="rm", cache=url, workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        launch.start(wanted, tmp_path / "run", Stopped(), overwrite=False)
+    assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["cache"] == url
+    _, stopped = launch.resume(tmp_path / "run", wanted, Silent())
+    _, straight = launch.start(
+        asked("distill", shapes, method="rm", cache=str(local), workers=0), tmp_path / "local-run", Silent(),
+        overwrite=False,
+    )  # fmt: skip
+    assert stopped["weights_sha256"] == straight["weights_sha256"]
+
+
+def test_merging_stores_of_both_kinds(server: Server, shapes: Path, teacher: Path, url: str, tmp_path: Path) -> None:
+    parts: list[Any] = []
+    for view, where in (("identity", tmp_path / "identity"), ("hflip", f"{url}/hflip")):
+        parts.append(where)
+        write_real(cache_options(shapes, teacher, method="rm", views=view), where)
+    merge(parts, f"{url}/both", None, Silent())
+    merge([parts[0], f"{url}/hflip"], tmp_path / "both", None, Silent())
+    assert server.objects(f"{prefix(url)}/both") == contents(tmp_path / "both")
+    np.testing.assert_array_equal(CacheReader(f"{url}/both").image_ids, CacheReader(tmp_path / "both").image_ids)

@@ -1,0 +1,38 @@
+"""``cache verify``: what is not what was written is found, headers of arrays included."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdcli.cli.main import run
+from kdcli.engine.verify import verify_checksums
+from kdcli.engine.watch import Silent
+from kdcli.errors import StoreError
+
+
+def test_flipped_bits_of_array_headers_are_found(default_store: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(default_store, store)
+    verify_checksums(store, Silent())
+    header = store / "tensors" / "box_distribution@main+vlr" / "values" / "zarr.json"
+    data = header.read_bytes()
+    draw = np.random.default_rng(0)
+    for position in draw.integers(0, len(data), 60):
+        changed = bytearray(data)
+        changed[int(position)] ^= 1 << int(draw.integers(8))
+        header.write_bytes(changed)
+        with pytest.raises(StoreError, match=r"zarr\.json' is not what was written"):
+            verify_checksums(store, Silent())
+    header.write_bytes(data)
+    verify_checksums(store, Silent())
+
+
+def test_verify_finds_the_data_by_itself(
+    default_store: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["cache", "verify", str(default_store), "--teacher", str(teacher), "--rows", "2"]) == 0
+    assert "box_distribution@main+vlr: rms" in capsys.readouterr().err
