@@ -48,3 +48,19 @@ def hold_file(file: Path) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def remove_free(folder: Path) -> None:
+    """Delete the files of ``hold_file`` in ``folder`` that nobody holds: a process that was killed left them."""
+    for file in folder.glob(".*.lock"):
+        try:
+            descriptor = os.open(file, os.O_RDWR)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink(missing_ok=True)
+        except BlockingIOError:  # its holder removes it
+            pass
+        finally:
+            os.close(descriptor)

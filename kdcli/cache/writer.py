@@ -24,7 +24,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from kdcli.cache.locks import hold_file
+from kdcli.cache.locks import hold_file, remove_free
 from kdcli.cache.places import Folder, Place, Where, place_of
 from kdcli.cache.schema import FORMAT_VERSION, ArraySpec, CacheSchema, digest
 from kdcli.cache.seal import seal, unseal
@@ -143,6 +143,8 @@ class StoreWriter:
 
     def __init__(self, where: Where, schema: CacheSchema) -> None:
         self.place, self.schema = place_of(where), schema
+        if isinstance(self.place, Folder):
+            remove_free(self.place.path / "journal")
 
     def done(self) -> set[int]:
         """Shards that the journal names."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcli.cache.locks import hold_file, hold_store
+from kdcli.cache.locks import hold_file, hold_store, remove_free
 from kdcli.errors import StoreError
 
 
@@ -48,3 +48,11 @@ def test_a_held_file_is_waited_for_and_gone_afterwards(tmp_path: Path) -> None:
         thread.join()
     assert most == [1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_holder_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".000001.lock").touch()
+    (tmp_path / "000001.json").touch()
+    with hold_file(tmp_path / ".000002.lock"):
+        remove_free(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".000002.lock", "000001.json"]
