@@ -57,7 +57,8 @@ def cache_teacher(
 
     Example: kdcli cache-teacher --data DATA --teacher runs/teacher --method ld,pfi --views identity,hflip --out STORE
     """
-    from kdcli.cache.places import place_of
+    from kdcli.cache.places import Folder, place_of
+    from kdcli.cli.outputs import require_folder
     from kdcli.cli.watch import print_json, watching
     from kdcli.engine.caching import plan_store
     from kdcli.engine.estimate import estimate as make_estimate
@@ -84,6 +85,8 @@ def cache_teacher(
     if out is None:
         raise UsageError("--out is missing: name the store folder, e.g. --out store")
     place = place_of(out)
+    if isinstance(place, Folder) and not estimate:
+        require_folder(place.path, "--out")
     part = _part(shard)
     with watching(part is None or shard is not None or part.index == 0) as watcher:
         plan = plan_store(options, watcher)

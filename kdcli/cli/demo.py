@@ -134,7 +134,7 @@ def _pictures(out: Path, watcher: Any) -> None:
     from kdcli.engine.devices import pick_device
     from kdcli.engine.predicting import predict_files
     from kdcli.engine.showing import read_for_show
-    from kdcli.report.draw import draw_detections, side_by_side
+    from kdcli.report.draw import draw_detections, save_png, side_by_side
     from kdcli.report.row import draw_row
     from kdcli.structures import Canvas
 
@@ -169,7 +169,9 @@ def _pictures(out: Path, watcher: Any) -> None:
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    sheet.save(out / "detections.png")
+    save_png(sheet, out / "detections.png")
     train = open_split(out / "shapes", "train")
     largest = int(np.argmax([len(train.training_boxes(i)[1]) for i in range(train.num_images)]))
-    draw_row(read_for_show(out / "store", str(out / "shapes"), train.image_id(largest), None)).save(out / "row.png")
+    save_png(
+        draw_row(read_for_show(out / "store", str(out / "shapes"), train.image_id(largest), None)), out / "row.png"
+    )

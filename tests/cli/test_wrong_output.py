@@ -242,3 +242,14 @@ def test_pictures_are_pngs(shapes: Path, default_store: Path, tmp_path: Path) ->
     with Image.open(out) as picture:
         assert picture.format == "PNG"
     assert [p.name for p in out.parent.iterdir()] == ["ROW.PNG"]
+
+
+def test_cache_teacher_looks_at_its_place_first(
+    capsys: pytest.CaptureFixture[str], shapes: Path, teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    flags = ["--data", str(shapes), "--teacher", str(teacher), "--method", "rm"]
+    assert run(["cache-teacher", *flags, "--out", str(tmp_path / "file" / "store")]) == 3
+    err = capsys.readouterr().err
+    assert "which is not a folder" in err
+    assert "estimate" not in err
