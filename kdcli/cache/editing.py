@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from kdcli.cache.fidelity import ErrorMeter
-from kdcli.cache.places import Folder, Where
+from kdcli.cache.fidelity import ErrorMeter, summarise
+from kdcli.cache.places import Folder, Where, place_of
 from kdcli.cache.reader import CacheReader
 from kdcli.cache.schema import ArraySpec, CacheSchema
 from kdcli.cache.seal import seal
@@ -42,9 +42,10 @@ def drop_tensors(store: Path, schema: CacheSchema, changes: Mapping[str, Any], a
     The manifest goes first, so that nobody looks for what is being deleted.
     """
     manifest = read_manifest(store)
-    write_manifest(store, {**manifest, **changes, "schema": schema.to_json()})
     paths = {a.path for a in schema.layout()}
     keys = {t.need.key for t in schema.tensors}
+    kept = {kind: {k: v for k, v in found.items() if k in keys} for kind, found in manifest.get("errors", {}).items()}
+    write_manifest(store, {**manifest, **changes, **({"errors": kept} if kept else {}), "schema": schema.to_json()})
     for _shard, entry in sorted(read_journal(store).items()):
         files = {path: file for path, file in entry["files"].items() if path in paths}
         measured = {
@@ -93,7 +94,8 @@ def take_in(store: Path, other: Path, schema: CacheSchema, changes: Mapping[str,
         if joined != entry:
             _write_journal(store, joined)
         advance(1)
-    write_manifest(store, {**manifest, **changes, "schema": schema.to_json()})
+    errors = _errors(read_journal(store))
+    write_manifest(store, {**manifest, **changes, "errors": errors, "schema": schema.to_json()})
     shutil.rmtree(other)
 
 
@@ -126,11 +128,31 @@ def copy_rows(
         advance(1)
 
 
-def write_manifest(store: Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(store: Where, manifest: Mapping[str, Any]) -> None:
     """Replace the manifest of a store, in one step."""
-    document = json.loads((store / "zarr.json").read_text())
+    place = place_of(store)
+    document = json.loads(place.read("zarr.json"))
     document["attributes"][ATTRIBUTE] = seal(manifest)
-    Folder(store).write("zarr.json", json.dumps(document, indent=2).encode())
+    place.write("zarr.json", json.dumps(document, indent=2).encode())
+
+
+def record_errors(store: Where) -> bool:
+    """Put the errors of all rows into the manifest, as ``errors``; False when shards are missing, and nothing is changed.
+
+    They follow from the journal alone, so it does not matter who does it, how often, or how many do it at the same time.
+    """
+    manifest, journal = read_manifest(store), read_journal(store)
+    if set(journal) != set(range(CacheSchema.from_json(manifest["schema"]).num_shards)):
+        return False
+    errors = _errors(journal)
+    if manifest.get("errors") != errors:
+        write_manifest(store, {**manifest, "errors": errors})
+    return True
+
+
+def _errors(journal: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    parts = [entry["measured"] for _, entry in sorted(journal.items())]
+    return {kind: summarise(part[kind] for part in parts) for kind in ("encoding", "precision")}
 
 
 def _chunk(

@@ -234,9 +234,13 @@ def read_journal(where: Where) -> dict[int, dict[str, Any]]:
 
 
 def store_digest(where: Where) -> str:
-    """sha256 over the manifest and the journal: names the exact contents of a store."""
+    """sha256 over the manifest and the journal: names the exact contents of a store.
+
+    Without ``errors``, which follow from the journal: a store that is read before they are summed up stays the same one.
+    """
     journal = read_journal(where)
-    return digest({"manifest": read_manifest(where), "journal": [journal[k] for k in sorted(journal)]})
+    manifest = {k: v for k, v in read_manifest(where).items() if k != "errors"}
+    return digest({"manifest": manifest, "journal": [journal[k] for k in sorted(journal)]})
 
 
 @contextmanager

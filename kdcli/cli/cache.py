@@ -292,7 +292,7 @@ def store_info(store: Where) -> dict[str, Any]:
         for t in schema.tensors
     }
     return {
-        **{k: v for k, v in manifest.items() if k != "schema"},
+        **{k: v for k, v in manifest.items() if k not in ("schema", "errors")},  # both by tensor, below
         "rows": schema.rows,
         "shards": schema.num_shards,
         "shards_done": len(journal),

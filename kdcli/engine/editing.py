@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcli.cache.editing import copy_rows, drop_tensors, orphans, take_in
+from kdcli.cache.editing import copy_rows, drop_tensors, orphans, record_errors, take_in
 from kdcli.cache.locks import hold_store
 from kdcli.cache.places import Folder, Where, place_of
 from kdcli.cache.reader import CacheReader, compare_manifests
@@ -227,7 +227,7 @@ def _copy(
     schema: CacheSchema, images: NDArray[np.int64], watcher: Watcher,
 ) -> int:  # fmt: skip
     schema = replace(schema, rows=len(rows), shard_rows=min(schema.shard_rows, len(rows)))
-    manifest = {k: v for k, v in manifest.items() if k != "schema"}
+    manifest = {k: v for k, v in manifest.items() if k not in ("schema", "errors")}
     place = place_of(out)
     if place.exists():
         differences = compare_manifests({**manifest, "schema": schema.to_json()}, read_manifest(place))
@@ -238,4 +238,5 @@ def _copy(
     watcher.stage("copying", schema.num_shards)
     with hold_store(place.path, shared=False) if isinstance(place, Folder) else nullcontext():
         copy_rows(readers, rows, place, schema, watcher.advance)
+        record_errors(place)
     return len(rows)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcli.cache.editing import record_errors
 from kdcli.cache.fidelity import ErrorMeter
 from kdcli.cache.locks import hold_file, hold_store
 from kdcli.cache.places import Folder, Place, Where, place_of
@@ -84,7 +85,7 @@ def write_store(plan: Plan, out: Where, watcher: Watcher, part: Part | None = No
             with suppress(FileExistsError):
                 _create(plan, place, watcher)
         require_same(plan, place)
-        return _write_shards(plan, place, part or Part(), watcher)
+        return _write_part(plan, place, part or Part(), watcher)
     path = place.path
     path.parent.mkdir(parents=True, exist_ok=True)
     with hold_file(path.with_name(f".{path.name}.lock")):  # the others wait for the one that makes it
@@ -92,7 +93,7 @@ def write_store(plan: Plan, out: Where, watcher: Watcher, part: Part | None = No
             _create(plan, place, watcher)
     require_same(plan, place)
     with hold_store(path, shared=part is not None):
-        return _write_shards(plan, place, part or Part(), watcher)
+        return _write_part(plan, place, part or Part(), watcher)
 
 
 def _create(plan: Plan, out: Place, watcher: Watcher) -> None:
@@ -112,6 +113,12 @@ def require_same(plan: Plan, out: Place) -> None:
             f"'{out}' is another store: {'; '.join(differences)}; choose another --out, or delete it first"
         )
     require_able(stored["teacher"]["ap"], plan.options.min_teacher_ap)
+
+
+def _write_part(plan: Plan, out: Place, part: Part, watcher: Watcher) -> int:
+    rows = _write_shards(plan, out, part, watcher)
+    record_errors(out)  # by the part that comes last; and by a run that was killed between the last shard and this
+    return rows
 
 
 def _write_shards(plan: Plan, out: Place, part: Part, watcher: Watcher) -> int:

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.writer import StoreWriter, read_manifest
+from kdcli.cache.editing import write_manifest
+from kdcli.cache.reader import CacheReader
+from kdcli.cache.schema import CacheSchema, collate, row_tensor
+from kdcli.cache.writer import StoreWriter, read_manifest, store_digest
 from kdcli.cli.main import run
 from kdcli.engine import writing
 from kdcli.engine.caching import plan_store
 from kdcli.engine.watch import Silent
 from kdcli.engine.writing import Part, write_store
 from kdcli.errors import GateError, StoreError
+from kdcli.structures import RowKey
 from tests.engine.conftest import cache_options
 from tests.engine.test_kills import contents
 
@@ -72,6 +75,49 @@ def test_an_error_behind_the_teacher_stops_the_run(
     assert not [f for f in (tmp_path / "store").rglob("*") if f.suffix in (".tmp", ".lock")]
     monkeypatch.undo()
     assert write_store(plan, tmp_path / "store", Silent()) == 48 - 10 * len(done)
+
+
+def test_the_manifest_has_the_error_of_each_tensor(default_store: Path, lossless_store: Path) -> None:
+    ours, exact = CacheReader(default_store), CacheReader(lossless_store)
+    errors = read_manifest(default_store)["errors"]["encoding"]
+    assert set(errors) == {t.need.key for t in ours.schema.tensors}
+    for tensor in ours.schema.tensors:
+        if tensor.need.dense or tensor.need not in exact.schema.tensors:
+            continue  # padded cells do not count; what lossless serves from a dense tensor has no rows of its own
+        squares, count, worst = 0.0, 0, 0.0
+        for image in ours.image_ids:
+            for view in ours.views:
+                one, other = (row_of(r, image, view)[tensor.need.key].astype(np.float64) for r in (ours, exact))
+                squares += float(np.square(one - other).sum())
+                count += one.size
+                worst = max(worst, float(np.abs(one - other).max(initial=0.0)))
+        assert errors[tensor.need.key]["rms"] == pytest.approx(np.sqrt(squares / count), rel=1e-6)
+        assert errors[tensor.need.key]["worst"] == pytest.approx(worst, rel=1e-6)
+        assert errors[tensor.need.key]["rms"] > 0
+    assert {e["worst"] for e in read_manifest(lossless_store)["errors"]["encoding"].values()} == {0.0}
+
+
+def row_of(reader: CacheReader, image: int, view: str) -> dict[str, Any]:
+    row = reader.read(RowKey(image, view))
+    needs = tuple(t.need for t in reader.schema.tensors)
+    return {k: row_tensor(v) for k, v in reader.schema.decode(collate([row], reader.schema.layout()), needs).items()}
+
+
+def test_errors_come_with_the_last_shard_or_after_a_kill(
+    shapes: Path, teacher: Path, default_store: Path, tmp_path: Path
+) -> None:
+    plan, out = plan_store(cache_options(shapes, teacher), Silent()), tmp_path / "store"
+    write_store(plan, out, Silent(), Part(0, 2))
+    assert "errors" not in read_manifest(out)
+    write_store(plan, out, Silent(), Part(1, 2))
+    assert contents(out) == contents(default_store)
+    digest = store_digest(out)
+    write_manifest(
+        out, {k: v for k, v in read_manifest(out).items() if k != "errors"}
+    )  # killed before they were written
+    assert store_digest(out) == digest
+    assert write_store(plan, out, Silent()) == 0
+    assert contents(out) == contents(default_store)
 
 
 class Notes(Silent):
