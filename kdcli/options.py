@@ -242,5 +242,6 @@ def convert(label: str, value: Any, hint: Any) -> Any:
         return float(value)
     if hint is str and isinstance(value, str):
         return value
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: f'text, in quotes: "{value}"'}
+    wanted = kinds.get(hint, str(hint))
     raise OptionError(f"{label} = {value!r}: must be {wanted}")

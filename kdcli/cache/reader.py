@@ -74,10 +74,13 @@ class CacheReader:
             raise StoreError(f"store '{self.place}' has no view '{key.view}'; it has {', '.join(self.views)}")
         position = self._image_rows.get(key.image_id)
         if position is None:
-            raise StoreError(
-                f"store '{self.place}' has no row for image {key.image_id}: it was left out when the store was written; "
-                "train with the same --skip-bad, or write the store again"
+            left_out = key.image_id in self.manifest.get("dataset", {}).get("left_out", ())
+            why = (
+                "it was left out when the store was written; train with the same --skip-bad, or write the store again"
+                if left_out
+                else "its data set had no such image id"
             )
+            raise StoreError(f"store '{self.place}' has no row for image {key.image_id}: {why}")
         return position * len(self.views) + self.views.index(key.view)
 
     def read(self, key: RowKey) -> Row:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kdcli.cli import cache, cache_edit, compare, convert, data, demo, evaluate, listing, train
+from kdcli.cli import cache, cache_edit, cache_teacher, compare, convert, data, demo, evaluate, listing, train
 
-__all__ = ["cache", "cache_edit", "compare", "convert", "data", "demo", "evaluate", "listing", "train"]
+__all__ = ["cache", "cache_edit", "cache_teacher", "compare", "convert", "data", "demo", "evaluate", "listing", "train"]

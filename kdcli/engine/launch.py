@@ -23,6 +23,7 @@ from kdcli.options import TrainOptions, build, layer, to_plain
 from kdcli.structures import Canvas
 
 PATH_FIELDS = ("data", "teacher", "init_from")
+PLACES = ("data", "teacher", "cache")  # known by their contents
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,17 @@ def start(asked: Asked, out: Path, watcher: Watcher, *, overwrite: bool) -> tupl
 
 
 def resume(run: Path, asked: Asked, watcher: Watcher) -> tuple[Path, dict[str, Any]]:
-    """Continue ``run``; a finished one just gives its metrics. Raises OptionError when a setting would change."""
-    stored = runs.read_config(run)
+    """Continue ``run``; a finished one just gives its metrics. Raises OptionError when a setting would change.
+
+    Data set, store and teacher may have moved: what is in them is compared, not where they are.
+    """
+    stored = began = runs.read_config(run)
     if stored.command != asked.command:
         raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
-    runs.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), _resolved(asked.fields, stored))))
+    fields = _resolved(asked.fields, stored)
+    moved = {name: fields[name] for name in PLACES if fields.get(name) and getattr(began, name)}
+    stored = build(TrainOptions, layer(to_plain(began), moved))
+    runs.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))
     metrics = runs.read_metrics(run)
     if metrics is not None:
         watcher.note(f"{run} is finished")
@@ -100,6 +107,8 @@ def resume(run: Path, asked: Asked, watcher: Watcher) -> tuple[Path, dict[str, A
     changed = [k for k in ("data_sha256", "store", "teacher_sha256") if before.get(k) != now.get(k)]
     if changed:
         raise OptionError(f"--resume {run}: {', '.join(changed)} changed since the run began; start a new run")
+    if stored != began and distributed.is_main():
+        runs.write_config(run, stored)
     reset_peak_memory(prepared.device)
     return run, Trainer(prepared, run, watcher).fit()
 

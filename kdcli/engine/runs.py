@@ -40,7 +40,7 @@ def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, over
     (staging / "weights").mkdir(parents=True)
     (staging / "plots").mkdir()
     atomic_write_text(staging / "env.json", json.dumps(env, indent=1) + "\n")
-    atomic_write_text(staging / "config.toml", tomli_w.dumps(to_plain(options)))
+    write_config(staging, options)
     staging.rename(out)
 
 
@@ -122,9 +122,22 @@ def read_metrics(run: Path) -> dict[str, Any] | None:
     return metrics
 
 
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def write_config(run: Path, options: TrainOptions) -> None:
+    """``config.toml``: the options, resolved; it runs again as it is."""
+    atomic_write_text(run / "config.toml", tomli_w.dumps(to_plain(options)))
+
+
 def refuse_changes(run: Path, stored: TrainOptions, asked: TrainOptions) -> None:
     """A resumed run keeps its settings. Raises OptionError naming each one that would change."""
-    ours, theirs = to_plain(asked), to_plain(stored)
+    ours, theirs = _flat(to_plain(asked)), _flat(to_plain(stored))
     changed = [
         f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)
     ]

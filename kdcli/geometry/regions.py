@@ -44,8 +44,10 @@ class RegionSpec(JsonSpec):
             raise OptionError(f"vlr_metric '{self.vlr_metric}' is unknown; choose from diou, official, inside")
         if not 0 < self.keep <= 1:
             raise OptionError(f"keep {self.keep}: must be a share above 0, at most 1")
-        if not 0 <= self.vlr_gamma <= 1 or self.vlr_topk < 1:
-            raise OptionError(f"{self}: vlr_gamma must be in 0..1 and vlr_topk >= 1")
+        if not 0 <= self.vlr_gamma <= 1:
+            raise OptionError(f"vlr_gamma {self.vlr_gamma}: must be a share from 0 to 1")
+        if self.vlr_topk < 1:
+            raise OptionError(f"vlr_topk {self.vlr_topk}: must be at least 1")
         if self.vlr_alpha is not None and not 0 < self.vlr_alpha <= 1:
             raise OptionError(f"vlr_alpha {self.vlr_alpha}: must be an IoU above 0, at most 1, or none")
 

@@ -225,6 +225,12 @@ def test_unknown_names(capsys: pytest.CaptureFixture[str], shapes: Path, default
     config = tmp_path / "run.toml"
     config.write_text("epoch = 3\n")
     assert "did you mean 'epochs'?" in refused(capsys, 3, "train", "--config", config, *end)
+    config.write_text("canvas = 96\n")
+    assert 'canvas = 96: must be text, in quotes: "96"' in refused(capsys, 3, "train", "--config", config, *end)
+    line = refused(capsys, 3, *start, "--set", "ld.vlr_gamma=-1", *end)
+    assert line.endswith("vlr_gamma -1.0: must be a share from 0 to 1")
+    show = ["cache", "show", default_store, "999", "--out", tmp_path / "row.png"]
+    assert "no row for image 999: its data set had no such image id" in refused(capsys, 4, *show)
     assert not (tmp_path / "r").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kdcli.engine.prepare import prepare
 from kdcli.engine.sampling import plan_epoch
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent
+from kdcli.errors import MissingPathError, OptionError
 from kdcli.options import OptimOptions, read_toml
 from tests.engine.conftest import CANVAS, STUDENT, asked
 
@@ -80,29 +82,57 @@ def test_seeds_differ_and_baseline_and_student_see_the_same_pixels(
         assert torch.equal(ours, theirs)
 
 
+class Stop(Exception):
+    """Raised by ``Stopping``."""
+
+
+class Stopping(Silent):
+    """Stops a run in its fifth step."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def advance(self, units: int = 1, info: str = "") -> None:
+        """Count steps."""
+        self.steps += bool(info)
+        if self.steps == 5:
+            raise Stop
+
+
 def test_a_stopped_run_goes_on_where_it_was(shapes: Path, tmp_path: Path) -> None:
     """Stopped inside an epoch, right after a state was written: the same weights and history as without the stop."""
     fields = asked("train", shapes, save_steps=2, optim={"lr": 0.02, "ema": True})
     _, whole = launch.start(fields, tmp_path / "whole", Silent(), overwrite=False)
-
-    class Stop(Exception):
-        pass
-
-    class Stopping(Silent):
-        def __init__(self) -> None:
-            self.steps = 0
-
-        def advance(self, units: int = 1, info: str = "") -> None:
-            self.steps += bool(info)
-            if self.steps == 5:
-                raise Stop
-
     with pytest.raises(Stop):
         launch.start(fields, tmp_path / "run", Stopping(), overwrite=False)
     _, resumed = launch.resume(tmp_path / "run", launch.from_flags("train", {}, {}, None, {}), Silent())
     assert weights(resumed) == weights(whole)
     assert resumed["ap"] == whole["ap"]
     assert files(tmp_path / "run") == FILES
+
+
+def test_a_run_goes_on_with_a_store_that_moved(
+    shapes: Path, default_store: Path, lossless_store: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(default_store, tmp_path / "store")
+    fields = asked("distill", shapes, method="rm", cache=str(tmp_path / "store"), save_steps=2)
+    _, whole = launch.start(fields, tmp_path / "whole", Silent(), overwrite=False)
+    run = tmp_path / "run"
+    with pytest.raises(Stop):
+        launch.start(fields, run, Stopping(), overwrite=False)
+    (tmp_path / "store").rename(tmp_path / "moved")
+    with pytest.raises(MissingPathError, match="does not exist"):
+        launch.resume(run, launch.from_flags("distill", {}, {}, None, {}), Silent())
+    before = (run / "config.toml").read_bytes()
+    with pytest.raises(OptionError, match="store changed since the run began"):
+        launch.resume(run, launch.from_flags("distill", {}, {"cache": str(lossless_store)}, None, {}), Silent())
+    with pytest.raises(OptionError, match=r"optim\.lr: 0\.02 -> 0\.5"):
+        launch.resume(run, launch.from_flags("distill", {}, {}, None, {"optim": {"lr": 0.5}}), Silent())
+    assert (run / "config.toml").read_bytes() == before
+    moved = launch.from_flags("distill", {}, {"cache": str(tmp_path / "moved")}, None, {})
+    _, resumed = launch.resume(run, moved, Silent())
+    assert weights(resumed) == weights(whole)
+    assert read_toml(run / "config.toml")["cache"] == str(tmp_path / "moved")
 
 
 def test_a_queue_keeps_finished_runs(shapes: Path, tmp_path: Path) -> None:
