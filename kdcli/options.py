@@ -80,6 +80,7 @@ class TrainOptions:
     skip_bad: bool = False
     skip_empty: bool = False  # train on no image without a box to train on, as mmdet does
     deterministic: bool = False
+    shuffle: Literal["full", "shards"] = "full"  # shards: among the rows of a few shards at a time; needs a store
     method: str = ""  # distill: comma list
     cache: str | None = None  # distill: the store ...
     teacher: str | None = None  # ... or the live teacher
@@ -93,6 +94,8 @@ class TrainOptions:
         _require_positive(self, "epochs", "batch", "eval_every", "save_steps", "micro_batch", "threads")
         for name in ("seed", "workers"):
             _require(self, name, lambda v: v >= 0, "at least 0")
+        if self.shuffle == "shards" and self.cache is None:
+            raise OptionError("shuffle = 'shards': follows the shards of a store; add --cache STORE, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class CacheOptions:
     workers: int | None = None
     shard_rows: int | None = None  # None: as many as fit 128 MB, at most 256
     min_teacher_ap: float = 0.0
+    compile: bool = False  # the teacher's forward, by torch.compile: last digits differ
+    cache_images: bool = False  # store the canvases too: training then opens no image file
     skip_bad: bool = False
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdcli.cache.fidelity import ErrorMeter, summarise
+from kdcli.cache.locks import hold_file
 from kdcli.cache.places import Folder, Where, place_of
 from kdcli.cache.reader import CacheReader
 from kdcli.cache.schema import ArraySpec, CacheSchema
@@ -141,12 +143,17 @@ def record_errors(store: Where) -> bool:
 
     They follow from the journal alone, so it does not matter who does it, how often, or how many do it at the same time.
     """
-    manifest, journal = read_manifest(store), read_journal(store)
-    if set(journal) != set(range(CacheSchema.from_json(manifest["schema"]).num_shards)):
+    place = place_of(store)
+    manifest, journal = read_manifest(place), read_journal(place)
+    shards = CacheSchema.from_json(manifest["schema"]).num_shards
+    if len(journal) != shards or max(journal) >= shards:
         return False
     errors = _errors(journal)
     if manifest.get("errors") != errors:
-        write_manifest(store, {**manifest, "errors": errors})
+        # a file has one writer at a time: two parts that end together would take each other's temporary file away
+        lock = place.path / "journal" / ".errors.lock" if isinstance(place, Folder) else None
+        with hold_file(lock) if lock else nullcontext():
+            write_manifest(place, {**manifest, "errors": errors})
     return True
 
 

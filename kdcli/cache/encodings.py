@@ -212,16 +212,23 @@ FLOAT16 = Float("float16")
 
 def from_json(data: Mapping[str, Any]) -> Encoding:
     """The encoding that ``to_json`` described. Raises StoreError for one that this version does not know."""
-    match dict(data):
+    found = _known(dict(data))
+    if found is None or found.to_json() != data:  # a parameter too many changes what the codes mean
+        raise StoreError(f"unknown encoding {str(dict(data))[:200]}; this store was written by a newer kdcli")
+    return found
+
+
+def _known(data: Mapping[str, Any]) -> Encoding | None:
+    match data:
         case {"name": "float32" | "float16" as dtype}:
             return Float(dtype)
-        case {"name": "log_odds_8", "low": float(low), "high": float(high)}:
+        case {"name": "log_odds_8", "low": float(low), "high": float(high)} if -np.inf < low < high < np.inf:
             return LogOdds8(low, high)
         case {"name": str(name)} if found := re.fullmatch(r"(vector|channel)_affine_([4-8])", name):
             return (VectorAffine if found[1] == "vector" else ChannelAffine)(int(found[2]))
         case {"name": "box_16"}:
             return Box16()
-    raise StoreError(f"unknown encoding {dict(data)}; this store was written by a newer kdcli")
+    return None
 
 
 def _quantise(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,11 @@ class Folder:
     def _open(self, key: str, tail: int) -> OpenFile | None:
         try:
             descriptor = os.open(self.path / key, os.O_RDONLY)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        size = os.fstat(descriptor).st_size
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode):
+            os.close(descriptor)
+            return None
+        size = state.st_size
         return OpenFile(key, size, os.pread(descriptor, tail, max(0, size - tail)), descriptor=descriptor)

@@ -6,6 +6,7 @@ The chunks of a row are asked for together, as an object store answers them side
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 import zarr
 from numpy.typing import NDArray
-from zarr.buffer.cpu import Buffer
-from zarr.storage import MemoryStore
 
+from kdcli.cache.checks import check_readable
+from kdcli.cache.pixels import PIXELS, decode_pixels
 from kdcli.cache.places import Folder, Where, place_of
 from kdcli.cache.schema import ENTRY_COUNT, ENTRY_DTYPES, ArraySpec, CacheSchema
-from kdcli.cache.shards import ShardFile, open_shards, read_chunks
+from kdcli.cache.shards import ShardFile, crc_is_right, decompress, open_shards, read_chunks
 from kdcli.cache.writer import read_journal, read_manifest, shard_key
 from kdcli.errors import KDError, StoreError
 from kdcli.structures import FLAGS, Entries, RowKey
@@ -39,6 +40,7 @@ class Row:
     content: bytes  # sha256 of the image file
     guard: bytes  # of boxes, labels and region definition
     geometry: NDArray[np.float64]
+    image: NDArray[np.uint8] | None = None  # [3, H, W], the canvas; None: the store has none
 
 
 class CacheReader:
@@ -52,6 +54,10 @@ class CacheReader:
         self.place, self.direct = place_of(where), direct
         self.manifest = read_manifest(self.place)
         self.schema = CacheSchema.from_json(self.manifest["schema"])
+        try:
+            check_readable(self.schema)
+        except ValueError as error:
+            raise StoreError(f"store '{self.place}' has {error}; write the store again") from error
         self.tensors = self.schema.tensors if needs is None else self.schema.restrict(tuple(needs))
         self.views: tuple[str, ...] = tuple(self.manifest["views"])
         self._require_complete()
@@ -106,7 +112,13 @@ class CacheReader:
             if tensor.count == PROPOSAL_COUNT:  # the boxes of each image are counted by its targets, proposals are not
                 arrays[PROPOSAL_COUNT] = np.array([counts[PROPOSAL_COUNT]], np.int32)
         identity = self._array(chunks, "row/identity", index, None).tobytes()
-        return Row(arrays, entries, identity[:32], identity[32:], self._array(chunks, "row/geometry", index, None))
+        geometry = self._array(chunks, "row/geometry", index, None)
+        image = self._image(chunks, index, geometry) if self.schema.images else None
+        return Row(arrays, entries, identity[:32], identity[32:], geometry, image)
+
+    def shard_of(self, key: RowKey) -> int:
+        """The shard that the row of ``key`` is in. Raises StoreError as ``row_index`` does."""
+        return self.row_index(key) // self.schema.shard_rows
 
     def bytes_on_disk(self) -> int:
         """Bytes of all shard files, from the journal."""
@@ -119,7 +131,13 @@ class CacheReader:
         return specs
 
     def _require_complete(self) -> None:
-        done = len(read_journal(self.place))
+        journal = read_journal(self.place)
+        done = len(journal)
+        for shard, entry in journal.items():
+            if shard >= self.schema.num_shards or entry["rows"] != list(self.schema.shard_range(shard)):
+                raise StoreError(
+                    f"store '{self.place}': its journal file of shard {shard} is of another store; write the store again"
+                )
         if done != self.schema.num_shards:
             raise StoreError(
                 f"store '{self.place}' is incomplete: {done} of {self.schema.num_shards} shards are written; "
@@ -127,14 +145,16 @@ class CacheReader:
             )
 
     def _read_image_rows(self) -> dict[int, int]:
+        count = self.schema.rows // len(self.views)
         try:
-            keys = ("zarr.json", "c/0")
-            files = zip(keys, self.place.read_all([f"image_id/{key}" for key in keys]), strict=True)
-            array = zarr.open_array(MemoryStore({key: Buffer.from_bytes(data) for key, data in files}), mode="r")
-            # before anything of that size is allocated; a lost chunk would be read as zeros
-            whole = array.shape == (self.schema.rows // len(self.views),) and array.dtype == np.int64
-            ids: NDArray[np.int64] = np.array(array[:]) if whole else np.zeros(0, np.int64)
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:  # as zarr may
+            header, chunk = self.place.read_all(["image_id/zarr.json", "image_id/c/0"])
+            document = json.loads(header)
+            codecs = [codec["name"] for codec in document["codecs"]]
+            kind = (document["shape"], document["data_type"], codecs)
+            if kind != ([count], "int64", ["bytes", "zstd", "crc32c"]) or not crc_is_right(chunk):
+                raise ValueError("another header, or a wrong checksum")
+            ids = np.frombuffer(decompress(memoryview(chunk)[:-4], 8 * count, 8 * count), "<i8")
+        except (LookupError, ValueError, TypeError, RecursionError, OSError) as error:
             if isinstance(error, KDError):
                 raise
             raise StoreError(f"store '{self.place}': its image_id array is corrupt; write the store again") from error
@@ -163,6 +183,9 @@ class CacheReader:
         flag = parts["flag"]
         if count and int((flag & ~np.uint8(sum(FLAGS.values()))).max()):
             raise StoreError(f"store '{self.place}', row {index}: unknown region flag; it was written by a newer kdcli")
+        at, anchors = parts["index"], self.layout["entries/index"].shape[0]
+        if count and (at[0] < 0 or at[-1] >= anchors or (at[1:] <= at[:-1]).any()):
+            raise StoreError(f"store '{self.place}', row {index}: impossible entries/index; run `kdcli cache verify`")
         return Entries(
             index=torch.from_numpy(parts["index"].astype(np.int64)),
             flag=torch.from_numpy(flag),
@@ -171,9 +194,21 @@ class CacheReader:
             image=torch.zeros(count, dtype=torch.int64),
         )
 
+    def _image(self, chunks: _Chunks, index: int, geometry: NDArray[np.float64]) -> NDArray[np.uint8]:
+        given, turned = self.schema.canvas.size, self.schema.canvas.transposed.size
+        if tuple(geometry[-2:]) not in (given, turned):
+            raise StoreError(f"store '{self.place}', row {index}: impossible canvas; run `kdcli cache verify`")
+        size = given if tuple(geometry[-2:]) == given else turned
+        return decode_pixels(self._array(chunks, PIXELS, index, None), size)
+
     def _array(self, chunks: _Chunks, path: str, index: int, length: int | None) -> NDArray[Any]:
         """Row ``index`` of an array, its first ``length`` entries (None: all). A fresh, writable array."""
         spec = self.layout[path]
+        if length is not None and length > spec.shape[0]:
+            raise StoreError(
+                f"store '{self.place}', row {index}: {length} entries, and {path} has room for {spec.shape[0]}; write the "
+                "store again"
+            )
         if not self.direct:
             if self._group is None:  # a truth test of a group lists all its members
                 self._group = zarr.open_group(self.place.for_zarr(), mode="r")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kdcli.cache import encodings
 from kdcli.cache.encodings import Encoding
+from kdcli.cache.pixels import PIXEL_ENCODING, PIXELS
 from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid
 from kdcli.structures import FLAGS, Canvas, Entries
@@ -38,6 +39,8 @@ MAX_SHARD_ROWS = 256
 ROW_BYTES_LIMIT = 2**31  # no real row comes near; a broken header must not allocate more
 
 TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9_]+)*")  # it becomes a folder: no way out of the store
+MAX_NAME = 64  # a file name may have 255 bytes
+MAX_DIMS = 8  # numpy takes 64; the most that a tensor has is 4
 PER = re.compile(r"cell|anchor|box|proposal|level[0-4]")
 MAX_PROPOSALS = 1000  # of a teacher's RPN after NMS; the ground-truth boxes come on top
 ENTRY_COUNT, BOX_COUNT = "entries/count", "boxes/count"
@@ -96,10 +99,15 @@ class StoredTensor:
     def from_json(data: Mapping[str, Any]) -> StoredTensor:
         """Inverse of ``to_json``. Raises StoreError, KeyError, TypeError or ValueError for what it cannot be."""
         name, region, per = (str(data[field]) for field in ("name", "region", "per"))
-        known = region in ("all", "gt", "proposals") or all(part in FLAGS for part in region.split("+"))
-        if not TENSOR_NAME.fullmatch(name) or not known or not PER.fullmatch(per):
-            raise StoreError(f"unknown tensor {name}@{region} per {per}; this store was written by a newer kdcli")
+        known = region in ("all", "gt", "proposals") or _flagged(region)
+        if len(name) > MAX_NAME or not TENSOR_NAME.fullmatch(name) or not known or not PER.fullmatch(per):
+            raise StoreError(
+                f"unknown tensor {name[:MAX_NAME]!r} @ {region[:MAX_NAME]!r} per {per[:MAX_NAME]!r}; this store was written "
+                "by a newer kdcli"
+            )
         dims = tuple(_whole(n) for n in data["dims"])
+        if not 1 <= len(dims) <= MAX_DIMS:
+            raise ValueError(f"{name} has {len(dims)} dimensions a row")
         return StoredTensor(Need(name, region), per, dims, encodings.from_json(data["encoding"]))
 
 
@@ -114,6 +122,7 @@ class CacheSchema:
     tensors: tuple[StoredTensor, ...]
     max_boxes: int = 0  # ground-truth boxes of the row that has most
     served: tuple[Need, ...] = ()  # at entries, and not stored: read from the dense tensor of the same name
+    images: bool = False  # the canvases that the teacher saw
 
     @property
     def sparse(self) -> bool:
@@ -183,6 +192,8 @@ class CacheSchema:
             ArraySpec("row/identity", (48,), "uint8"),
             ArraySpec("row/geometry", (GEOMETRY_LENGTH,), "float64"),
         ]
+        if self.images:
+            arrays.append(ArraySpec(PIXELS, (3, self.canvas.height * self.canvas.width), "uint8"))
         arrays += [ArraySpec(path, (1,), "int32") for path in self.counts]
         if self.sparse:
             anchors = self.grid.num_total(self.canvas)
@@ -254,6 +265,7 @@ class CacheSchema:
             "tensors": [t.to_json() for t in self.tensors],
             "max_boxes": self.max_boxes,
             "served": [n.key for n in self.served],
+            **({"images": PIXEL_ENCODING} if self.images else {}),
         }
 
     @staticmethod
@@ -268,21 +280,28 @@ class CacheSchema:
                 tensors=tuple(StoredTensor.from_json(t) for t in data["tensors"]),
                 max_boxes=_whole(data["max_boxes"], 0),
                 served=tuple(Need(*str(key).split("@")) for key in data["served"]),
+                images=_images(data.get("images")),
             )
             arrays = schema.layout()
             for size in (n for a in arrays for n in a.shape):
                 _whole(size)
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            for stride in schema.grid.strides:
+                _whole(stride)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             if isinstance(error, StoreError):
                 raise
-            raise StoreError(f"the store's schema cannot be read ({error!r}); write the store again") from error
-        if not (schema.rows < 2**40 and schema.shard_rows <= 2**20):
+            raise StoreError(
+                f"the store's schema cannot be read ({repr(error)[:200]}); write the store again"
+            ) from error
+        if not (schema.rows < 2**40 and schema.shard_rows <= 2**20 and schema.max_boxes <= 2**20):
             raise StoreError(f"the store's schema is impossible: {schema.rows} rows, {schema.shard_rows} rows a shard")
         if not (schema.tensors or schema.served) or len({t.need for t in schema.tensors}) < len(schema.tensors):
             raise StoreError("the store's schema is impossible: no tensor, or one tensor twice")
         stored = {t.need for t in schema.tensors}
+        if len(set(schema.served)) < len(schema.served):
+            raise StoreError("the store's schema is impossible: one tensor is served twice")
         for need in schema.served:
-            if need in stored or not all(part in FLAGS for part in need.region.split("+")):
+            if need in stored or not _flagged(need.region):
                 raise StoreError(f"the store's schema is impossible: {need.key} cannot be served")
         for array in arrays:
             if array.row_bytes > ROW_BYTES_LIMIT:
@@ -319,9 +338,22 @@ def row_tensor(value: Tensor) -> NDArray[np.float32]:
 
 def _whole(value: Any, least: int = 1) -> int:
     """A JSON number that counts something. Raises ValueError for another."""
-    if type(value) is not int or value < least:
-        raise ValueError(f"{str(value)[:40]} is not a whole number of at least {least}")
+    if type(value) is not int or not least <= value < 2**62:
+        raise ValueError(f"{str(value)[:40]} is not a whole number of at least {least}, or too large")
     return value
+
+
+def _flagged(region: str) -> bool:
+    """Whether ``region`` is one of FLAGS or a union of some, each once."""
+    parts = region.split("+")
+    return len(set(parts)) == len(parts) and all(part in FLAGS for part in parts)
+
+
+def _images(encoding: Any) -> bool:
+    """Whether a schema names an encoding of images. Raises StoreError for one that is not known here."""
+    if encoding not in (None, PIXEL_ENCODING):
+        raise StoreError(f"unknown encoding of images {str(encoding)[:40]!r}; this store was written by a newer kdcli")
+    return encoding is not None
 
 
 def _path(need: Need, suffix: str) -> str:

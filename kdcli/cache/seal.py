@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ from kdcli.cache.schema import digest
 from kdcli.errors import StoreError
 
 SEAL = "sha256"
+CAPITAL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[0-9a-f]{0,3}[A-F]")  # of "\u00E9"; a backslash may be escaped itself
 
 
 def seal(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,3 +27,28 @@ def unseal(document: Any, what: str) -> dict[str, Any]:
         if document.get(SEAL) == digest(plain):
             return plain
     raise StoreError(f"{what} is not what was written: its checksum is wrong")
+
+
+def parse(data: bytes) -> Any:
+    """The JSON of a manifest or a journal file. Raises ValueError for what Python's ``json`` does not write.
+
+    The seal is of the values, and a flipped bit may spell the same ones otherwise: 1e-05 as 1E-05, \\u00e9 as \\u00E9.
+    NaN and Infinity are refused: nothing that is measured or counted here may be one.
+    """
+    if CAPITAL_ESCAPE.search(data):
+        raise ValueError("an escape in capital letters")
+    try:
+        return json.loads(data, parse_float=_float, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if repr(value) != text:
+        raise ValueError(f"the number {text[:40]} is spelt otherwise")
+    return value
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is no number")

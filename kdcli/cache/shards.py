@@ -50,12 +50,12 @@ class ShardFile:
         self._name = name
         if len(file.tail) != _index_bytes(chunks) or not crc_is_right(file.tail):
             raise _corrupt(name, "has a broken index")
-        self._index = np.frombuffer(file.tail[:-4], dtype="<u8").reshape(chunks, 2)
+        self._index = np.frombuffer(file.tail[:-4], dtype="<u8")
 
     def where(self, position: int) -> tuple[int, int]:
-        """Offset and length of a chunk. Raises StoreError for one that was never written."""
-        offset, length = (int(v) for v in self._index[position])
-        if offset == MISSING or length < 4 or offset + length > self.file.size:
+        """Offset and length of a chunk. Raises StoreError for one that was never written, or is not behind the one before."""
+        *before, offset, length = self._index[max(0, 2 * position - 2) : 2 * position + 2].tolist()
+        if offset != sum(before) or length < 4 or offset + length > self.file.size - len(self.file.tail):
             raise _corrupt(self._name, f"has no data for its row {position}")
         return offset, length
 
@@ -69,14 +69,10 @@ class ShardFile:
         """The first ``size`` decompressed bytes of a checked chunk of ``full_size``. Raises StoreError for another."""
         if size == 0:
             return b""
-        if zstandard.frame_content_size(chunk) != full_size:
-            raise _corrupt(self._name, f"holds {zstandard.frame_content_size(chunk)} bytes instead of {full_size}")
-        if size * 4 > full_size:
-            return zstandard.ZstdDecompressor().decompress(chunk[:-4])[:size]
-        # a padded row: stop after the real entries, the zeros behind them are most of it
-        with zstandard.ZstdDecompressor().stream_reader(memoryview(chunk)[:-4]) as stream:
-            data: bytes = stream.read(size)
-        return data
+        try:
+            return decompress(memoryview(chunk)[:-4], size, full_size)
+        except ValueError as error:
+            raise _corrupt(self._name, f"holds {error} instead of {full_size} bytes") from error
 
 
 def open_shards(place: Place, keys: Sequence[str], chunks: int) -> list[ShardFile]:
@@ -94,6 +90,24 @@ def read_chunks(place: Place, wanted: Sequence[tuple[ShardFile, int]]) -> list[b
     ranges = [(shard.file, *shard.where(position)) for shard, position in wanted]
     data = place.read_ranges(ranges)
     return [shard.checked(position, chunk) for (shard, position), chunk in zip(wanted, data, strict=True)]
+
+
+def decompress(frame: bytes | memoryview, size: int, full_size: int) -> bytes:
+    """The first ``size`` bytes of a zstd frame of ``full_size``. Raises ValueError, saying what it holds, for another."""
+    try:
+        found = zstandard.frame_content_size(frame)
+        if found != full_size:  # before any of it is allocated
+            raise ValueError(f"{found} bytes")
+        if size * 4 > full_size:
+            data: bytes = zstandard.ZstdDecompressor().decompress(frame)[:size]
+        else:  # a padded row: stop after the real entries, the zeros behind them are most of it
+            with zstandard.ZstdDecompressor().stream_reader(frame) as stream:
+                data = stream.read(size)
+    except zstandard.ZstdError as error:
+        raise ValueError("no whole zstd frame") from error
+    if len(data) != size:
+        raise ValueError(f"{len(data)} bytes")
+    return data
 
 
 def crc_is_right(data: bytes) -> bool:

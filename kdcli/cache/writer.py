@@ -24,10 +24,11 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from kdcli.cache.checks import check_entry, check_manifest
 from kdcli.cache.locks import hold_file, remove_free
 from kdcli.cache.places import Folder, Place, Where, place_of
 from kdcli.cache.schema import FORMAT_VERSION, ArraySpec, CacheSchema, digest
-from kdcli.cache.seal import seal, unseal
+from kdcli.cache.seal import parse, seal, unseal
 from kdcli.cache.shards import ZSTD_LEVEL, pack_chunk, pack_shard
 from kdcli.errors import KDError, MissingPathError, NoSpaceError, StoreError
 from kdcli.files import fsync_folder
@@ -102,6 +103,7 @@ def make_arrays(target: Any, schema: CacheSchema, manifest: Mapping[str, Any], i
         chunks=image_ids.shape,
         dtype="int64",
         compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+        config={"write_empty_chunks": True},  # one image with id 0 would leave no file
     )
     ids[:] = image_ids
     group.attrs[ATTRIBUTE] = seal({**manifest, "schema": schema.to_json()})
@@ -113,7 +115,7 @@ def read_manifest(where: Where) -> dict[str, Any]:
     if not path.exists():
         raise MissingPathError(f"store '{path}' does not exist; write one with `kdcli cache-teacher --out {path}`")
     try:
-        document = json.loads(path.read("zarr.json"))
+        document = parse(path.read("zarr.json"))
         manifest = document["attributes"][ATTRIBUTE]
         plain = {"attributes": {ATTRIBUTE: manifest}, "zarr_format": 3, "node_type": "group"}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -122,19 +124,19 @@ def read_manifest(where: Where) -> dict[str, Any]:
         raise StoreError(f"'{path}' is not a kdcli store: its zarr.json has no '{ATTRIBUTE}' manifest") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != "kdcli.store":
-        raise StoreError(f"'{path}' is not a kdcli store: format is {found!r}")
+        raise StoreError(f"'{path}' is not a kdcli store: format is {repr(found)[:80]}")
     if manifest.get("version") != FORMAT_VERSION:
         raise StoreError(
-            f"store '{path}' is of format version {manifest.get('version')!r}, this kdcli reads {FORMAT_VERSION}; write it "
-            "again, or use the kdcli that wrote it"
+            f"store '{path}' is of format version {repr(manifest.get('version'))[:80]}, this kdcli reads {FORMAT_VERSION}; "
+            "write it again, or use the kdcli that wrote it"
         )
     if document != plain:
         raise StoreError(f"the zarr.json of store '{path}' is not what was written; write the store again")
     manifest = unseal(manifest, f"the manifest of store '{path}'")
-    views = manifest.get("views")
-    named = isinstance(views, list) and views and all(isinstance(v, str) for v in views)
-    if not named or not isinstance(manifest.get("schema"), dict):
-        raise StoreError(f"store '{path}': its manifest has no views or no schema; write the store again")
+    try:
+        check_manifest(manifest)
+    except ValueError as error:
+        raise StoreError(f"store '{path}': its manifest has {error}; write the store again") from error
     return dict(manifest)
 
 
@@ -224,9 +226,10 @@ def read_journal(where: Where) -> dict[int, dict[str, Any]]:
     names = place.names("journal")
     for name, data in zip(names, place.read_all([f"journal/{name}" for name in names]), strict=True):
         try:
-            entry = unseal(json.loads(data), f"journal file '{place}/journal/{name}'")
-            entries[int(entry["shard"])] = entry
-        except (ValueError, KeyError, TypeError) as error:
+            entry = unseal(parse(data), f"journal file '{place}/journal/{name}'")
+            check_entry(entry, name)
+            entries[entry["shard"]] = entry
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(
                 f"journal file '{place}/journal/{name}' is corrupt; delete it and run cache-teacher again"
             ) from error

@@ -34,6 +34,7 @@ def info(store: Store, json: f.Json = False) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    from kdcli.cache.pixels import PIXELS
     from kdcli.cli.watch import print_json
     from kdcli.report.console import human_console
     from kdcli.report.text import plain
@@ -68,6 +69,8 @@ def info(store: Store, json: f.Json = False) -> int:
         if measured:
             numbers.append("-" if other is None else f"{other['relative']:.2g}")
         table.add_row(key, tensor["encoding"], f"{tensor['bytes']:,}", *numbers)
+    if found["images"]:
+        table.add_row(PIXELS, found["images"]["encoding"], f"{found['images']['bytes']:,}")
     console.print(table)
     return 0
 
@@ -188,6 +191,7 @@ def show(
 def store_info(store: Where) -> dict[str, Any]:
     """The manifest of a store with its sizes and measured errors, as JSON."""
     from kdcli.cache.fidelity import summarise
+    from kdcli.cache.pixels import PIXEL_ENCODING, PIXELS
     from kdcli.cache.schema import CacheSchema
     from kdcli.cache.writer import read_journal, read_manifest, store_digest
 
@@ -219,5 +223,6 @@ def store_info(store: Where) -> dict[str, Any]:
         "bytes": sum(by_array.values()),
         "bytes_by_array": by_array,
         "tensors": tensors,
+        "images": {"encoding": PIXEL_ENCODING, "bytes": by_array.get(PIXELS, 0)} if schema.images else None,
         "digest": store_digest(store),
     }

@@ -12,14 +12,21 @@ import typer
 from kdcli.cli import flags as f
 from kdcli.cli.cache import store_info
 from kdcli.cli.main import app
-from kdcli.errors import OptionError, UsageError, nearest
+from kdcli.errors import NoSpaceError, OptionError, UsageError, nearest
 
 if TYPE_CHECKING:
-    from kdcli.engine.caching import Plan
-    from kdcli.engine.estimate import Estimate
+    from kdcli.engine.estimate import BreakEven, Estimate
     from kdcli.engine.watch import Watcher
     from kdcli.engine.writing import Part
     from kdcli.options import CacheOptions
+
+SLOWEST = {  # of engine.estimate.stage_seconds
+    "teacher": "as fast as the teacher",
+    "loading": "images load slower than the teacher takes them",
+    "encoding": "encoding is slower than the teacher",
+    "disk": "the disk is slower than the teacher",
+    "cores": "the cores are busy",
+}
 
 
 @app.command(name="cache-teacher")
@@ -38,12 +45,18 @@ def cache_teacher(
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass (default 8).")] = None,
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows a shard (default: 128 MB, at most 256).")] = None,
     min_teacher_ap: Annotated[float | None, typer.Option(help="Refuse a teacher below this AP on val.")] = None,
+    cache_images: Annotated[
+        bool | None, typer.Option("--cache-images", help="Store the resized images too: no decoding in training.")
+    ] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile", help="Compile the teacher: faster after a minute, last digits differ.")
+    ] = None,
     device: f.Device = None, threads: f.Threads = None, workers: f.Workers = None, skip_bad: f.SkipBad = None,
     config: f.Config = None, set_: f.Set = None,
     shard: Annotated[
         str | None, typer.Option(help="Part I of N, e.g. 0/4: other processes write the others at the same time.")
     ] = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Only print bytes and time, from a few images.")] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only print bytes, time and break-even.")] = False,
     json: f.Json = False,
 ) -> int:  # fmt: skip
     """Run the teacher once and store what the methods read.
@@ -55,14 +68,14 @@ def cache_teacher(
     from kdcli.cli.watch import print_json, watching
     from kdcli.engine.caching import plan_store
     from kdcli.engine.estimate import estimate as make_estimate
-    from kdcli.engine.estimate import require_room
     from kdcli.engine.writing import write_store
     from kdcli.options import layer, read_toml
+    from kdcli.report.text import size
 
     given = f.collect(
         data=data, teacher=teacher, method=method, split=split, canvas=canvas, views=views, encoding=encoding,
         precision=precision, micro_batch=micro_batch, shard_rows=shard_rows, min_teacher_ap=min_teacher_ap,
-        device=device, threads=threads, workers=workers, skip_bad=skip_bad,
+        cache_images=cache_images, compile=compile_, device=device, threads=threads, workers=workers, skip_bad=skip_bad,
     )  # fmt: skip
     fields = layer(read_toml(config) if config else {}, given)
     options = _options(fields, set_ or [])
@@ -74,17 +87,17 @@ def cache_teacher(
     part = _part(shard)
     with watching(part is None or shard is not None or part.index == 0) as watcher:
         plan = plan_store(options, watcher)
-        found = make_estimate(plan, place) if estimate or not place.exists() else None
+        found = make_estimate(plan, place, part) if estimate or not place.exists() else None
         if estimate:
             assert found is not None
-            return _report_estimate(plan, found, watcher, json)
+            return _report_estimate(found, watcher, json)
         if found is not None:
-            require_room(found, place)
+            require_room(found, out)
             watcher.note(_priced(found))
         written = write_store(plan, place, watcher, part)
         info = store_info(place)
         state = "complete" if info["complete"] else f"{info['shards_done']} of {info['shards']} shards are written"
-        watcher.note(f"{out}: {state}, {info['rows']} rows ({written} written now), {info['bytes'] / 2**20:.1f} MB")
+        watcher.note(f"{out}: {state}, {info['rows']} rows ({written} written now), {size(info['bytes'])}")
     if json:
         print_json(info)
     return 0
@@ -122,20 +135,49 @@ def _part(shard: str | None) -> Part | None:
     return Part(int(found[1]), int(found[2]))
 
 
+def require_room(found: Estimate, out: str) -> None:
+    """Raises NoSpaceError (exit 5) when the disk of ``out`` cannot hold the store; nothing has been written then."""
+    from kdcli.engine.estimate import MARGIN
+    from kdcli.report.text import size
+
+    wanted = found.bytes_total * MARGIN
+    if found.free_bytes is not None and wanted > found.free_bytes:
+        raise NoSpaceError(
+            f"the store needs about {size(wanted)}, the disk of '{out}' has {size(found.free_bytes)} free; "
+            "free some space, choose another --out, fewer --views or methods with sparse needs (ld, rm)"
+        )
+
+
 def _priced(found: Estimate) -> str:
+    from kdcli.report.text import duration, size
+
     return (
-        f"estimate: {found.rows} rows, {found.bytes_total / 2**20:.1f} MB on disk ({found.bytes_raw / 2**20:.1f} MB raw), "
-        f"{found.seconds:.0f} s at {found.rows_per_s:.1f} rows/s"
-        + ("" if found.free_bytes is None else f"; {found.free_bytes / 2**30:.1f} GB are free")
+        f"estimate: {found.rows} rows, {size(found.bytes_total)} on disk ({size(found.bytes_raw)} before compression), "
+        f"{duration(found.seconds)} at {found.rows_per_s:.1f} rows/s ({SLOWEST[found.slowest]})"
+        + ("" if found.disk_timed else "; writing there was not timed")
+        + ("" if found.free_bytes is None else f"; {size(found.free_bytes)} are free")
     )
 
 
-def _report_estimate(plan: Plan, found: Estimate, watcher: Watcher, as_json: bool) -> int:
+def _paid_back(found: BreakEven) -> str:
+    from kdcli.report.text import duration
+
+    three = 3 * found.epochs_each * found.live_epoch_seconds
+    return (
+        f"break-even: as long as a live teacher's forward passes in {found.epochs:.1f} epochs, or in {found.students:.2g} "
+        f"students of {found.epochs_each} epochs; three such students: {duration(three)} of a live teacher, "
+        f"{duration(found.store_seconds)} of writing the store"
+    )
+
+
+def _report_estimate(found: Estimate, watcher: Watcher, as_json: bool) -> int:
     from kdcli.cli.watch import print_json
+    from kdcli.report.text import size
 
     watcher.note(_priced(found))
-    for path, size in found.bytes_by_array.items():
-        watcher.note(f"  {path}: {size / 2**20:.2f} MB, {size / found.rows / 1000:.2f} kB a row")
+    watcher.note(_paid_back(found.break_even))
+    for key, count in found.bytes_by_tensor.items():
+        watcher.note(f"  {key}: {size(count)}, {size(count / found.rows)} a row")
     if as_json:
         print_json(dataclasses.asdict(found))
     return 0

@@ -21,6 +21,7 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 (defau
 Amp = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16; auto: bf16 on a GPU, fp32 on a CPU.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Data processes (default: spare cores, at most 8).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the main process.")]
+Shuffle = Annotated[str | None, typer.Option(help="full, or shards: for slow disks and object stores (default full).")]
 EvalEvery = Annotated[int | None, typer.Option(min=1, help="Evaluate each N epochs (default 1).")]
 SkipBad = Annotated[bool | None, typer.Option("--skip-bad", help="Leave faulty images out, and list them.")]
 Deterministic = Annotated[bool | None, typer.Option("--deterministic", help="No TF32, deterministic algorithms.")]

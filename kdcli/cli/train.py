@@ -44,8 +44,9 @@ def distill(
     seed: f.Seed = None, seeds: f.Seeds = None, batch: f.BatchSize = None, views: f.Views = None,
     backbone_weights: f.BackboneWeights = None, init_from: f.InitFrom = None, device: f.Device = None,
     amp: f.Amp = None, workers: f.Workers = None, threads: f.Threads = None, eval_every: f.EvalEvery = None,
-    skip_bad: f.SkipBad = None, deterministic: f.Deterministic = None, config: f.Config = None, set_: f.Set = None,
-    out: f.OutRun = None, resume: f.Resume = None, overwrite: f.Overwrite = False, json: f.Json = False,
+    shuffle: f.Shuffle = None, skip_bad: f.SkipBad = None, deterministic: f.Deterministic = None,
+    config: f.Config = None, set_: f.Set = None, out: f.OutRun = None, resume: f.Resume = None,
+    overwrite: f.Overwrite = False, json: f.Json = False,
 ) -> int:  # fmt: skip
     """Train a student with a teacher's stored (--cache) or live (--teacher) tensors.
 
@@ -54,7 +55,7 @@ def distill(
     given = f.collect(
         data=data, cache=cache, teacher=teacher, method=method, canvas=canvas, epochs=epochs, seed=seed, batch=batch,
         views=views, backbone_weights=backbone_weights, init_from=init_from, device=device, amp=amp, workers=workers,
-        threads=threads, eval_every=eval_every, skip_bad=skip_bad, deterministic=deterministic,
+        threads=threads, eval_every=eval_every, shuffle=shuffle, skip_bad=skip_bad, deterministic=deterministic,
     )  # fmt: skip
     return _launch("distill", given, model, config, set_, seeds, out, resume, overwrite, json)
 

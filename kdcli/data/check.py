@@ -82,14 +82,16 @@ class CheckReport:
 Progress = Callable[[int, int], None]  # images done, images in all
 
 
-def check_dataset(dataset: Dataset, decode: bool = True, progress: Progress | None = None) -> CheckReport:
+def check_dataset(
+    dataset: Dataset, decode: bool = True, progress: Progress | None = None, *, files: bool = True
+) -> CheckReport:
     """Check images and annotations of a split; finds everything, raises nothing.
 
     ``decode``: read every image whole; otherwise only that it exists and has the annotated size (its header), which is
-    what training does before it starts.
+    what training does before it starts. ``files``: False when the pixels come from elsewhere; no image file is opened.
     """
     notes = dataset.annotations
-    faults = [*_table_faults(dataset), *_image_faults(dataset, decode, progress)]
+    faults = [*_table_faults(dataset), *(_image_faults(dataset, decode, progress) if files else ())]
     box_faults, warnings = _check_boxes(dataset)
     faults += box_faults
     trained = (~notes.crowd & (notes.category >= 0) & ~_thin(dataset)).astype(np.int64)

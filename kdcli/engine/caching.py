@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcli.cache.pixels import PIXELS, encode_pixels
 from kdcli.cache.plan import plan_tensors, served_by_dense, shard_rows_for
 from kdcli.cache.schema import CacheSchema, regions_of, row_tensor
 from kdcli.data.coco import Dataset, has_split, open_split
@@ -25,7 +26,7 @@ from kdcli.engine.evaluate import evaluate, validation_source
 from kdcli.engine.manifest import make_manifest, region_spec, teacher_entry, with_classes
 from kdcli.engine.prepare import absolute_methods, usable
 from kdcli.engine.samples import Item, Loader, Sample, SampleSource, collate
-from kdcli.engine.teacher import TeacherForward, class_order
+from kdcli.engine.teacher import TeacherForward, class_order, compiled
 from kdcli.engine.watch import Watcher
 from kdcli.errors import GateError, OptionError, nearest
 from kdcli.geometry.regions import guard
@@ -92,6 +93,7 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     schema = CacheSchema(
         detector.grid, canvas, len(positions) * len(views), 1, plan_tensors(stored, specs, options.encoding),
         max_boxes=max((len(dataset.training_boxes(int(p))[0]) for p in positions), default=0), served=served,
+        images=options.cache_images,
     )  # fmt: skip
     row_bytes = sum(a.row_bytes for a in schema.layout())
     schema = replace(schema, shard_rows=min(options.shard_rows or shard_rows_for(row_bytes), schema.rows))
@@ -100,6 +102,7 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
         "micro_batch": options.micro_batch,
         "device": device.type,
         "threads": threads if device.type == "cpu" else None,
+        "compile": options.compile or None,  # stores from before this option lack it: not compiled
     }
     left_out = sorted(dataset.image_id(i) for i in set(range(dataset.num_images)) - set(positions.tolist()))
     teacher = teacher_entry(detector, meta.weights_sha256, None)
@@ -108,10 +111,12 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     origin = {"data": str(Path(options.data).resolve()), "teacher": str(Path(options.teacher).resolve())}
     manifest |= {"methods": absolute_methods(options.method), "method_options": resolved, "origin": origin}
     detector = detector.to(device).to(memory_format=torch.channels_last)
+    forward = TeacherForward(detector.eval(), order, options.micro_batch, options.precision)
+    if options.compile:
+        forward = compiled(forward, canvas)
     return Plan(
-        options, TeacherForward(detector.eval(), order, options.micro_batch, options.precision), source, positions,
-        views, schema, stored, manifest, device, pick_workers(options.workers),
-    )  # fmt: skip
+        options, forward, source, positions, views, schema, stored, manifest, device, pick_workers(options.workers)
+    )
 
 
 def measure_teacher(plan: Plan, watcher: Watcher) -> float | None:
@@ -165,6 +170,8 @@ def encode_row(plan: Plan, sample: Sample, value: Mapping[str, NDArray[np.float3
         "row/identity": np.frombuffer(identity, np.uint8).copy(),
         "row/geometry": sample.geometry.to_array(),
     }
+    if plan.schema.images:
+        arrays[PIXELS] = encode_pixels(sample.image.numpy())
     if sample.entries is not None:
         entries = sample.entries
         arrays["entries/count"] = np.array([len(entries.index)], np.int32)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kdcli.cache.editing import copy_rows, drop_tensors, orphans, record_errors, take_in
 from kdcli.cache.locks import hold_store
+from kdcli.cache.pixels import PIXELS
 from kdcli.cache.places import Folder, Where, place_of
 from kdcli.cache.reader import CacheReader, compare_manifests
 from kdcli.cache.schema import CacheSchema
@@ -60,6 +61,7 @@ def add(
         whole.schema,
         tensors=tuple(have.get(t.need, t) for t in whole.schema.tensors),
         shard_rows=reader.schema.shard_rows,
+        images=reader.schema.images,
     )
     new = tuple(t for t in joined.tensors if t.need not in have)
     if not new and set(joined.served) <= {*reader.schema.served, *have}:
@@ -86,6 +88,7 @@ def _plan_of(whole: Plan, joined: CacheSchema, stored: CacheSchema) -> Plan:
         joined,
         tensors=tuple(t for t in joined.tensors if t.need not in have),
         served=tuple(n for n in joined.served if n not in have),
+        images=False,
     )
     needs = tuple(t.need for t in schema.tensors)
     # the AP of the teacher is known; measuring it again would take a pass over val
@@ -97,16 +100,19 @@ def _plan_of(whole: Plan, joined: CacheSchema, stored: CacheSchema) -> Plan:
 def prune_tensors(store: Where, keys: Sequence[str], watcher: Watcher) -> list[str]:
     """Drop the tensors ``keys`` from a store, and the methods that read them from its manifest; returns what was dropped.
 
+    ``row/image`` drops the pictures.
+
     Raises OptionError for a key that the store does not have, or when nothing would be left.
     """
     reader = CacheReader(store)
     folder = _folder(reader, "prune it")
     stored = {t.need.key: t for t in reader.schema.tensors}
+    droppable = [*stored, *([PIXELS] if reader.schema.images else [])]
     with hold_store(folder, shared=False):
         left_over = orphans(folder)  # of a killed call
-        unknown = [k for k in keys if k not in stored]
+        unknown = [k for k in keys if k not in droppable]
         if unknown and not left_over:
-            raise OptionError(f"store '{store}' has no {', '.join(unknown)}; it has {', '.join(stored)}")
+            raise OptionError(f"store '{store}' has no {', '.join(unknown)}; it has {', '.join(droppable)}")
         keep = [t for key, t in stored.items() if key not in keys]
         if not keep:
             raise OptionError(f"--tensor: nothing would be left of '{store}'; delete the folder instead")
@@ -123,8 +129,10 @@ def prune_tensors(store: Where, keys: Sequence[str], watcher: Watcher) -> list[s
         changes = {"methods": ",".join(able), "method_options": {name: options[name] for name in able.values()}}
         dense = {t.need.name for t in keep if t.need.dense}
         served = tuple(n for n in reader.schema.served if n.name in dense)
-        drop_tensors(folder, replace(reader.schema, tensors=tuple(keep), served=served), changes, watcher.advance)
-    return [k for k in keys if k in stored]
+        images = reader.schema.images and PIXELS not in keys
+        schema = replace(reader.schema, tensors=tuple(keep), served=served, images=images)
+        drop_tensors(folder, schema, changes, watcher.advance)
+    return [k for k in keys if k in droppable]
 
 
 def prune_views(store: Where, views: Sequence[str], out: Where, watcher: Watcher) -> int:
@@ -153,7 +161,8 @@ def merge(stores: Sequence[Where], out: Where, data: str | None, watcher: Watche
     first = readers[0]
     differing = {"dataset", "views"}
     ours = {k: first.manifest[k] for k in MANIFEST_IDENTITY if k not in differing}
-    shape = {k: v for k, v in first.schema.to_json().items() if k not in ("rows", "shard_rows", "max_boxes")}
+    whole = {"images": None, **first.schema.to_json()}
+    shape = {k: v for k, v in whole.items() if k not in ("rows", "shard_rows", "max_boxes")}
     for reader in readers[1:]:
         found = compare_manifests({**ours, "schema": shape}, reader.manifest)
         if reader.manifest["dataset"]["categories"] != first.manifest["dataset"]["categories"]:
@@ -230,7 +239,9 @@ def _copy(
     manifest = {k: v for k, v in manifest.items() if k not in ("schema", "errors")}
     place = place_of(out)
     if place.exists():
-        differences = compare_manifests({**manifest, "schema": schema.to_json()}, read_manifest(place))
+        differences = compare_manifests(
+            {**manifest, "schema": {"images": None, **schema.to_json()}}, read_manifest(place)
+        )
         if differences:
             raise StoreError(f"'{place}' is another store: {'; '.join(differences)}; choose another --out")
     else:

@@ -1,21 +1,56 @@
-"""``cache-teacher --estimate``: bytes and time from the annotations and a few real images, before anything is written."""
+"""``cache-teacher --estimate``: bytes, time and break-even of a store, before anything of it is written.
+
+Bytes: what a few real rows took for each entry, box or valid cell, times how many there are, which the annotations and the
+canvas say. Time: the slowest of the stages that work side by side (see ``stage_seconds``), at the pace of a short probe.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from kdcli.cache.places import Folder, Where, place_of
-from kdcli.cache.writer import StoreWriter, create_store
-from kdcli.engine.caching import Plan, encode_row, teacher_rows
-from kdcli.engine.samples import Sample, orientation
-from kdcli.errors import NoSpaceError
+import numpy as np
 
-PROBE_ROWS = 16  # real images that are run through the teacher, encoded and compressed
-MARGIN = 1.1  # the rows probed are few: ask for 10 % more room than they say
+from kdcli.cache.pixels import PIXELS
+from kdcli.cache.places import Folder, Where, place_of
+from kdcli.cache.schema import CacheSchema
+from kdcli.cache.shards import pack_chunk
+from kdcli.data.coco import has_split, open_split
+from kdcli.engine.caching import Plan
+from kdcli.engine.counting import Counted, count_micro_batches, count_units, element_bytes, rows_of
+from kdcli.engine.probing import Pace, Probe, run_probe
+from kdcli.engine.writing import MAX_THREADS, Part
+
+EPOCHS = 12  # of a usual student
+MARGIN = 1.1  # bytes are known to 10 %: ask for that much more room
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process has to do."""
+
+    rows: int
+    micro_batches: int
+    micro_batch: int
+    shards: int
+    bytes: int
+    val_rows: int  # that the teacher's AP is measured on
+    workers: int  # data processes
+    threads: int  # behind the teacher
+    cores: int
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """When the store has cost less than a teacher that runs along in training. Reading it costs about nothing."""
+
+    live_epoch_seconds: float  # forward passes of a live teacher in one epoch, which sees each image once
+    epochs: float  # of one student, after which the store is paid back
+    students: float  # the same in students of ``epochs_each`` epochs
+    epochs_each: int
+    store_seconds: float  # by one process
 
 
 @dataclass(frozen=True)
@@ -24,68 +59,98 @@ class Estimate:
 
     rows: int
     bytes_total: int  # compressed, on disk
+    bytes_by_tensor: dict[str, int]  # "index": hashes, geometry, counts and entries
     bytes_by_array: dict[str, int]
-    bytes_raw: int  # before compression, padding not counted
-    seconds: float
+    bytes_raw: int  # before compression, padding of sparse arrays not counted
+    seconds: float  # of this process, the teacher's AP on val included
     rows_per_s: float
+    slowest: str  # stage that decides the time: teacher, loading, encoding, disk or cores
+    disk_timed: bool  # False: an object store, or a folder whose parent cannot be written to
     free_bytes: int | None  # None: an object store, which has no end
+    counted_rows: int
+    probed_rows: int
+    break_even: BreakEven
 
 
-def estimate(plan: Plan, out: Where) -> Estimate:
-    """Run a few evenly spaced rows through everything but the final place, and scale up."""
-    step = max(1, plan.schema.rows // PROBE_ROWS)
-    items = [plan.item(r) for r in range(0, plan.schema.rows, step)][:PROBE_ROWS]
-    samples: list[Sample] = [plan.source.load(i) for i in items]
-    groups: dict[str, list[Sample]] = {}
-    for item, sample in zip(items, samples, strict=True):
-        groups.setdefault(str(orientation(plan.source, item).size), []).append(sample)
-    for group in groups.values():  # the first pass of a network is slower: not counted
-        teacher_rows(plan, group[: plan.forward.micro_batch])
-    started = time.perf_counter()
-    rows = []
-    for item in items:  # decoding is in the time too
-        plan.source.load(item)
-    for group in groups.values():
-        values = teacher_rows(plan, group)
-        rows += [encode_row(plan, sample, value) for sample, value in zip(group, values, strict=True)]
-    schema = replace(plan.schema, rows=len(rows), shard_rows=min(plan.schema.shard_rows, len(rows)))
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "probe"
-        create_store(store, schema, {"format": "kdcli.store"}, plan.source.dataset.annotations.image_ids[:0])
-        writer = StoreWriter(store, schema)
-        for shard in range(schema.num_shards):
-            start, stop = schema.shard_range(shard)
-            writer.write_shard(shard, rows[start:stop], {})
-        seconds = time.perf_counter() - started
-        by_array = {
-            array.path: sum(f.stat().st_size for f in (store / array.path / "c").rglob("*") if f.is_file())
-            for array in schema.layout()
-        }
-    scale = plan.schema.rows / len(rows)
-    raw = sum(value.nbytes for row in rows for value in row.values())
+def estimate(plan: Plan, out: Where, part: Part | None = None) -> Estimate:
+    """Count rows, run a short probe, and scale up. ``part``: the time is that of this share of the store, bytes are of all.
+
+    Beside ``out``, in a folder that is gone afterwards, some rows are written to time the disk.
+    """
+    place = place_of(out)
+    counted = count_units(plan)
+    probe = run_probe(plan, counted, place)
+    by_array = array_bytes(plan.schema, counted, probe)
+    total = sum(by_array.values())
+    everything = Part().shards(plan.schema.num_shards)
+    mine = everything if part is None else part.shards(plan.schema.num_shards)
+    work = _work(plan, mine, total)
+    stages = stage_seconds(probe.pace, work)
+    seconds = run_seconds(probe.pace, work)
+    whole = seconds if part is None else run_seconds(probe.pace, _work(plan, everything, total))
+    image_seconds = probe.pace.teacher / plan.forward.micro_batch
     return Estimate(
-        rows=plan.schema.rows,
-        bytes_total=int(sum(by_array.values()) * scale),
-        bytes_by_array={k: int(v * scale) for k, v in by_array.items()},
-        bytes_raw=int(raw * scale),
-        seconds=seconds * scale,
-        rows_per_s=len(rows) / seconds,
-        free_bytes=free_bytes(out),
+        rows=plan.schema.rows, bytes_total=total, bytes_by_tensor=tensor_bytes(plan.schema, by_array),
+        bytes_by_array=by_array, bytes_raw=_raw_bytes(plan.schema, counted), seconds=seconds,
+        rows_per_s=work.rows / seconds, slowest=max(stages, key=lambda name: stages[name]),
+        disk_timed=probe.on_target, free_bytes=free_bytes(place), counted_rows=len(counted.items),
+        probed_rows=len(probe.chosen), break_even=break_even(whole, len(plan.positions), image_seconds),
+    )  # fmt: skip
+
+
+def break_even(store_seconds: float, images: int, image_seconds: float) -> BreakEven:
+    """``image_seconds``: the teacher's forward for one image. A store of V views costs V forward passes an image, and a
+    live teacher one an epoch, since an epoch takes each image once, in one of its views."""
+    live = images * image_seconds
+    return BreakEven(live, store_seconds / live, store_seconds / live / EPOCHS, EPOCHS, store_seconds)
+
+
+def stage_seconds(pace: Pace, work: Work) -> dict[str, float]:
+    """Seconds that each stage needs for all rows. They overlap, so that the slowest decides.
+
+    ``teacher``: forward passes, with the slowing down by encoding beside them. ``loading``: decoding in the data
+    processes. ``encoding``: encoding, compression and writing in the threads. ``disk``: writing. ``cores``: the CPU seconds
+    of all of these over the cores.
+    """
+    disk = work.shards * pace.shard + work.bytes * pace.byte
+    loading = work.rows * pace.load
+    return {
+        "teacher": work.micro_batches * pace.front + (0 if work.workers else loading),
+        "loading": loading / max(1, work.workers),
+        "encoding": work.rows * pace.encode + disk / work.threads,
+        "disk": disk,
+        "cores": (work.micro_batches * pace.front_cpu + work.rows * pace.load_cpu) / work.cores,
+    }
+
+
+def run_seconds(pace: Pace, work: Work) -> float:
+    """Seconds of a whole run: the teacher's AP on val, the first micro-batch's images, the rows, and the end."""
+    val = work.val_rows / work.micro_batch * pace.evaluate
+    val = max(
+        val + (0 if work.workers else work.val_rows * pace.load), work.val_rows * pace.load / max(1, work.workers)
     )
+    return val + work.micro_batch * pace.load + max(stage_seconds(pace, work).values()) + pace.drain
 
 
-def require_room(found: Estimate, out: Where) -> None:
-    """Raises NoSpaceError (exit 5) when the disk of ``out`` cannot hold the store; nothing has been written then."""
-    wanted = int(found.bytes_total * MARGIN)
-    if found.free_bytes is not None and wanted > found.free_bytes:
-        raise NoSpaceError(
-            f"the store needs about {_size(wanted)}, the disk of '{out}' has {_size(found.free_bytes)} free; "
-            " free some space, choose another --out, fewer --views or methods with sparse needs (ld, rm)"
-        )
+def array_bytes(schema: CacheSchema, counted: Counted, probe: Probe) -> dict[str, int]:
+    """Bytes of each array on the disk: a row of nothing but padding, what each element adds to it, and the index."""
+    found = {}
+    index = schema.num_shards * (16 * schema.shard_rows + 4)
+    for array in schema.layout():
+        empty = len(pack_chunk(np.zeros((0, *array.shape[1:])), array.shape, array.dtype))
+        units = int(counted.units[array.path][list(probe.chosen)].sum())
+        raw = element_bytes(array)  # where the probe has none: not compressed
+        each = max(0.0, probe.chunk_bytes[array.path] - empty * len(probe.chosen)) / units if units else raw
+        found[array.path] = round(schema.rows * empty + counted.totals[array.path] * each) + index
+    return found
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GB" if count >= 2**30 else f"{count / 2**20:.2f} MB"
+def tensor_bytes(schema: CacheSchema, by_array: dict[str, int]) -> dict[str, int]:
+    """Bytes by tensor, of ``images`` if they are stored, and of ``index``: what a row is and which entries it has."""
+    found = {t.need.key: sum(by_array[a.path] for a in schema.tensor_arrays(t).values()) for t in schema.tensors}
+    if schema.images:
+        found["images"] = by_array[PIXELS]
+    return {**found, "index": sum(by_array.values()) - sum(found.values())}
 
 
 def free_bytes(where: Where) -> int | None:
@@ -97,3 +162,32 @@ def free_bytes(where: Where) -> int | None:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def _work(plan: Plan, shards: range, total: int) -> Work:
+    root, rows = Path(plan.options.data), rows_of(plan, shards)
+    return Work(
+        rows=rows, micro_batches=count_micro_batches(plan, shards), micro_batch=plan.forward.micro_batch,
+        shards=len(shards), bytes=round(total * rows / plan.schema.rows),
+        val_rows=open_split(root, "val").num_images if has_split(root, "val") else 0,
+        workers=plan.workers, threads=min(MAX_THREADS, max(1, (os.cpu_count() or 2) // 2)), cores=_cores(),
+    )  # fmt: skip
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def _raw_bytes(schema: CacheSchema, counted: Counted) -> int:
+    """Of proposals as many as fit: the teacher decides how many there are."""
+    proposals = {
+        a.path for t in schema.tensors if t.need.region == "proposals" for a in schema.tensor_arrays(t).values()
+    }
+    return round(
+        sum(
+            counted.totals[a.path] * element_bytes(a)
+            if a.sparse and a.path not in proposals
+            else schema.rows * a.row_bytes
+            for a in schema.layout()
+        )
+    )

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcli.cache.places import absolute
+from kdcli.cache.reader import CacheReader
 from kdcli.data.check import check_dataset
 from kdcli.data.coco import Dataset, open_split
 from kdcli.data.views import format_views, parse_views
@@ -20,7 +21,7 @@ from kdcli.engine.devices import make_deterministic, pick_amp, pick_device, pick
 from kdcli.engine.joining import JoinedTeacher, inherit_regions, join_teacher, open_teacher
 from kdcli.engine.samples import SampleSource
 from kdcli.engine.watch import Watcher
-from kdcli.errors import DataError, OptionError, UsageError
+from kdcli.errors import DataError, OptionError, UsageError, counted
 from kdcli.methods import find_methods
 from kdcli.methods.base import Method, resolve_options
 from kdcli.options import TrainOptions
@@ -71,7 +72,8 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
     canvas = side.canvas if side and "canvas" not in given else Canvas.parse(options.canvas)
     views = side.views if side and side.views and "views" not in given else parse_views(options.views)
 
-    positions = usable(train, options.skip_bad, watcher)
+    pictured = side.reader if side and side.reader and side.reader.schema.images else None
+    positions = usable(train, options.skip_bad, watcher, pictured)
     if options.skip_empty:
         positions = with_boxes(train, positions, watcher)
     val_bad = frozenset(range(val.num_images)) - frozenset(usable(val, options.skip_bad, watcher).tolist())
@@ -143,17 +145,28 @@ def make_student(options: TrainOptions, num_classes: int) -> Detector:
     return student
 
 
-def usable(dataset: Dataset, skip_bad: bool, watcher: Watcher) -> NDArray[np.int64]:
+def usable(
+    dataset: Dataset, skip_bad: bool, watcher: Watcher, pictured: CacheReader | None = None
+) -> NDArray[np.int64]:
     """Positions of the images that may be used. Raises DataError on a fault unless ``skip_bad``, which lists them.
 
     Images are decoded whole when the set is small or when bad ones are to be left out; else their headers are read, and
-    an image that cannot be decoded stops the run when its turn comes.
+    an image that cannot be decoded stops the run when its turn comes. With ``pictured``, a store that has the pixels, no
+    file is opened: the bad ones are those that the store was written without.
     """
-    report = check_dataset(dataset, decode=skip_bad or dataset.num_images <= DECODED_IMAGES)
+    decode = skip_bad or dataset.num_images <= DECODED_IMAGES
+    report = check_dataset(dataset, decode=decode, files=pictured is None)
     report.refuse(skip_bad)
     for fault in report.faults:
         watcher.note(f"left out: {fault.where}: {fault.message}")
-    keep = np.array([i for i in range(dataset.num_images) if i not in report.bad_images], dtype=np.int64)
+    bad = set(report.bad_images)
+    if pictured is not None and skip_bad:
+        gone = set(pictured.manifest["dataset"]["left_out"])
+        lost = {i for i in range(dataset.num_images) if dataset.image_id(i) in gone} - bad
+        if lost:
+            watcher.note(f"left out: {counted(len(lost), 'image')} that store '{pictured.place}' was written without")
+        bad |= lost
+    keep = np.array([i for i in range(dataset.num_images) if i not in bad], dtype=np.int64)
     return keep
 
 

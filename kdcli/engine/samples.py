@@ -29,6 +29,7 @@ from kdcli.geometry.regions import RegionSpec, compute_entries, guard
 from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
 
 Item = tuple[int, str]  # (position of the image in its data set, view)
+PIXEL_TOLERANCE = 2  # of 255: libjpeg and resizing may round otherwise on a processor with other vector instructions
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Sample:
 class SampleSource:
     """Makes samples. With ``reader``, their teacher arrays and entries come from its store, else entries are computed.
 
-    ``regions`` is empty in plain training. The stored index is the truth for distillation: a row whose image, boxes,
-    labels, view or region definition differ from ours is refused.
+    Pixels come from the store too when it has them; no image file is opened then. ``regions`` is empty in plain training.
+    The stored index is the truth for distillation: a row whose image, boxes, labels, view or region definition differ from
+    ours is refused.
     """
 
     dataset: coco.Dataset
@@ -81,13 +83,19 @@ class SampleSource:
         return view_geometry(self.canvas, height, width, view, self.view_seed, image_id)
 
     def load(self, item: Item) -> Sample:
-        """Decode, place, assign and, for distillation, find the entries of one item.
+        """Read the pixels, place, assign and, for distillation, find the entries of one item.
 
         Raises DataError for a bad image and StoreError for a row that is missing, corrupt or foreign.
         """
         position, view = item
         geometry = self.geometry(item)
-        image, content_hash = read_image(self.dataset.image_path(position), (geometry.height, geometry.width))
+        key = RowKey(self.dataset.image_id(position), view)
+        row = None if self.reader is None else self.reader.read(key)
+        if row is not None and row.image is not None:
+            image, content_hash = torch.from_numpy(row.image), row.content
+        else:
+            pixels, content_hash = read_image(self.dataset.image_path(position), (geometry.height, geometry.width))
+            image = render(pixels, geometry)
         boxes_np, labels_np = self.dataset.training_boxes(position)
         boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
         boxes, labels = boxes[keep], torch.from_numpy(labels_np)[keep]
@@ -95,10 +103,9 @@ class SampleSource:
         assigned = torch.empty(0, dtype=torch.int32)
         if self.targets:
             assigned = assign(self.assigner, self.grid, canvas, boxes, geometry.content)
-        key = RowKey(self.dataset.image_id(position), view)
         sample = Sample(
             key=key,
-            image=render(image, geometry),
+            image=image,
             geometry=geometry,
             boxes=boxes,
             labels=labels,
@@ -106,8 +113,7 @@ class SampleSource:
             valid=self.grid.valid(canvas, geometry.content),
             content_hash=content_hash,
         )
-        if self.reader is not None:
-            row = self.reader.read(key)
+        if row is not None:
             self.check_row(row, sample)
             return replace(sample, entries=row.entries, arrays=row.arrays)
         if self.regions:
@@ -126,6 +132,10 @@ class SampleSource:
             raise StoreError(f"{sample.key}: its view is not the one that the teacher saw; {again}")
         if row.guard != guard(sample.boxes, sample.labels, self.definition):
             raise StoreError(f"{sample.key}: its boxes, labels or regions are not those of the store; {again}")
+        if row.image is not None and not np.shares_memory(row.image, sample.image.numpy()):
+            difference = np.abs(row.image.astype(np.int16) - sample.image.numpy()).max()
+            if difference > PIXEL_TOLERANCE:
+                raise StoreError(f"{sample.key}: its stored pixels are not those of its image file; {again}")
 
 
 def region_definition(canvas: Canvas, grid: Grid, assigner: AssignerSpec, regions: RegionSpec) -> str:

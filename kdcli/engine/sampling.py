@@ -6,42 +6,67 @@ No worker has a state, so that a resumed run, a run with other workers and one o
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcli.cache.reader import CacheReader
 from kdcli.engine.samples import Item, SampleSource, orientation
 from kdcli.structures import RowKey
+
+# of a shard-local shuffle: 16 shards of ten arrays are fewer files than a reader keeps open, and put 6 % of the pairs of a
+# batch into one shard, whatever the size of a shard
+WINDOW_SHARDS = 16
 
 
 def plan_epoch(
     source: SampleSource, positions: NDArray[np.int64], views: tuple[str, ...], *, seed: int, epoch: int, batch: int,
-    world: int = 1, rank: int = 0,
+    world: int = 1, rank: int = 0, shuffle: Literal["full", "shards"] = "full",
 ) -> list[list[Item]]:  # fmt: skip
     """The batches of one epoch for process ``rank``: every image once, in one drawn view, one orientation a batch.
 
     ``positions``: images to use. ``batch``: images over all processes; a process takes a contiguous slice of each
     global batch. A short batch is kept; with several processes it is padded by repeating images of its orientation.
+    ``shuffle``: ``shards`` shuffles the shards of the source's store, and then the images within windows of a few shards.
     """
     ids = source.dataset.annotations.image_ids[positions]
     view_draw = _mix(ids.astype(np.uint64), _salt("view", seed, epoch)) % np.uint64(len(views))
     order_key = _mix(ids.astype(np.uint64), _salt("order", seed, epoch))
-    buckets: dict[str, list[Item]] = {}
-    for k in np.argsort(order_key, kind="stable"):
-        item = (int(positions[k]), views[int(view_draw[k])])
-        buckets.setdefault(str(orientation(source, item).size), []).append(item)
-    batches: list[list[Item]] = []
+    items = [(int(p), views[int(v)]) for p, v in zip(positions, view_draw, strict=True)]
+    window = np.zeros(len(items), np.int64)
+    if shuffle == "shards":
+        assert source.reader is not None
+        keys = [RowKey(int(i), view) for i, (_, view) in zip(ids, items, strict=True)]
+        window = shard_windows(source.reader, keys, seed, epoch)
+    buckets: dict[str, list[int]] = {}
+    for k in np.lexsort((order_key, window)).tolist():
+        buckets.setdefault(str(orientation(source, items[k]).size), []).append(k)
+    batches: list[list[int]] = []
+    due = []  # the window of a batch's last image: what is left of a window goes with the next one
     for bucket in (buckets[name] for name in sorted(buckets)):
         for start in range(0, len(bucket), batch):
             chunk = bucket[start : start + batch]
+            due.append(window[chunk[-1]])
             while world > 1 and len(chunk) < batch:
                 chunk = chunk + bucket[: batch - len(chunk)]
             batches.append(chunk)
     draw = _mix(np.arange(len(batches), dtype=np.uint64), _salt("batches", seed, epoch))
     low, high = rank * batch // world, (rank + 1) * batch // world
-    return [batches[k][low:high] for k in np.argsort(draw, kind="stable")]
+    return [[items[i] for i in batches[k][low:high]] for k in np.lexsort((draw, due))]
+
+
+def shard_windows(reader: CacheReader, keys: list[RowKey], seed: int, epoch: int) -> NDArray[np.int64]:
+    """The window [n], counted from 0, in which each of ``keys`` comes: the shards in random order, cut into equal parts.
+
+    A window has 16 shards, or a few more where their number does not divide; below 32 shards there is one window.
+    """
+    shards, member = np.unique([reader.shard_of(key) for key in keys], return_inverse=True)
+    place = np.argsort(np.argsort(_mix(shards.astype(np.uint64), _salt("shards", seed, epoch)), kind="stable"))
+    windows: NDArray[np.int64] = (place * max(1, len(shards) // WINDOW_SHARDS) // len(shards))[member]
+    return windows
 
 
 def image_draws(keys: list[RowKey], seed: int, epoch: int) -> Tensor:

@@ -49,9 +49,13 @@ def read_for_show(store: Where, data: str | None, image_id: int, view: str | Non
     row = reader.read(key)
     geometry = Geometry.from_array(row.geometry)
     position = dataset.index_of(image_id)
-    image, content = read_image(dataset.image_path(position), (geometry.height, geometry.width))
-    if content != row.content:
-        raise StoreError(f"{key}: the image file is not the one that the teacher saw")
+    if row.image is not None:
+        image = torch.from_numpy(row.image)
+    else:
+        pixels, content = read_image(dataset.image_path(position), (geometry.height, geometry.width))
+        if content != row.content:
+            raise StoreError(f"{key}: the image file is not the one that the teacher saw")
+        image = render(pixels, geometry)
     boxes_np, labels_np = dataset.training_boxes(position)
     boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
     labels = [dataset.classes[k].name for k in torch.from_numpy(labels_np)[keep].tolist()]
@@ -74,6 +78,4 @@ def read_for_show(store: Where, data: str | None, image_id: int, view: str | Non
     if "features@all" in tensors:
         height, width = schema.grid.level_shapes(canvas)[0]
         heat = tensors["features@all"][0, : height * width].abs().mean(dim=-1).reshape(height, width)
-    return ShownRow(
-        key, render(image, geometry), boxes[keep], labels, row.entries, centers, teacher_boxes, teacher_scores, heat
-    )
+    return ShownRow(key, image, boxes[keep], labels, row.entries, centers, teacher_boxes, teacher_scores, heat)

@@ -17,8 +17,8 @@ from torch import Tensor
 from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema
 from kdcli.detectors.base import Detector
 from kdcli.detectors.read import read
-from kdcli.errors import DataError
-from kdcli.structures import Batch, Entries, Targets
+from kdcli.errors import DataError, OptionError
+from kdcli.structures import Batch, Canvas, Entries, Targets
 from kdcli.tensors import CLS_LOGITS, PROPOSAL_BOXES, PROPOSAL_COUNT, PROPOSAL_LOGITS, Need, Tensors
 
 Teacher = Callable[[Batch], Tensors]
@@ -32,6 +32,7 @@ class TeacherForward:
     class_order: tuple[int, ...]  # teacher class of each data set class
     micro_batch: int = 8
     precision: str = "fp32"
+    network: Callable[[Tensor], Tensors] | None = None  # the compiled forward of ``detector``; None: its own
 
     @torch.no_grad()
     def rows(
@@ -96,11 +97,33 @@ class TeacherForward:
             chunk = torch.cat([chunk, chunk[-1:].expand(self.micro_batch - real, -1, -1, -1)])
         pixels = chunk.to(memory_format=torch.channels_last).float() / 255
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            outputs = self.detector(pixels)
+            outputs = self.detector(pixels) if self.network is None else self.network(pixels)
         outputs = {name: value[:real].float() for name, value in outputs.items()}
         if CLS_LOGITS in outputs and self.class_order != tuple(range(outputs[CLS_LOGITS].shape[-1])):
             outputs[CLS_LOGITS] = outputs[CLS_LOGITS][..., list(self.class_order)].contiguous()
         return outputs
+
+
+def compiled(forward: TeacherForward, canvas: Canvas) -> TeacherForward:
+    """``forward`` with its network compiled by PyTorch, whole and for fixed shapes; compiles for ``canvas`` at once, and
+    for its transpose when a batch has it.
+
+    Raises OptionError where PyTorch cannot compile it: without a C++ compiler (on a CPU), or for code of a model of yours.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # starting the compiler takes seconds
+
+    made = replace(forward, network=torch.compile(forward.detector, fullgraph=True, dynamic=False))
+    device = next(forward.detector.parameters()).device
+    try:
+        made.outputs(torch.zeros((1, 3, *canvas.size), dtype=torch.uint8, device=device))
+    except TorchDynamoException as error:
+        cause = getattr(error, "inner_exception", error)  # what the compiler behind the tracer said
+        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise OptionError(
+            f"--compile: PyTorch cannot compile the teacher here ({reason[:200]}); install a C++ compiler such as g++, or "
+            "leave out --compile"
+        ) from error
+    return made
 
 
 def live(forward: TeacherForward, needs: tuple[Need, ...], schema: CacheSchema) -> Teacher:

@@ -86,16 +86,11 @@ class Trainer:
         return self._finish(evaluation)
 
     def _plan(self, epoch: int) -> list[Any]:
+        made, options = self.prepared, self.options
         return plan_epoch(
-            self.prepared.source,
-            self.prepared.positions,
-            self.prepared.views,
-            seed=self.options.seed,
-            epoch=epoch,
-            batch=self.options.batch,
-            world=world_size(),
-            rank=distributed.world_rank(),
-        )
+            made.source, made.positions, made.views, seed=options.seed, epoch=epoch, batch=options.batch,
+            world=world_size(), rank=distributed.world_rank(), shuffle=options.shuffle,
+        )  # fmt: skip
 
     def _run_epoch(self, loader: Loader, plan: list[Any]) -> None:
         progress = self.progress

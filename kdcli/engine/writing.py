@@ -104,7 +104,9 @@ def _create(plan: Plan, out: Place, watcher: Watcher) -> None:
 def require_same(plan: Plan, out: Place) -> None:
     """Raises StoreError when the store at ``out`` is not the one of ``plan``, GateError when its teacher is too weak."""
     stored = read_manifest(out)
-    ours = {k: plan.manifest[k] for k in MANIFEST_IDENTITY} | {"schema": _by_name(plan.schema.to_json())}
+    ours = {k: plan.manifest[k] for k in MANIFEST_IDENTITY} | {
+        "schema": _by_name({"images": None, **plan.schema.to_json()})
+    }
     stored["schema"] = _by_name(stored["schema"])
     ours["teacher"] = {k: v for k, v in ours["teacher"].items() if k != "ap"}
     differences = compare_manifests(ours, stored)
@@ -208,7 +210,7 @@ def _pack(
         decoded = plan.schema.decode(collate_rows([row], layout), plan.needs)
         _compare(plan, sample, encoding, value, {k: row_tensor(v) for k, v in decoded.items()})
         chunks[item] = {a.path: pack_chunk(row[a.path], a.shape, a.dtype) for a in layout}
-        raw += sum(v.nbytes for v in value.values())
+        raw += sum(v.nbytes for v in value.values()) + (sample.image.nbytes if plan.schema.images else 0)
     if exact is not None:
         for sample, reference, value in zip(samples, exact, values, strict=True):
             _compare(plan, sample, precision, reference, value)

@@ -6,15 +6,16 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 from store_case import assert_row_equal, contents, create, keys, make_row, make_schema, make_store
 
+from kdcli.cache.editing import record_errors, write_manifest
 from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import StoreWriter
+from kdcli.cache.writer import StoreWriter, read_manifest
 
 SCHEMA = make_schema()
 
@@ -45,30 +46,39 @@ def fill(store: Path, shards: list[int], pause: float) -> None:
         writer.write_shard(shard, rows, {"rows": len(rows)})
 
 
-def rounds(folder: Path, number: int, seed: int, *, overlap: bool) -> list[int]:
-    """``number`` times: two, three or five writers, each killed at a random moment or not, then one to the end."""
+def generation(store: Path, count: int, draw: random.Random, *, overlap: bool, kill: bool) -> int:
+    """``count`` writers at the same time; returns how many were killed, each at a moment of its own."""
+    pids = []
+    for index in range(count):
+        shards = list(range(SCHEMA.num_shards)) if overlap else list(range(index, SCHEMA.num_shards, count))
+        pids.append(forked(partial(fill, store, shards, 0.004 if kill else 0)))
+    killed = 0
+    for pid in pids:
+        if kill and draw.random() < 0.6:
+            time.sleep(draw.uniform(0, 0.02))
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+        status = os.waitpid(pid, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return killed
+
+
+def rounds(folder: Path, counts: Sequence[int], seed: int, *, overlap: bool) -> list[int]:
+    """Each of ``counts``: so many writers, then another number of them, all killed at random moments or not, then a third
+    number to the end; returns how many were killed in each round."""
     make_store(folder / "whole", SCHEMA)
     whole = contents(folder / "whole")
     draw = random.Random(seed)
     kills = []
-    for step in range(number):
-        store, count = folder / f"s{step}", (2, 3, 5)[step % 3]
+    for step, count in enumerate(counts):
+        store = folder / f"s{step}"
         create(store, SCHEMA)
-        pids = []
-        for index in range(count):
-            shards = list(range(SCHEMA.num_shards)) if overlap else list(range(index, SCHEMA.num_shards, count))
-            pids.append(forked(partial(fill, store, shards, 0.004)))
-        killed = 0
-        for pid in pids:
-            if draw.random() < 0.6:
-                time.sleep(draw.uniform(0, 0.02))
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-            status = os.waitpid(pid, 0)[1]
-            assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-        kills.append(killed)
-        fill(store, list(range(SCHEMA.num_shards)), 0)
+        others = draw.sample([n for n in range(1, 6) if n != count], 2)
+        killed = generation(store, count, draw, overlap=overlap, kill=True)
+        killed += generation(store, others[0], draw, overlap=overlap, kill=True)
+        generation(store, others[1], draw, overlap=overlap, kill=False)
         assert contents(store) == whole  # no lock or temporary file is left either
+        kills.append(killed)
         reader = CacheReader(store)
         for index, key in enumerate(keys()):
             assert_row_equal(reader.read(key), make_row(SCHEMA, index))
@@ -77,12 +87,41 @@ def rounds(folder: Path, number: int, seed: int, *, overlap: bool) -> list[int]:
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["disjoint", "overlapping"])
 def test_killed_writers_lose_nothing(tmp_path: Path, overlap: bool) -> None:
-    assert sum(rounds(tmp_path, 3, seed=1, overlap=overlap)) > 0
+    assert sum(rounds(tmp_path, (2, 3, 5), seed=1, overlap=overlap)) > 0
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("overlap", [False, True], ids=["disjoint", "overlapping"])
-def test_twenty_rounds_of_killed_writers(tmp_path: Path, overlap: bool) -> None:
-    kills = rounds(tmp_path, 20, seed=2, overlap=overlap)
+def test_twenty_rounds_of_killed_writers(tmp_path: Path, overlap: bool, count: int) -> None:
+    kills = rounds(tmp_path, [count] * 20, seed=count, overlap=overlap)
     assert len(kills) == 20
-    assert sum(kills) > 10
+    assert sum(kills) > 20
+
+
+def test_writers_that_end_together_do_not_hinder_each_other(tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    create(store, SCHEMA)
+    numbers = {"squares": 1.0, "reference": 4.0, "count": 4.0, "worst": 0.5}
+    measured = {"encoding": {"rank@main": numbers}, "precision": {}}
+    for shard in range(SCHEMA.num_shards):
+        rows = [make_row(SCHEMA, index) for index in range(*SCHEMA.shard_range(shard))]
+        StoreWriter(store, SCHEMA).write_shard(shard, rows, measured)
+    empty = read_manifest(store)
+    for _ in range(6):
+        write_manifest(store, empty)
+        ready, go = os.pipe()
+        pids = [forked(partial(record_when_told, store, ready)) for _ in range(4)]
+        os.write(go, b"....")
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * 4
+        os.close(ready)
+        os.close(go)
+        errors = {"encoding": {"rank@main": {"rms": 0.5, "relative": 0.5, "worst": 0.5}}, "precision": {}}
+        assert read_manifest(store) == {**empty, "errors": errors}
+        assert not [name for name in contents(store) if name.endswith((".tmp", ".lock"))]
+
+
+def record_when_told(store: Path, ready: int) -> None:
+    """Sum up the errors as soon as a byte comes."""
+    os.read(ready, 1)
+    record_errors(store)

@@ -114,7 +114,7 @@ def test_cache_info_verify_show_estimate(
     assert isinstance(priced, dict)
     assert not (tmp_path / "store").exists()
     assert priced["rows"] == 48
-    assert priced["bytes_total"] == pytest.approx(info["bytes"], rel=0.15)
+    assert priced["bytes_total"] == pytest.approx(info["bytes"], rel=0.1)
 
 
 def test_methods_and_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,11 +251,17 @@ def test_full_disk_before_and_while_writing(
     real = places.atomic_write_bytes
 
     def full(path: Path, data: bytes) -> None:
-        if str(path).startswith(str(tmp_path)) and "features" in str(path) and "/c/1/" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if path.is_relative_to(place) and "features" in str(path) and "/c/1/" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, data)
 
+    with monkeypatch.context() as patch:  # what is written beside the store to time the disk
+        place = tmp_path
+        patch.setattr(places, "atomic_write_bytes", full)
+        assert "No space left on device" in refused(capsys, 5, *flags)
+    assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
+        place = tmp_path / "store"
         patch.setattr(places, "atomic_write_bytes", full)
         line = refused(capsys, 5, *flags)
         assert "run the same command again" in line

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torchvision
 from PIL import Image
 
 from kdcli.cli import train
+from kdcli.cli.cache_teacher import require_room
 from kdcli.cli.main import run, show_warning
 from kdcli.data import shapes as shapes_module
 from kdcli.detectors.backbones import Backbone, load_backbone_weights
 from kdcli.detectors.dense.head import group_count
 from kdcli.engine import launch
-from kdcli.engine.estimate import Estimate, require_room
+from kdcli.engine.estimate import Estimate, break_even
 from kdcli.errors import NoSpaceError
 from kdcli.files import atomic_write_bytes
 from tests.cli.test_wrong_input import refused
@@ -197,9 +199,15 @@ def test_names_that_are_nearly_right(capsys: pytest.CaptureFixture[str], shapes:
 
 
 def test_a_small_store_is_not_of_zero_gigabytes(tmp_path: Path) -> None:
-    found = Estimate(rows=1, bytes_total=3 * 2**20, bytes_by_array={}, bytes_raw=0, seconds=1, rows_per_s=1, free_bytes=2**20)  # fmt: skip  # noqa: E501
-    with pytest.raises(NoSpaceError, match=r"needs about 3\.\d\d MB, the disk of .* has 1\.00 MB free"):
-        require_room(found, tmp_path)
+    found = Estimate(
+        rows=1, bytes_total=3_000_000, bytes_by_tensor={}, bytes_by_array={}, bytes_raw=0, seconds=1, rows_per_s=1,
+        slowest="teacher", disk_timed=True, free_bytes=1_000_000, counted_rows=1, probed_rows=1,
+        break_even=break_even(1, 1, 1),
+    )  # fmt: skip
+    with pytest.raises(NoSpaceError, match=r"needs about 3\.3 MB, the disk of .* has 1\.0 MB free"):
+        require_room(found, str(tmp_path))
+    require_room(replace(found, free_bytes=3_400_000), str(tmp_path))
+    require_room(replace(found, free_bytes=None), "s3://bucket/store")
 
 
 def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

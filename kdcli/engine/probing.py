@@ -1,0 +1,230 @@
+"""A short run of the writer itself: real rows into a folder on the target's disk, which is gone afterwards.
+
+The rows are of the commoner orientation of the canvas, and evenly spaced in size, so that the smallest and the largest
+are among them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcli.cache.places import Folder, Place
+from kdcli.cache.writer import create_store, shard_key
+from kdcli.data.coco import has_split
+from kdcli.engine.caching import Plan, teacher_rows
+from kdcli.engine.counting import Counted, element_bytes
+from kdcli.engine.samples import Item, Sample, SampleSource, orientation
+from kdcli.engine.watch import Silent
+from kdcli.engine.writing import write_store
+
+LEAST_BATCHES, MOST_BATCHES = 2, 16
+SHARE = 8  # at most one in so many micro-batches of the store is run as a probe
+WRITE_SECONDS = 4.0  # for the writer
+ALONE_SECONDS = 1.5  # for the teacher alone
+SLOW_SECONDS = 5.0  # a micro-batch: then its first pass, which starts the network up, is good enough
+LOAD_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds, measured on this machine."""
+
+    load: float  # a row, in one data process
+    load_cpu: float
+    teacher: float  # a micro-batch, with nothing else running: what a live teacher would cost
+    front: float  # a micro-batch, while earlier ones are encoded
+    front_cpu: float  # over all cores, encoding included
+    encode: float  # a row: encoding and compression, by all threads behind the teacher
+    drain: float  # from the last forward pass to the end
+    shard: float  # writing the files of a shard, however small
+    byte: float  # and each byte of them
+    evaluate: float  # a micro-batch of the val split: forward and NMS; 0 without one
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few rows took."""
+
+    pace: Pace
+    chosen: tuple[int, ...]  # of the counted rows
+    chunk_bytes: dict[str, int]  # by array path, of these rows
+    on_target: bool  # False: the disk that was timed is not the one of the store
+
+
+@dataclass(frozen=True)
+class _ProbePlan(Plan):
+    """The plan of a store of a few items."""
+
+    items: tuple[Item, ...] = ()
+
+    def item(self, row: int) -> Item:
+        return self.items[row]
+
+
+@dataclass(frozen=True)
+class _LoadedSource(SampleSource):
+    """Samples that are there already."""
+
+    samples: Mapping[Item, Sample] = field(default_factory=dict)
+
+    def load(self, item: Item) -> Sample:
+        return self.samples[item]
+
+
+class _Clock(Silent):
+    """When each micro-batch was handed on."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def advance(self, units: int = 1, info: str = "") -> None:
+        if info:
+            self.times.append(time.perf_counter())
+
+
+def run_probe(plan: Plan, counted: Counted, place: Place) -> Probe:
+    """Load, run, encode and write a few micro-batches of the rows that were ``counted``. Leaves nothing behind."""
+    size = plan.forward.micro_batch
+    sizes = _sizes(plan, counted)
+    first = _load(plan, counted, [p for b in _pick(sizes, 1, size) for p in b])
+    alone = _time_teacher(plan, first.samples)
+    batches = min(MOST_BATCHES, -(-plan.schema.rows // size) // SHARE, int(WRITE_SECONDS / alone))
+    batches = min(batches, int(LOAD_SECONDS / (size * first.wall)))
+    chosen = [p for b in _pick(sizes, max(LEAST_BATCHES, batches), size) for p in b]
+    loaded = _load(plan, counted, chosen)
+    evaluate = _time_evaluation(plan, first.samples) if has_split(Path(plan.options.data), "val") else 0.0
+    folder, on_target = _folder(plan, place, len(chosen))
+    with tempfile.TemporaryDirectory(prefix=".kdcli-probe-", dir=folder) as scratch:
+        return _write(plan, chosen, loaded, alone, evaluate, Path(scratch), on_target)
+
+
+def _sizes(plan: Plan, counted: Counted) -> list[int]:
+    """Counted rows of the commoner orientation, by their bytes before compression."""
+    of = [orientation(plan.source, item).size for item in counted.items]
+    common = Counter(of).most_common(1)[0][0]
+    total = np.sum([element_bytes(a) * counted.units[a.path] for a in plan.schema.layout()], axis=0)
+    return sorted((p for p, size in enumerate(of) if size == common), key=lambda p: (int(total[p]), p))
+
+
+def _pick(ordered: list[int], batches: int, size: int) -> list[list[int]]:
+    """Micro-batches of evenly spaced ones, each with small and large."""
+    count = min(batches * size, len(ordered))
+    chosen = [ordered[int((k + 0.5) * len(ordered) / count)] for k in range(count)]
+    batches = -(-count // size)
+    return [chosen[k::batches] for k in range(batches)]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    samples: list[Sample]
+    items: tuple[Item, ...]
+    wall: float  # seconds a row
+    cpu: float
+
+
+def _load(plan: Plan, counted: Counted, chosen: list[int]) -> _Loaded:
+    """As a data process does it: with one thread."""
+    items = tuple(counted.items[p] for p in chosen)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if plan.workers else threads)
+    try:
+        wall, cpu = time.perf_counter(), time.process_time()
+        samples = [plan.source.load(item) for item in items]
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    finally:
+        torch.set_num_threads(threads)
+    return _Loaded(samples, items, wall / len(items), cpu / len(items))
+
+
+def _time_teacher(plan: Plan, samples: list[Sample]) -> float:
+    """Seconds of a micro-batch, without the first pass, which starts the network up, unless it is slow."""
+    seconds: list[float] = []
+    while not seconds or (sum(seconds[1:]) < ALONE_SECONDS and seconds[0] < SLOW_SECONDS and len(seconds) < 6):
+        started = time.perf_counter()
+        teacher_rows(plan, samples)
+        seconds.append(time.perf_counter() - started)
+    return float(np.mean(seconds[1:] or seconds))
+
+
+def _time_evaluation(plan: Plan, samples: list[Sample]) -> float:
+    """Seconds of a micro-batch when the teacher's AP is measured."""
+    images = torch.stack([s.image for s in samples]).to(plan.device)
+    content = torch.tensor([s.geometry.content for s in samples], device=plan.device)
+    seconds = []
+    for _ in range(2):  # NMS starts up too
+        started = time.perf_counter()
+        found = plan.forward.detector.decode(plan.forward.outputs(images), content, samples[0].geometry.canvas)
+        torch.cat([d.boxes for d in found]).cpu()  # a GPU has finished then
+        seconds.append(time.perf_counter() - started)
+    return seconds[-1]
+
+
+def _folder(plan: Plan, place: Place, rows: int) -> tuple[Path | None, bool]:
+    """The folder that the store will be in, if it can be written to; else None, and False: the system's own."""
+    if isinstance(place, Folder):
+        parent = place.path.absolute().parent
+        room = 4 * rows * sum(a.row_bytes for a in plan.schema.layout())
+        if parent.is_dir() and os.access(parent, os.W_OK) and shutil.disk_usage(parent).free > room:
+            return parent, True
+    return None, False
+
+
+def _write(
+    plan: Plan, chosen: list[int], loaded: _Loaded, alone: float, evaluate: float, scratch: Path, on_target: bool
+) -> Probe:
+    rows, size = len(chosen), plan.forward.micro_batch
+    schema = replace(plan.schema, rows=rows, shard_rows=rows)
+    manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": None}}
+    source = _LoadedSource(**_parts(plan.source), samples=dict(zip(loaded.items, loaded.samples, strict=True)))
+    few = replace(plan, source=source, schema=schema, workers=0, manifest=manifest)
+    out = scratch / "store"
+    create_store(out, schema, manifest, plan.source.dataset.annotations.image_ids[:0])
+    clock = _Clock()
+    started, cpu = time.perf_counter(), time.process_time()
+    write_store(_ProbePlan(**_parts(few), items=loaded.items), out, clock)
+    ended, cpu = time.perf_counter(), time.process_time() - cpu
+    files = {a.path: out / shard_key(a, 0) for a in schema.layout()}
+    shard, byte = _time_disk(plan, {path: file.read_bytes() for path, file in files.items()}, scratch)
+    written = sum(file.stat().st_size for file in files.values())
+    batches, times = len(clock.times), clock.times
+    assert batches == -(-rows // size)
+    pace = Pace(
+        load=loaded.wall, load_cpu=loaded.cpu, teacher=alone,
+        front=(times[-1] - times[0]) / (batches - 1) if batches > 1 else times[0] - started,
+        front_cpu=cpu / batches,
+        # the first micro-batch is encoded from here on, the last one until the end
+        encode=max(0.0, ended - times[0] - shard - written * byte) / rows,
+        drain=ended - times[-1], shard=shard, byte=byte, evaluate=evaluate,
+    )  # fmt: skip
+    # a shard file ends in 16 bytes for each row and a checksum of 4
+    chunks = {path: file.stat().st_size - 16 * rows - 4 for path, file in files.items()}
+    return Probe(pace, tuple(chosen), chunks, on_target)
+
+
+def _time_disk(plan: Plan, files: dict[str, bytes], scratch: Path) -> tuple[float, float]:
+    """Seconds to write the files of a shard, and seconds a byte of them, synced."""
+    disk = Folder(scratch / "disk")
+    seconds = []
+    for shard, part in enumerate((1, 1, None)):  # the first makes the folders of the arrays
+        started = time.perf_counter()
+        for array in plan.schema.layout():
+            disk.write(shard_key(array, shard), files[array.path][:part])
+        disk.write(f"journal/{shard}", b"{}")
+        seconds.append(time.perf_counter() - started)
+    return seconds[1], max(0.0, seconds[2] - seconds[1]) / sum(map(len, files.values()))
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, for a class derived from it."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}

@@ -1,0 +1,95 @@
+"""``--compile``: the same store, a manifest that says so, and one clear line where it cannot work.
+
+The eager backend stands in for the real one, which takes a C++ compiler and minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcli.cache.editing import write_manifest
+from kdcli.cache.writer import read_manifest
+from kdcli.cli.main import run
+from kdcli.engine.caching import plan_store
+from kdcli.engine.watch import Silent
+from kdcli.engine.writing import Part, write_store
+from kdcli.errors import StoreError
+from tests.engine.conftest import cache_options, make_teacher
+from tests.engine.test_kills import contents
+
+REAL = torch.compile
+
+
+def use(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    def compile_with(model: Any, **options: Any) -> Any:
+        return REAL(model, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_with)
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """PyTorch keeps what it compiled."""
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_compiled_teacher_writes_the_same_rows(
+    shapes: Path, teacher: Path, default_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, "eager")
+    options = cache_options(shapes, teacher, compile=True)
+    plan, out = plan_store(options, Silent()), tmp_path / "store"
+    assert plan.forward.network is not None
+    write_store(plan, out, Silent(), Part(0, 2))
+    with pytest.raises(StoreError, match=r"teacher_run.compile: store True, here None"):
+        write_store(plan_store(cache_options(shapes, teacher), Silent()), out, Silent())
+    write_store(plan, out, Silent())
+    ours, plain = contents(out), contents(default_store)
+    assert read_manifest(out)["teacher_run"]["compile"] is True
+    assert {k for k in plain if ours[k] != plain[k]} == {"zarr.json"}  # the same backend gives the same bits
+
+
+def test_a_store_from_before_goes_on(shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    plan, out = plan_store(cache_options(shapes, teacher, method="rm"), Silent()), tmp_path / "store"
+    write_store(plan, out, Silent(), Part(0, 2))
+    manifest = read_manifest(out)
+    del manifest["teacher_run"]["compile"]
+    write_manifest(out, manifest)
+    assert write_store(plan, out, Silent()) == 20
+
+
+def test_without_a_compiler(
+    shapes: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    use(monkeypatch, broken)
+    command = ["cache-teacher", "--data", shapes, "--teacher", teacher, "--method", "rm", "--threads", 1, "--compile"]
+    assert run([*map(str, command), "--out", str(tmp_path / "store")]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: --compile: PyTorch cannot compile the teacher here (")
+    assert "No working C++ compiler found" in lines[0]
+    assert lines[0].endswith("install a C++ compiler such as g++, or leave out --compile")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("detector", ["gfl", "retinanet", "atss", "fcos", "fcos+distribution", "faster_rcnn"])
+def test_every_detector_compiles_whole(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detector: str
+) -> None:
+    """A break in the graph would be run by Python, silently, and is refused."""
+    use(monkeypatch, "eager")
+    checkpoint = make_teacher(tmp_path / "teacher.pt", detector=detector, scale=5.0)
+    plan = plan_store(cache_options(shapes, checkpoint, method="cwd", compile=True), Silent())
+    assert plan.forward.network is not None
