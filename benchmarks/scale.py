@@ -6,7 +6,8 @@ store's files are not in the page cache of this machine; names and sizes of file
 
     python benchmarks/scale.py --out FOLDER [--images 118287] [--canvas 416x672] [--shard-rows 23] [--plot FILE.png]
 
-FOLDER needs the room of the store and 10 GB more; all of it is deleted at the end, unless --keep.
+FOLDER needs the room of the store and 10 GB more; all of it is deleted at the end, unless --keep. On a FOLDER that was kept
+it measures again, and writes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from pathlib import Path
 from typing import Any
 
 STARTED = time.perf_counter()
+UNFINISHED_AT = 0.9  # share of the shards that a resumed run finds
 SPARE_BYTES = 10_000_000_000  # of the disk, for others
+LAUNCHER = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print("USAGE", usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+sys.exit(code)
+"""
 SAMPLE_EVERY = 100  # rows between two looks at the memory
 # kdcli is imported where it is used, so that the time and the memory of a process are those of what it measures
 
@@ -37,28 +46,20 @@ def rss() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def drop_pages(folder: Path) -> None:
-    """Have the system forget the contents of every file below ``folder``."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
 def child(command: Sequence[str]) -> dict[str, Any]:
     """Run a command that prints JSON; its answer with wall and CPU seconds and peak memory of the whole process."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{command} failed with {status}: {text[-500:]}")
-    answer = json.loads(text)
-    cpu = usage.ru_utime + usage.ru_stime
+    # by way of a small process: one that is forked from this one begins with the peak of this one
+    found = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, sys.executable, *command], stdout=subprocess.PIPE, text=True
+    )
+    seconds = time.perf_counter() - began
+    if found.returncode:
+        raise SystemExit(f"{command} failed with {found.returncode}: {found.stdout[-500:]}")
+    answer, _, usage = found.stdout.rpartition("USAGE")
+    cpu, peak = usage.split()
     return {
-        **answer, "process_s": time.perf_counter() - began, "process_cpu_s": cpu, "process_peak_mb": usage.ru_maxrss / 1024
+        **json.loads(answer), "process_s": seconds, "process_cpu_s": float(cpu), "process_peak_mb": float(peak) / 1024
     }  # fmt: skip
 
 
@@ -83,22 +84,26 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     from kdcli.engine import writing
     from kdcli.engine.watch import Silent
 
-    found = {"imports_s": time.perf_counter() - STARTED}
+    found = {}
+
+    def reached(name: str) -> None:
+        found[f"{name}_s"], found[f"{name}_cpu_s"] = time.perf_counter() - STARTED, time.process_time()
 
     class Journal(Silent):
         def stage(self, label: str, total: int) -> None:
-            found["journal_read_s"] = time.perf_counter() - STARTED
+            reached("journal_read")
 
     class ReachedTeacher(BaseException):
         pass
 
     def teacher_rows(*_: Any) -> Any:
-        found["first_batch_s"] = time.perf_counter() - STARTED
+        reached("first_batch")
         raise ReachedTeacher
 
     torch.set_num_threads(1)
+    reached("imports")
     plan = scale_store.make_plan(args.out, args.method, args.shard_rows)
-    found["planned_s"] = time.perf_counter() - STARTED
+    reached("planned")
     writing.teacher_rows = teacher_rows
     try:
         writing.write_store(plan, args.out / "store", Journal())
@@ -180,46 +185,48 @@ ROLES = {
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything, in an empty folder ``args.out``."""
+def make(args: argparse.Namespace) -> dict[str, Any]:
+    """Data, teacher and store, in an empty folder ``args.out``; the writers are killed once."""
     import scale_store
 
     from kdcli.cache.editing import record_errors
 
-    store, me = args.out / "store", [__file__, *sys.argv[1:], "--role"]
+    store = args.out / "store"
     found: dict[str, Any] = {}
     scale_store.make_data(args.out / "data", args.images, args.pool)
     scale_store.make_teacher(args.out / "teacher.pt", args.canvas)
-    found["annotations"] = {name: child([*me, "annotations"]) for name in ("first", "again")}
-    found["annotations"]["json_mb"] = (args.out / "data/annotations/train.json").stat().st_size / 2**20
+    found["annotations_first"] = child([__file__, *sys.argv[1:], "--role", "annotations"])
     plan = scale_store.make_plan(args.out, args.method, args.shard_rows)
     pool, found["row"] = scale_store.make_pool(plan, args.pool)
-    found["schema"] = {"rows": plan.schema.rows, "shard_rows": plan.schema.shard_rows, "shards": plan.schema.num_shards}
     wanted = found["row"]["chunk_bytes"] * plan.schema.rows * 1.1
     if wanted + SPARE_BYTES > shutil.disk_usage(args.out).free:
         raise SystemExit(f"the store needs {wanted / 1e9:.1f} GB and 10 more; name another --canvas, or fewer --images")
     scale_store.create(plan, store)
     seconds = scale_store.write_and_kill(plan, store, pool)
-    found["resume"] = child([*me, "resume"])
     began = time.perf_counter()
     scale_store.write(plan, store, pool)
     seconds += time.perf_counter() - began
-    began = time.perf_counter()
     record_errors(store)
-    found["write"] = {
-        "seconds": seconds,
-        "record_errors_s": time.perf_counter() - began,
-        **scale_store.write_times(store),
-    }
-    found["tree"] = scale_store.tree(store)
-    journal = scale_store.tree(store / "journal")
-    found["journal"] = {**child([*me, "journal"]), "bytes": journal["bytes"], "files": journal["files"]}
+    return found | {"write": {"seconds": seconds, **scale_store.write_times(store)}, "tree": scale_store.tree(store)}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything about a store that is whole."""
+    import scale_store
+
+    store, me = args.out / "store", [__file__, *sys.argv[1:], "--role"]
+    journal = sorted((store / "journal").glob("*.json"))
+    found: dict[str, Any] = {"annotations_again": child([*me, "annotations"])}
+    with scale_store.journal_without(journal[int(UNFINISHED_AT * len(journal)) :]):
+        found["resume"] = child([*me, "resume"])
+    found["journal"] = child([*me, "journal"])
+    found["journal"] |= {"bytes": sum(file.stat().st_size for file in journal), "files": len(journal)}
     look = ["-m", "kdcli", "cache"]
     for name, task in {
         "open": [*me, "open"], "info": [*look, "info", str(store), "--json"], "read": [*me, "read"],
         "verify": [*look, "verify", str(store), "--json"],
     }.items():  # fmt: skip
-        drop_pages(store)
+        scale_store.drop_pages(store)
         found[f"{name}_cold"] = child(task)
         if name != "verify":
             found[f"{name}_warm"] = child(task)
@@ -265,10 +272,15 @@ def main() -> None:
     if args.role:
         print(json.dumps(ROLES[args.role](args)))
         return
-    args.out.mkdir(parents=True)  # nobody else's folder: it is deleted
     os.environ["KDCLI_CACHE"] = str(args.out.resolve() / "index")  # the annotations were never parsed
+    found = {}
+    again = (args.out / "store").is_dir()
+    if not again:
+        args.out.mkdir(parents=True)  # nobody else's folder: it is deleted
     try:
-        found = measure(args)
+        if not again:
+            found = make(args)
+        found |= measure(args)
     finally:
         if not args.keep:
             shutil.rmtree(args.out)

@@ -14,6 +14,8 @@ import os
 import signal
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,27 @@ def write_times(store: Path) -> dict[str, float]:
     times = sorted(file.stat().st_mtime_ns / 1e6 for file in (store / "journal").glob("*.json"))
     steps = [b - a for a, b in itertools.pairwise(times[: int(KILLED_AT * len(times))])]
     return {"shard_ms_first": statistics.mean(steps[:END]), "shard_ms_last": statistics.mean(steps[-END:])}
+
+
+@contextmanager
+def journal_without(entries: Sequence[Path]) -> Iterator[None]:
+    """The store as it is when it is killed before these entries."""
+    for file in entries:
+        file.rename(file.with_name(f".{file.name}"))  # hidden files are no entries
+    try:
+        yield
+    finally:
+        for file in entries:
+            file.with_name(f".{file.name}").rename(file)
+
+
+def drop_pages(folder: Path) -> None:
+    """Have the system forget the contents of every file below ``folder``."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
 
 
 def tree(store: Path) -> dict[str, Any]:

@@ -19,12 +19,13 @@ COLUMNS = (  # {clock}: by the clock or by processor time, whichever is comparab
     ("written, rows/s", "write", "{:,.0f}"),
     ("until on the disk", "write_on_disk", "{:,.0f}"),
     ("read warm, rows/s", "read_warm.ready{clock}", "{:,.0f}"),
-    ("before decoding", "read_warm.joined{clock}", "{:,.0f}"),
+    ("in a worker", "read_warm.joined{clock}", "{:,.0f}"),
     ("kdcli to this", "kdcli_over_this.ready{clock}", "{:.2f}"),
-    ("before decoding", "kdcli_over_this.joined{clock}", "{:.2f}"),
+    ("in a worker", "kdcli_over_this.joined{clock}", "{:.2f}"),
     ("read cold, rows/s", "read_cold", "{:,.0f}"),
     ("step, ms", "step_ms", "{:,.0f}"),
     ("step to plain", "step_over_plain", "{:.2f}"),
+    ("its processor time", "step_cpu_over_plain", "{:.2f}"),
     ("peak memory, MB", "peak_mb", "{:,.0f}"),
 )
 # method, kind, at least so many times as fast
@@ -32,14 +33,25 @@ READ_TARGETS = (("ld", "zarr", 8.0), ("ld", "npy", 5.0), ("ld", "pt", 5.0), ("pf
 
 
 def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The targets of warm random reads, with what was measured: tensors ready for the loss, and before decoding."""
+    """The targets of warm random reads, with what was measured: tensors ready for the loss, and joined in a data worker.
+
+    ``with_regions``: ready, and where the sparse tensors are is computed too, which a loader of dense files has to do.
+    """
     found = []
     for method, kind, least in READ_TARGETS:
-        ratio = result["methods"][method][kind]["kdcli_over_this"]
-        ready, joined = ratio[f"ready{result['clock']}"], ratio[f"joined{result['clock']}"]
-        what = f"{method}: kdcli against {TITLES[kind]}"
+        columns = result["methods"][method]
+        ready = f"ready{result['clock']}"
+        ratio = columns[kind]["kdcli_over_this"]
+        regions = columns["rows"]["regions_ms"] / 1000 if kind in FORMATS else 0.0
         found.append(
-            {"what": what, "target": least, "measured": ready, "before_decoding": joined, "met": ready >= least}
+            {
+                "what": f"{method}: kdcli against {TITLES[kind]}",
+                "target": least,
+                "measured": ratio[ready],
+                "in_a_worker": ratio[f"joined{result['clock']}"],
+                "with_regions": ratio[ready] + columns["kdcli"]["read_warm"][ready] * regions,
+                "met": ratio[ready] >= least,
+            }
         )
     return found
 
@@ -58,9 +70,10 @@ def table(result: Mapping[str, Any]) -> str:
             cells = [_cell(values, name.format(clock=result["clock"]), form) for _, name, form in COLUMNS]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += ["| warm reads | at least | ready for the loss | before decoding | |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| warm reads | at least | ready for the loss | in a worker | with regions computed | |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
     for t in result["targets"]:
-        ratios = f"{t['measured']:.2f} | {t['before_decoding']:.2f}"
+        ratios = f"{t['measured']:.2f} | {t['in_a_worker']:.2f} | {t['with_regions']:.2f}"
         lines.append(f"| {t['what']} | {t['target']:g} | {ratios} | {'met' if t['met'] else 'missed'} |")
     return "\n".join(lines) + "\n"
 
