@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ def measure(args: argparse.Namespace, data: str, teacher: str, method: str, scra
     """Estimate and write, ``rounds`` times."""
     clock = CLOCKS[args.clock]
     plan = plan_of(data, teacher, method, args.canvas, 0 if args.clock == "processor" else args.workers)
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     for number in range(args.rounds):
         out = scratch / f"store-{number}"
         started = clock()
@@ -68,6 +69,7 @@ def measure(args: argparse.Namespace, data: str, teacher: str, method: str, scra
     for what, limit in LIMITS.items():
         ratios = [r[what]["predicted"] / r[what]["actual"] for r in rounds]
         within = sum(abs(r - 1) <= limit for r in ratios)
+        print(f"{Path(data).name} {method}: {what} {ratios}", file=sys.stderr)
         result[what] = {"ratios": [round(r, 3) for r in ratios], "within": f"{within} of {len(ratios)}"}
     return result
 
@@ -115,7 +117,8 @@ def main() -> None:
     if args.clock == "processor":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         args.threads = 1
-        probing.time = SimpleNamespace(perf_counter=time.process_time, process_time=time.process_time)  # type: ignore[attr-defined]
+        clocks: Any = SimpleNamespace(perf_counter=time.process_time, process_time=time.process_time)
+        probing.time = clocks
     if args.threads:
         torch.set_num_threads(args.threads)
     found = {}
