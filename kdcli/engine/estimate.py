@@ -20,7 +20,9 @@ from kdcli.cache.shards import pack_chunk
 from kdcli.data.coco import has_split, open_split
 from kdcli.engine.caching import Plan
 from kdcli.engine.counting import Counted, count_micro_batches, count_units, element_bytes, rows_of
-from kdcli.engine.probing import Pace, Probe, run_probe
+from kdcli.engine.evaluate import evaluation_batches, validation_source
+from kdcli.engine.probing import Pace, Probe, run_probe, usable_cores
+from kdcli.engine.samples import Item
 from kdcli.engine.writing import MAX_THREADS, Part
 
 EPOCHS = 12  # of a usual student
@@ -37,6 +39,7 @@ class Work:
     shards: int
     bytes: int
     val_rows: int  # that the teacher's AP is measured on
+    val_batches: int
     workers: int  # data processes
     threads: int  # behind the teacher
     cores: int
@@ -124,12 +127,12 @@ def stage_seconds(pace: Pace, work: Work) -> dict[str, float]:
 
 
 def run_seconds(pace: Pace, work: Work) -> float:
-    """Seconds of a whole run: the teacher's AP on val, the first micro-batch's images, the rows, and the end."""
-    val = work.val_rows / work.micro_batch * pace.evaluate
-    val = max(
-        val + (0 if work.workers else work.val_rows * pace.load), work.val_rows * pace.load / max(1, work.workers)
-    )
-    return val + work.micro_batch * pace.load + max(stage_seconds(pace, work).values()) + pace.drain
+    """Seconds of a whole run: the teacher's AP on val, the start, the rows, and the end."""
+    loading = work.val_rows * pace.load
+    beside = min(max(0.0, pace.front - pace.teacher), work.micro_batch * pace.load_cpu)  # what loading slows it down by
+    val = work.val_batches * (pace.evaluate + beside) + (0 if work.workers else loading)
+    val = max(val, loading / max(1, work.workers)) + (pace.start if work.val_rows else 0)
+    return val + pace.start + max(stage_seconds(pace, work).values()) + pace.drain
 
 
 def array_bytes(schema: CacheSchema, counted: Counted, probe: Probe) -> dict[str, int]:
@@ -165,17 +168,17 @@ def free_bytes(where: Where) -> int | None:
 
 
 def _work(plan: Plan, shards: range, total: int) -> Work:
-    root, rows = Path(plan.options.data), rows_of(plan, shards)
+    rows, root, size = rows_of(plan, shards), Path(plan.options.data), plan.forward.micro_batch
+    val: list[list[Item]] = []
+    if has_split(root, "val"):
+        source = validation_source(open_split(root, "val"), plan.forward.detector, plan.source.canvas)
+        val = evaluation_batches(source, list(range(source.dataset.num_images)), size)
     return Work(
-        rows=rows, micro_batches=count_micro_batches(plan, shards), micro_batch=plan.forward.micro_batch,
+        rows=rows, micro_batches=count_micro_batches(plan, shards), micro_batch=size,
         shards=len(shards), bytes=round(total * rows / plan.schema.rows),
-        val_rows=open_split(root, "val").num_images if has_split(root, "val") else 0,
-        workers=plan.workers, threads=min(MAX_THREADS, max(1, (os.cpu_count() or 2) // 2)), cores=_cores(),
+        val_rows=sum(map(len, val)), val_batches=len(val), workers=plan.workers,
+        threads=min(MAX_THREADS, max(1, (os.cpu_count() or 2) // 2)), cores=usable_cores(),
     )  # fmt: skip
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def _raw_bytes(schema: CacheSchema, counted: Counted) -> int:

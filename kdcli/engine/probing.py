@@ -43,9 +43,10 @@ class Pace:
     load: float  # a row, in one data process
     load_cpu: float
     teacher: float  # a micro-batch, with nothing else running: what a live teacher would cost
-    front: float  # a micro-batch, while earlier ones are encoded
+    front: float  # a micro-batch, while earlier ones are encoded and, on crowded cores, later ones are loaded
     front_cpu: float  # over all cores, encoding included
     encode: float  # a row: encoding and compression, by all threads behind the teacher
+    start: float  # of the data processes and their first images, until the first forward pass
     drain: float  # from the last forward pass to the end
     shard: float  # writing the files of a shard, however small
     byte: float  # and each byte of them
@@ -107,6 +108,16 @@ def run_probe(plan: Plan, counted: Counted, place: Place) -> Probe:
     folder, on_target = _folder(plan, place, len(chosen))
     with tempfile.TemporaryDirectory(prefix=".kdcli-probe-", dir=folder) as scratch:
         return _write(plan, chosen, loaded, alone, evaluate, Path(scratch), on_target)
+
+
+def crowded(plan: Plan) -> bool:
+    """Whether the teacher's threads take every core, so that data processes slow it down: they are part of the probe then."""
+    return plan.workers > 0 and plan.device.type == "cpu" and torch.get_num_threads() >= usable_cores()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def _sizes(plan: Plan, counted: Counted) -> list[int]:
@@ -186,8 +197,11 @@ def _write(
     rows, size = len(chosen), plan.forward.micro_batch
     schema = replace(plan.schema, rows=rows, shard_rows=rows)
     manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": None}}
-    source = _LoadedSource(**_parts(plan.source), samples=dict(zip(loaded.items, loaded.samples, strict=True)))
-    few = replace(plan, source=source, schema=schema, workers=0, manifest=manifest)
+    few = replace(plan, schema=schema, manifest=manifest)
+    if not crowded(plan):
+        # nothing to wait for, and no data processes to end, which would be counted as encoding
+        source = _LoadedSource(**_parts(plan.source), samples=dict(zip(loaded.items, loaded.samples, strict=True)))
+        few = replace(few, source=source, workers=0)
     out = scratch / "store"
     create_store(out, schema, manifest, plan.source.dataset.annotations.image_ids[:0])
     clock = _Clock()
@@ -199,10 +213,10 @@ def _write(
     written = sum(file.stat().st_size for file in files.values())
     batches, times = len(clock.times), clock.times
     assert batches == -(-rows // size)
+    front = (times[-1] - times[0]) / (batches - 1) if batches > 1 else alone
     pace = Pace(
-        load=loaded.wall, load_cpu=loaded.cpu, teacher=alone,
-        front=(times[-1] - times[0]) / (batches - 1) if batches > 1 else times[0] - started,
-        front_cpu=cpu / batches,
+        load=loaded.wall, load_cpu=loaded.cpu, teacher=alone, front=front, front_cpu=cpu / batches,
+        start=max(size * loaded.wall, times[0] - started - front),
         # the first micro-batch is encoded from here on, the last one until the end
         encode=max(0.0, ended - times[0] - shard - written * byte) / rows,
         drain=ended - times[-1], shard=shard, byte=byte, evaluate=evaluate,

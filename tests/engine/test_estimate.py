@@ -169,12 +169,13 @@ def test_micro_batches_are_those_of_the_writer(shapes: Path, teacher: Path, tmp_
 
 
 PACE = Pace(
-    load=0.01, load_cpu=0.008, teacher=0.4, front=0.5, front_cpu=0.9, encode=0.02, drain=0.3, shard=0.2, byte=1e-8,
+    load=0.01, load_cpu=0.008, teacher=0.4, front=0.5, front_cpu=0.9, encode=0.02, start=0.2, drain=0.3, shard=0.2, byte=1e-8,
     evaluate=0.6,
 )  # fmt: skip
 WORK = Work(
-    rows=800, micro_batches=110, micro_batch=8, shards=4, bytes=10**8, val_rows=80, workers=2, threads=2, cores=2
-)
+    rows=800, micro_batches=110, micro_batch=8, shards=4, bytes=10**8, val_rows=80, val_batches=11, workers=2, threads=2,
+    cores=2,
+)  # fmt: skip
 
 
 def test_the_slowest_stage_decides() -> None:
@@ -183,15 +184,18 @@ def test_the_slowest_stage_decides() -> None:
         "teacher": pytest.approx(55), "loading": pytest.approx(4), "encoding": pytest.approx(16.9),
         "disk": pytest.approx(1.8), "cores": pytest.approx((99 + 6.4) / 2),
     }  # fmt: skip
-    # val 10 x 0.6, the images of the first micro-batch 0.08, the end 0.3
-    assert run_seconds(PACE, WORK) == pytest.approx(55 + 6 + 0.08 + 0.3)
-    alone = stage_seconds(PACE, replace(WORK, workers=0))
-    assert alone["teacher"] == pytest.approx(55 + 8)  # images are loaded between the passes
-    assert run_seconds(PACE, replace(WORK, workers=0)) == pytest.approx(63 + 6.8 + 0.08 + 0.3)
-    assert run_seconds(replace(PACE, load=1.0), WORK) == pytest.approx(400 + 40 + 8 + 0.3)
-    assert run_seconds(replace(PACE, byte=1e-5), WORK) == pytest.approx(1000.8 + 6.38)
-    assert run_seconds(replace(PACE, encode=1.0), WORK) == pytest.approx(800.9 + 6.38)
-    assert run_seconds(replace(PACE, load_cpu=1.0), WORK) == pytest.approx((99 + 800) / 2 + 6.38)
+    # 11 micro-batches of val, slowed down by what 8 images cost to load; two starts, and the end
+    val, rest = 11 * (0.6 + 0.064), 0.2 + 0.2 + 0.3
+    assert run_seconds(PACE, WORK) == pytest.approx(55 + val + rest)
+    assert run_seconds(replace(PACE, front=0.41), WORK) == pytest.approx(52.7 + 11 * 0.61 + rest)  # the cores decide
+    alone = replace(WORK, workers=0)
+    assert stage_seconds(PACE, alone)["teacher"] == pytest.approx(55 + 8)  # images are loaded between the passes
+    assert run_seconds(PACE, alone) == pytest.approx(63 + val + 0.8 + rest)
+    assert run_seconds(PACE, replace(WORK, val_rows=0, val_batches=0)) == pytest.approx(55 + 0.5)
+    assert run_seconds(replace(PACE, load=1.0), WORK) == pytest.approx(400 + 40 + rest)
+    assert run_seconds(replace(PACE, byte=1e-5), WORK) == pytest.approx(1000.8 + val + rest)
+    assert run_seconds(replace(PACE, encode=1.0), WORK) == pytest.approx(800.9 + val + rest)
+    assert run_seconds(replace(PACE, load_cpu=1.0), WORK) == pytest.approx((99 + 800) / 2 + 11 * 0.7 + rest)
 
 
 def test_break_even() -> None:
