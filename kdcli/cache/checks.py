@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from kdcli.cache.encodings import Box16, ChannelAffine
-from kdcli.cache.schema import MAX_DIMS, CacheSchema
+from kdcli.cache.schema import CacheSchema
+from kdcli.cache.stored import MAX_DIMS
+from kdcli.errors import OptionError
+from kdcli.geometry.assign import AssignerSpec
+from kdcli.geometry.regions import RegionSpec
 from kdcli.tensors import Need
 
 T = TypeVar("T")
@@ -28,10 +32,14 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     _field(manifest, "schema", dict)
     _require(isinstance(manifest.get("versions", {}), dict), "versions")
     _check_numbers(manifest.get("errors", {}))
-    if isinstance(manifest.get("teacher"), dict):  # a store of the engine: only tests name none
+    if manifest.get("teacher") is not None:  # a store of the engine: only tests name none
         _check_teacher(manifest["teacher"])
-        for name in ("assigner", "regions", "teacher_run"):
-            _field(manifest, name, dict)
+        for spec, name in ((AssignerSpec, "assigner"), (RegionSpec, "regions")):
+            try:
+                spec.from_json(_field(manifest, name, dict))
+            except OptionError as error:
+                raise ValueError(f"impossible {name} ({error})") from error
+        _field(manifest, "teacher_run", dict)
         for values in (
             _field(manifest, "class_order", list),
             _field(_field(manifest, "dataset", dict), "left_out", list),

@@ -69,7 +69,9 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
         raise OptionError("distill takes either --cache STORE or --teacher CKPT (the live teacher), not both or none")
     if options.cache:
         reader = CacheReader(options.cache)
-        entry = reader.manifest["teacher"]
+        entry = reader.manifest.get("teacher")
+        if entry is None:
+            raise StoreError(f"store '{reader.place}' names no teacher: `kdcli cache-teacher` did not write it")
         name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
         return TeacherSide(
             name, specs_of(reader.manifest), reader.schema.canvas, reader.views, entry["ap"], entry["weights_sha256"],
@@ -88,7 +90,7 @@ def inherit_regions(
     given: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """A store's region options are the run's, unless the user ``given`` others (which then do not match)."""
-    stored = reader.manifest["regions"]
+    stored = RegionSpec.from_json(reader.manifest["regions"]).to_json()
     return {
         name: {**values, **{o: stored[o] for o in methods[name].region_options if o not in given.get(name, {})}}
         for name, values in resolved.items()

@@ -132,6 +132,10 @@ class SampleSource:
             raise StoreError(f"{sample.key}: its view is not the one that the teacher saw; {again}")
         if row.guard != guard(sample.boxes, sample.labels, self.definition):
             raise StoreError(f"{sample.key}: its boxes, labels or regions are not those of the store; {again}")
+        if row.entries is not None and len(row.entries.gt):
+            box = row.entries.gt
+            if int(box.max()) >= len(sample.boxes) or bool((box[row.entries.select("main")] < 0).any()):
+                raise StoreError(f"{sample.key}: its entries name boxes that are not there; {again}")
         if row.image is not None and not np.shares_memory(row.image, sample.image.numpy()):
             difference = np.abs(row.image.astype(np.int16) - sample.image.numpy()).max()
             if difference > PIXEL_TOLERANCE:

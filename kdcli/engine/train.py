@@ -22,13 +22,7 @@ from kdcli.engine.prepare import Prepared
 from kdcli.engine.samples import Loader
 from kdcli.engine.sampling import image_draws, plan_epoch
 from kdcli.engine.state import STATE_FILE, Progress, load_state, save_state
-from kdcli.engine.step import (
-    TrainStep,
-    ZeroGuard,
-    gradient_norms,
-    require_finite,
-    require_sane_gradients,
-)
+from kdcli.engine.step import TrainStep, ZeroGuard, gradient_norms, require_finite, require_sane_gradients
 from kdcli.engine.watch import Watcher
 from kdcli.files import atomic_save, remove_leftovers
 from kdcli.structures import Batch

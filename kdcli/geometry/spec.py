@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from kdcli.errors import OptionError, nearest
 
@@ -23,15 +25,33 @@ class JsonSpec:
         """The inverse of ``to_json``. A field that is missing, since an older version wrote ``value``, has its default,
         unless ``value`` must be ``complete``.
 
-        Raises OptionError for a field that is unknown, and for a missing one without a default.
+        Raises OptionError for a field that is unknown or of another type, and for a missing one without a default.
         """
-        known = [f.name for f in fields(cls)]
-        for name in value:
+        if not isinstance(value, Mapping):
+            raise OptionError(f"{cls.__name__}: {str(value)[:40]!r} is no table of fields")
+        known = get_type_hints(cls)
+        for name, given in value.items():
             if name not in known:
-                raise OptionError(f"{cls.__name__}: unknown field '{name}'{nearest(name, known)}")
+                raise OptionError(f"{cls.__name__}: unknown field '{name[:40]}'{nearest(name, known)}")
+            if not _fits(given, known[name]):
+                raise OptionError(f"{cls.__name__}: field '{name}' cannot be {str(given)[:40]!r}")
         for field in fields(cls):
             if field.name in value:
                 continue
             if complete or (field.default is MISSING and field.default_factory is MISSING):
                 raise OptionError(f"{cls.__name__}: field '{field.name}' is missing; it was written by another version")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a field's type; a whole number is a float too, and no number is infinite."""
+    parts, origin = get_args(kind), get_origin(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is tuple:  # of any length
+        return isinstance(value, list | tuple) and all(_fits(v, parts[0]) for v in value)
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
