@@ -19,13 +19,13 @@ class ErrorMeter:
         """Compare one row's tensor, both [..]; empty rows add nothing."""
         if exact.size == 0:
             return
-        difference = decoded.astype(np.float64) - exact
+        # summed in float64 a few thousand at a time: whole float64 copies of the maps took 2.7 ms a row, this 0.5
+        difference, reference = (decoded - exact).ravel(), exact.ravel()
         entry = self.sums.setdefault(key, {"squares": 0.0, "reference": 0.0, "count": 0.0, "worst": 0.0})
-        centred = exact.astype(np.float64) - exact.mean(dtype=np.float64)
-        entry["squares"] += float(np.square(difference).sum())
-        entry["reference"] += float(np.square(centred).sum())
+        entry["worst"] = max(entry["worst"], float(difference.max()), -float(difference.min()))
+        entry["squares"] += _dot(difference, difference)
+        entry["reference"] += max(0.0, _dot(reference, reference) - _sum(reference) ** 2 / reference.size)
         entry["count"] += exact.size
-        entry["worst"] = max(entry["worst"], float(np.abs(difference).max()))
 
     def join(self, sums: Mapping[str, Mapping[str, float]]) -> None:
         """Add the sums of another meter."""
@@ -34,6 +34,14 @@ class ErrorMeter:
             for name in ("squares", "reference", "count"):
                 mine[name] += entry[name]
             mine["worst"] = max(mine["worst"], entry["worst"])
+
+
+def _dot(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float(np.einsum("i,i->", a, b, dtype=np.float64))
+
+
+def _sum(a: NDArray[np.float32]) -> float:
+    return float(a.sum(dtype=np.float64))
 
 
 def summarise(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:

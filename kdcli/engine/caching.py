@@ -87,6 +87,7 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     source = SampleSource(
         dataset, canvas, options.view_seed, detector.grid, detector.assigner,
         region_spec(detector.region_defaults, methods, resolved), regions_of(needs),
+        targets=bool(regions_of(needs)),  # what is positive decides the entries, and nothing of a dense tensor: 1.3 ms
     )  # fmt: skip
     served = served_by_dense(needs, options.encoding)
     stored = tuple(n for n in needs if n not in served)

@@ -76,27 +76,22 @@ def closest_anchors(
     cells = -(-topk // per_cell)
     span = torch.arange(-(cells - 1), cells)
     window = torch.cartesian_prod(span, span)  # (row, column), row-major: ascending index
-    center = (boxes[:, :2] + boxes[:, 2:]) / 2
-    indices, reals, start = [], [], 0
-    for (down, across), (h, w), (rows, cols) in zip(
-        grid.steps(canvas), grid.level_shapes(canvas), grid.valid_shapes(canvas, content), strict=True
-    ):
-        limit, step = torch.tensor([cols, rows]), torch.tensor([across, down])
-        near = torch.ceil(center / step - grid.offset - 0.5).long().clamp(min=0).minimum(limit - 1)  # [G, 2] x, y
-        col, row = near[:, :1] + window[:, 1], near[:, 1:] + window[:, 0]
-        real = (col >= 0) & (col < cols) & (row >= 0) & (row < rows)
-        dx = (col + grid.offset) * across - center[:, :1]
-        dy = (row + grid.offset) * down - center[:, 1:]
-        distance = (dx**2 + dy**2).masked_fill(~real, torch.inf)
-        best = distance.sort(dim=1, stable=True).indices[:, :cells]
-        cell = (row * w + col).masked_fill(~real, 0).gather(1, best)
-        anchor = start + cell[..., None] * per_cell + torch.arange(per_cell)
-        anchor = anchor.reshape(len(boxes), -1)[:, :topk]
-        kept = real.gather(1, best).repeat_interleave(per_cell, dim=1)[:, :topk]
-        indices.append(anchor.masked_fill(~kept, 0))
-        reals.append(kept)
-        start += h * w * per_cell
-    return torch.cat(indices, dim=1), torch.cat(reals, dim=1)
+    center = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2  # [G, 1, 2] x, y
+    # all levels at once [G, L, window]: one by one is three times as slow for the 6 boxes of a usual image
+    step, limit = torch.tensor(grid.steps(canvas)).flip(1), torch.tensor(grid.valid_shapes(canvas, content)).flip(1)
+    width = torch.tensor([[w] for _, w in grid.level_shapes(canvas)])
+    sizes = torch.tensor(grid.level_sizes(canvas))
+    near = torch.ceil(center / step - grid.offset - 0.5).long().clamp(min=0).minimum(limit - 1)
+    col, row = near[..., :1] + window[:, 1], near[..., 1:] + window[:, 0]
+    real = (col >= 0) & (col < limit[:, :1]) & (row >= 0) & (row < limit[:, 1:])
+    dx = (col + grid.offset) * step[:, :1] - center[..., :1]
+    dy = (row + grid.offset) * step[:, 1:] - center[..., 1:]
+    distance = (dx**2 + dy**2).masked_fill(~real, torch.inf)
+    best = distance.sort(dim=-1, stable=True).indices[..., :cells]
+    cell = (row * width + col).masked_fill(~real, 0).gather(-1, best)
+    anchor = (sizes.cumsum(0) - sizes)[:, None, None] + cell[..., None] * per_cell + torch.arange(per_cell)
+    kept = real.gather(-1, best).repeat_interleave(per_cell, dim=-1)[..., :topk]
+    return anchor.flatten(2)[..., :topk].masked_fill(~kept, 0).flatten(1), kept.flatten(1)
 
 
 def atss_candidates(grid: Grid, canvas: Canvas, boxes: Tensor, content: tuple[int, int], topk: int) -> Candidates:
