@@ -25,9 +25,10 @@ from torch import Tensor
 
 from kdcli.cache import encodings
 from kdcli.cache.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine
-from kdcli.cache.schema import CacheSchema, StoredTensor
+from kdcli.cache.schema import CacheSchema
 from kdcli.cache.schema import collate as collate_rows
 from kdcli.cache.shards import pack_chunk
+from kdcli.cache.stored import StoredTensor
 from kdcli.detectors.build import family_of
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.caching import Plan, encode_row, plan_store, teacher_rows

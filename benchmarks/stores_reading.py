@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from stores_formats import DenseRows, Row
 
 from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import ENTRY_COUNT, CacheSchema, collate
+from kdcli.cache.schema import CacheSchema, collate
+from kdcli.cache.stored import ENTRY_COUNT
 from kdcli.structures import Entries, RowKey
 from kdcli.tensors import Need, Tensors
 

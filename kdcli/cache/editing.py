@@ -14,15 +14,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kdcli.cache.fidelity import ErrorMeter, summarise
 from kdcli.cache.locks import hold_file
 from kdcli.cache.places import Folder, Where, place_of
 from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import ArraySpec, CacheSchema
+from kdcli.cache.schema import CacheSchema
 from kdcli.cache.seal import seal
 from kdcli.cache.shards import ShardFile, open_shards, pack_chunk, read_chunks
+from kdcli.cache.stored import ArraySpec
 from kdcli.cache.writer import (
     ATTRIBUTE,
     StoreWriter,
@@ -179,8 +178,7 @@ def _chunk(
     (chunk,) = read_chunks(reader.place, [(files[key], position)])
     if theirs.shape == array.shape:
         return chunk
-    data = files[key].unpack(chunk, theirs.row_bytes, theirs.row_bytes)
-    value = np.frombuffer(data, np.dtype(array.dtype).newbyteorder("<")).reshape(theirs.shape)
+    value = files[key].unpack(chunk, theirs.row_bytes, theirs.row_bytes).view(array.numpy_type).reshape(theirs.shape)
     return pack_chunk(value[: array.shape[0]], array.shape, array.dtype)
 
 

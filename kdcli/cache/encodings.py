@@ -83,7 +83,7 @@ class LogOdds8:
         return {"": codes}
 
     def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
-        return arrays[""].float() * ((self.high - self.low) / 255) + self.low
+        return arrays[""].float().mul_((self.high - self.low) / 255).add_(self.low)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": "log_odds_8", "low": self.low, "high": self.high}
@@ -120,7 +120,7 @@ class VectorAffine:
 
     def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
         affine = arrays["affine"].float()
-        return arrays[""].float() * affine[..., :1] + affine[..., 1:]
+        return arrays[""].float().mul_(affine[..., :1]).add_(affine[..., 1:])
 
     def to_json(self) -> dict[str, Any]:
         return {"name": f"vector_affine_{self.bits}"}
@@ -152,11 +152,12 @@ class ChannelAffine:
             inside = np.ones(size, bool) if valid is None else valid[part]
             if not inside.any():
                 continue
-            level_value = value[part][inside]
+            keep = slice(None) if inside.all() else inside
+            level_value = value[part][keep]
             offset = level_value.min(axis=0)
             scale = (level_value.max(axis=0) - offset) / np.float32(self.steps)
             affine[level] = scale, offset
-            codes[part][inside] = _quantise(level_value, scale, offset, self.steps)
+            codes[part][keep] = _quantise(level_value, scale, offset, self.steps)
         return {"": codes, "affine": affine}
 
     def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
@@ -236,18 +237,20 @@ def _quantise(
 ) -> NDArray[np.uint8]:
     # a constant vector has scale 0: all its codes are 0 and decode to the offset
     safe = np.where(scale > 0, scale, np.float32(1))
-    return np.clip(np.rint((value - offset) / safe), 0, steps).astype(np.uint8)
+    codes = value - offset
+    codes /= safe  # in place: a map of 1,704 x 128 is 0.9 MB, and each temporary costs 0.05 ms
+    np.rint(codes, out=codes)
+    return np.clip(codes, 0, steps, out=codes).astype(np.uint8)
 
 
 def _affine_by_level(codes: Tensor, affine: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """codes [B, rows, D] * scale + offset, with ``affine`` [B, levels, 2, D] of each level's ``sizes`` rows."""
-    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    out = codes.float()
     start = 0
     for level, size in enumerate(sizes):
-        part = slice(start, start + size)
+        part = out[:, start : start + size]
         start += size
-        scale, offset = affine[:, level, 0, None], affine[:, level, 1, None]
-        torch.addcmul(offset, codes[:, part].float(), scale, out=out[:, part])
+        torch.addcmul(affine[:, level, 1, None], part, affine[:, level, 0, None], out=part)
     return out
 
 

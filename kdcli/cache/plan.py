@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from kdcli.cache import encodings
 from kdcli.cache.encodings import Encoding
-from kdcli.cache.schema import MAX_SHARD_ROWS, SHARD_BYTES, StoredTensor
+from kdcli.cache.schema import MAX_SHARD_ROWS, SHARD_BYTES
+from kdcli.cache.stored import StoredTensor
 from kdcli.tensors import (
     BACKBONE,
     BOX_DISTRIBUTION,

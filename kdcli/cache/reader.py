@@ -7,6 +7,7 @@ The chunks of a row are asked for together, as an object store answers them side
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 from kdcli.cache.checks import check_readable
 from kdcli.cache.pixels import PIXELS, decode_pixels
 from kdcli.cache.places import Folder, Where, place_of
-from kdcli.cache.schema import ENTRY_COUNT, ENTRY_DTYPES, ArraySpec, CacheSchema
+from kdcli.cache.schema import ENTRY_DTYPES, CacheSchema
 from kdcli.cache.shards import ShardFile, crc_is_right, decompress, open_shards, read_chunks
+from kdcli.cache.stored import ENTRY_COUNT, ArraySpec
 from kdcli.cache.writer import read_journal, read_manifest, shard_key
 from kdcli.errors import KDError, StoreError
 from kdcli.structures import FLAGS, Entries, RowKey
@@ -153,7 +155,7 @@ class CacheReader:
             kind = (document["shape"], document["data_type"], codecs)
             if kind != ([count], "int64", ["bytes", "zstd", "crc32c"]) or not crc_is_right(chunk):
                 raise ValueError("another header, or a wrong checksum")
-            ids = np.frombuffer(decompress(memoryview(chunk)[:-4], 8 * count, 8 * count), "<i8")
+            ids = decompress(memoryview(chunk)[:-4], 8 * count, 8 * count).view("<i8")
         except (LookupError, ValueError, TypeError, RecursionError, OSError) as error:
             if isinstance(error, KDError):
                 raise
@@ -216,9 +218,8 @@ class CacheReader:
             return value[:length]
         file, chunk = chunks[path]
         shape = spec.shape if length is None else (length, *spec.shape[1:])
-        size = spec.row_bytes if length is None else int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
-        data = file.unpack(chunk, size, spec.row_bytes)
-        return np.frombuffer(bytearray(data), dtype=np.dtype(spec.dtype).newbyteorder("<")).reshape(shape)
+        size = spec.row_bytes if length is None else math.prod(shape) * spec.numpy_type.itemsize
+        return file.unpack(chunk, size, spec.row_bytes).view(spec.numpy_type).reshape(shape)
 
 
 def compare_manifests(ours: Mapping[str, Any], stored: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcli.cache import encodings
-from kdcli.cache.encodings import Encoding
 from kdcli.cache.pixels import PIXEL_ENCODING, PIXELS
+from kdcli.cache.stored import BOX_COUNT, ENTRY_COUNT, ArraySpec, StoredTensor, is_flagged, path_of, whole
 from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid
-from kdcli.structures import FLAGS, Canvas, Entries
-from kdcli.tensors import (
-    PROPOSAL_COUNT,
-    Need,
-    Tensors,
-)
+from kdcli.structures import Canvas, Entries
+from kdcli.tensors import PROPOSAL_COUNT, Need, Tensors
 
 FORMAT_VERSION = 1
 GEOMETRY_LENGTH = 11  # numbers of data.views.Geometry.to_array
@@ -38,77 +32,10 @@ SHARD_BYTES = 128 * 2**20  # raw bytes of one shard over all arrays: what the wr
 MAX_SHARD_ROWS = 256
 ROW_BYTES_LIMIT = 2**31  # no real row comes near; a broken header must not allocate more
 
-TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9_]+)*")  # it becomes a folder: no way out of the store
-MAX_NAME = 64  # a file name may have 255 bytes
-MAX_DIMS = 8  # numpy takes 64; the most that a tensor has is 4
-PER = re.compile(r"cell|anchor|box|proposal|level[0-4]")
 MAX_PROPOSALS = 1000  # of a teacher's RPN after NMS; the ground-truth boxes come on top
-ENTRY_COUNT, BOX_COUNT = "entries/count", "boxes/count"
 
 # entries/* arrays: name -> dtype, one value per sparse entry
 ENTRY_DTYPES = {"index": "int32", "flag": "uint8", "gt": "int16", "weight": "float32"}
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """One Zarr array without its row axis."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    count: str | None = None  # path of the array that says how many of the first dim are real; None: all are
-
-    @property
-    def sparse(self) -> bool:
-        """True when only a prefix is real."""
-        return self.count is not None
-
-    @property
-    def row_bytes(self) -> int:
-        """Raw bytes of one row."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A need with its shape and encoding."""
-
-    need: Need
-    per: str  # what it has a row for: see TensorSpec
-    dims: tuple[int, ...]
-    encoding: Encoding
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON form."""
-        return {
-            "name": self.need.name,
-            "region": self.need.region,
-            "per": self.per,
-            "dims": list(self.dims),
-            "encoding": self.encoding.to_json(),
-        }
-
-    @property
-    def count(self) -> str | None:
-        """Path of the array that counts its rows; None when it is dense."""
-        if self.need.dense:
-            return None
-        return {"gt": BOX_COUNT, "proposals": PROPOSAL_COUNT}.get(self.need.region, ENTRY_COUNT)
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> StoredTensor:
-        """Inverse of ``to_json``. Raises StoreError, KeyError, TypeError or ValueError for what it cannot be."""
-        name, region, per = (str(data[field]) for field in ("name", "region", "per"))
-        known = region in ("all", "gt", "proposals") or _flagged(region)
-        if len(name) > MAX_NAME or not TENSOR_NAME.fullmatch(name) or not known or not PER.fullmatch(per):
-            raise StoreError(
-                f"unknown tensor {name[:MAX_NAME]!r} @ {region[:MAX_NAME]!r} per {per[:MAX_NAME]!r}; this store was written "
-                "by a newer kdcli"
-            )
-        dims = tuple(_whole(n) for n in data["dims"])
-        if not 1 <= len(dims) <= MAX_DIMS:
-            raise ValueError(f"{name} has {len(dims)} dimensions a row")
-        return StoredTensor(Need(name, region), per, dims, encodings.from_json(data["encoding"]))
 
 
 @dataclass(frozen=True)
@@ -124,17 +51,17 @@ class CacheSchema:
     served: tuple[Need, ...] = ()  # at entries, and not stored: read from the dense tensor of the same name
     images: bool = False  # the canvases that the teacher saw
 
-    @property
+    @cached_property
     def sparse(self) -> bool:
         """True when some tensor is read at the entries of a region."""
         return bool(self.served) or any(t.need.at_entries for t in self.tensors)
 
-    @property
+    @cached_property
     def regions(self) -> frozenset[str]:
         """The elementary regions that the entries cover, e.g. ``main``, ``vlr``."""
         return regions_of([*(t.need for t in self.tensors), *self.served])
 
-    @property
+    @cached_property
     def counts(self) -> dict[str, int]:
         """The arrays that count real rows, each with the most that it may say."""
         most = {
@@ -156,6 +83,14 @@ class CacheSchema:
 
     def sizes(self, tensor: StoredTensor) -> tuple[int, ...]:
         """Allocated rows of ``tensor``, level by level where it has levels."""
+        return self._sizes[tensor.need]
+
+    @cached_property
+    def _sizes(self) -> dict[Need, tuple[int, ...]]:
+        # once for all rows: computing layouts again took a fifth of the time of reading an LD row
+        return {t.need: self._sizes_of(t) for t in self.tensors}
+
+    def _sizes_of(self, tensor: StoredTensor) -> tuple[int, ...]:
         anchors = self.grid.level_sizes(self.canvas)
         cells = tuple(n // self.grid.num_anchors for n in anchors)
         if tensor.per.startswith("level"):
@@ -179,14 +114,25 @@ class CacheSchema:
 
     def tensor_arrays(self, tensor: StoredTensor) -> dict[str, ArraySpec]:
         """Encoding suffix -> array."""
+        return self._arrays[tensor.need]
+
+    @cached_property
+    def _arrays(self) -> dict[Need, dict[str, ArraySpec]]:
+        return {t.need: self._arrays_of(t) for t in self.tensors}
+
+    def _arrays_of(self, tensor: StoredTensor) -> dict[str, ArraySpec]:
         layout = tensor.encoding.layout(self.count(tensor), tensor.dims, self.sizes(tensor))
         return {
-            suffix: ArraySpec(_path(tensor.need, suffix), shape, dtype, tensor.count)
+            suffix: ArraySpec(path_of(tensor.need, suffix), shape, dtype, tensor.count)
             for suffix, (shape, dtype) in layout.items()
         }
 
     def layout(self) -> tuple[ArraySpec, ...]:
         """Every per-row array of the store."""
+        return self._layout
+
+    @cached_property
+    def _layout(self) -> tuple[ArraySpec, ...]:
         arrays = [
             # sha256 of the image file (32 bytes), then the guard of boxes, labels and region definition (16)
             ArraySpec("row/identity", (48,), "uint8"),
@@ -219,7 +165,7 @@ class CacheSchema:
                 codes = tensor.encoding.encode(value, mask, self.sizes(tensor))
             if not all(np.isfinite(code).all() for code in codes.values() if code.dtype.kind == "f"):
                 raise GateError(f"the teacher gave {key} beyond 65504, too large for float16; use --encoding lossless")
-            arrays.update({_path(tensor.need, suffix): code for suffix, code in codes.items()})
+            arrays.update({path_of(tensor.need, suffix): code for suffix, code in codes.items()})
         return arrays
 
     def decode(self, arrays: Tensors, needs: Iterable[Need], entries: Entries | None = None) -> Tensors:
@@ -275,18 +221,18 @@ class CacheSchema:
             schema = CacheSchema(
                 grid=Grid.from_json(data["grid"], complete=True),
                 canvas=Canvas.parse(data["canvas"]),
-                rows=_whole(data["rows"]),
-                shard_rows=_whole(data["shard_rows"]),
+                rows=whole(data["rows"]),
+                shard_rows=whole(data["shard_rows"]),
                 tensors=tuple(StoredTensor.from_json(t) for t in data["tensors"]),
-                max_boxes=_whole(data["max_boxes"], 0),
+                max_boxes=whole(data["max_boxes"], 0),
                 served=tuple(Need(*str(key).split("@")) for key in data["served"]),
                 images=_images(data.get("images")),
             )
             arrays = schema.layout()
             for size in (n for a in arrays for n in a.shape):
-                _whole(size)
+                whole(size)
             for stride in schema.grid.strides:
-                _whole(stride)
+                whole(stride)
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             if isinstance(error, StoreError):
                 raise
@@ -301,7 +247,7 @@ class CacheSchema:
         if len(set(schema.served)) < len(schema.served):
             raise StoreError("the store's schema is impossible: one tensor is served twice")
         for need in schema.served:
-            if need in stored or not _flagged(need.region):
+            if need in stored or not is_flagged(need.region):
                 raise StoreError(f"the store's schema is impossible: {need.key} cannot be served")
         for array in arrays:
             if array.row_bytes > ROW_BYTES_LIMIT:
@@ -336,26 +282,8 @@ def row_tensor(value: Tensor) -> NDArray[np.float32]:
     return result
 
 
-def _whole(value: Any, least: int = 1) -> int:
-    """A JSON number that counts something. Raises ValueError for another."""
-    if type(value) is not int or not least <= value < 2**62:
-        raise ValueError(f"{str(value)[:40]} is not a whole number of at least {least}, or too large")
-    return value
-
-
-def _flagged(region: str) -> bool:
-    """Whether ``region`` is one of FLAGS or a union of some, each once."""
-    parts = region.split("+")
-    return len(set(parts)) == len(parts) and all(part in FLAGS for part in parts)
-
-
 def _images(encoding: Any) -> bool:
     """Whether a schema names an encoding of images. Raises StoreError for one that is not known here."""
     if encoding not in (None, PIXEL_ENCODING):
         raise StoreError(f"unknown encoding of images {str(encoding)[:40]!r}; this store was written by a newer kdcli")
     return encoding is not None
-
-
-def _path(need: Need, suffix: str) -> str:
-    # '@' and '+' are legal in Zarr keys and file names; one folder per need keeps its codes and scales together
-    return f"tensors/{need.key}/{suffix or 'values'}"

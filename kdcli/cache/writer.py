@@ -27,9 +27,10 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from kdcli.cache.checks import check_entry, check_manifest
 from kdcli.cache.locks import hold_file, remove_free
 from kdcli.cache.places import Folder, Place, Where, place_of
-from kdcli.cache.schema import FORMAT_VERSION, ArraySpec, CacheSchema, digest
+from kdcli.cache.schema import FORMAT_VERSION, CacheSchema, digest
 from kdcli.cache.seal import parse, seal, unseal
 from kdcli.cache.shards import ZSTD_LEVEL, pack_chunk, pack_shard
+from kdcli.cache.stored import ArraySpec
 from kdcli.errors import KDError, MissingPathError, NoSpaceError, StoreError
 from kdcli.files import fsync_folder
 

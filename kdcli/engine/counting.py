@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcli.cache.pixels import PIXELS
-from kdcli.cache.schema import ArraySpec, StoredTensor
+from kdcli.cache.stored import ArraySpec, StoredTensor
 from kdcli.data.views import to_canvas
 from kdcli.engine.caching import Plan
 from kdcli.engine.samples import Item, orientation

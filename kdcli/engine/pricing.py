@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kdcli.cache.plan import plan_tensors, served_by_dense
-from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema, StoredTensor
+from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema
+from kdcli.cache.stored import StoredTensor
 from kdcli.detectors.base import Detector
 from kdcli.engine.manifest import with_classes
 from kdcli.geometry.assign import assign

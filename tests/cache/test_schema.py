@@ -24,12 +24,12 @@ from kdcli.cache.schema import (
     MAX_SHARD_ROWS,
     SHARD_BYTES,
     CacheSchema,
-    StoredTensor,
     collate,
     digest,
     regions_of,
     row_tensor,
 )
+from kdcli.cache.stored import StoredTensor
 from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Canvas

@@ -1,0 +1,110 @@
+"""One stored tensor, and the Zarr arrays that it becomes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from kdcli.cache import encodings
+from kdcli.cache.encodings import Encoding
+from kdcli.errors import StoreError
+from kdcli.structures import FLAGS
+from kdcli.tensors import PROPOSAL_COUNT, Need
+
+TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9_]+)*")  # it becomes a folder: no way out of the store
+MAX_NAME = 64  # a file name may have 255 bytes
+MAX_DIMS = 8  # numpy takes 64; the most that a tensor has is 4
+PER = re.compile(r"cell|anchor|box|proposal|level[0-4]")
+ENTRY_COUNT, BOX_COUNT = "entries/count", "boxes/count"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One Zarr array without its row axis."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    count: str | None = None  # path of the array that says how many of the first dim are real; None: all are
+
+    @property
+    def sparse(self) -> bool:
+        """True when only a prefix is real."""
+        return self.count is not None
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Raw bytes of one row."""
+        return math.prod(self.shape) * self.numpy_type.itemsize
+
+    @cached_property
+    def numpy_type(self) -> np.dtype[Any]:
+        """Little-endian, as it is stored."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A need with its shape and encoding."""
+
+    need: Need
+    per: str  # what it has a row for: see TensorSpec
+    dims: tuple[int, ...]
+    encoding: Encoding
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "name": self.need.name,
+            "region": self.need.region,
+            "per": self.per,
+            "dims": list(self.dims),
+            "encoding": self.encoding.to_json(),
+        }
+
+    @property
+    def count(self) -> str | None:
+        """Path of the array that counts its rows; None when it is dense."""
+        if self.need.dense:
+            return None
+        return {"gt": BOX_COUNT, "proposals": PROPOSAL_COUNT}.get(self.need.region, ENTRY_COUNT)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> StoredTensor:
+        """Inverse of ``to_json``. Raises StoreError, KeyError, TypeError or ValueError for what it cannot be."""
+        name, region, per = (str(data[field]) for field in ("name", "region", "per"))
+        known = region in ("all", "gt", "proposals") or is_flagged(region)
+        if len(name) > MAX_NAME or not TENSOR_NAME.fullmatch(name) or not known or not PER.fullmatch(per):
+            raise StoreError(
+                f"unknown tensor {name[:MAX_NAME]!r} @ {region[:MAX_NAME]!r} per {per[:MAX_NAME]!r}; this store was written "
+                "by a newer kdcli"
+            )
+        dims = tuple(whole(n) for n in data["dims"])
+        if not 1 <= len(dims) <= MAX_DIMS:
+            raise ValueError(f"{name} has {len(dims)} dimensions a row")
+        return StoredTensor(Need(name, region), per, dims, encodings.from_json(data["encoding"]))
+
+
+def whole(value: Any, least: int = 1) -> int:
+    """A JSON number that counts something. Raises ValueError for another."""
+    if type(value) is not int or not least <= value < 2**62:
+        raise ValueError(f"{str(value)[:40]} is not a whole number of at least {least}, or too large")
+    return value
+
+
+def is_flagged(region: str) -> bool:
+    """Whether ``region`` is one of FLAGS or a union of some, each once."""
+    parts = region.split("+")
+    return len(set(parts)) == len(parts) and all(part in FLAGS for part in parts)
+
+
+def path_of(need: Need, suffix: str) -> str:
+    """The path of the array that an encoding calls ``suffix``."""
+    # '@' and '+' are legal in Zarr keys and file names; one folder per need keeps its codes and scales together
+    return f"tensors/{need.key}/{suffix or 'values'}"
