@@ -33,9 +33,9 @@ from kdcli.data.images import read_image
 from kdcli.data.views import render, view_geometry
 from kdcli.engine import launch
 from kdcli.engine.caching import plan_store
+from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import prepare
 from kdcli.engine.runs import hardware
-from kdcli.engine.samples import Loader
 from kdcli.engine.watch import Silent
 from kdcli.engine.writing import write_store
 from kdcli.options import CacheOptions

@@ -79,7 +79,6 @@ def annotations_role(args: argparse.Namespace) -> dict[str, Any]:
 def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     """``cache-teacher`` on an unfinished store, until the first micro-batch that is missing lies before the teacher."""
     import scale_store
-    import torch
 
     from kdcli.engine import writing
     from kdcli.engine.watch import Silent
@@ -100,7 +99,6 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
         reached("first_batch")
         raise ReachedTeacher
 
-    torch.set_num_threads(1)
     reached("imports")
     plan = scale_store.make_plan(args.out, args.method, args.shard_rows)
     reached("planned")

@@ -118,6 +118,7 @@ def make_plan(folder: Path, method: str, shard_rows: int | None) -> Plan:
         method=method,
         shard_rows=shard_rows,
         device="cpu",
+        threads=1,  # part of what a store is: the same in every process
     )
     return plan_store(options, Silent())
 

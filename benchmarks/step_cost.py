@@ -36,8 +36,9 @@ from kdcli.detectors.weights import load_detector
 from kdcli.engine import launch
 from kdcli.engine.caching import Plan
 from kdcli.engine.devices import peak_memory_bytes, reset_peak_memory
+from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import Item, Loader
+from kdcli.engine.samples import Item
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent
 from kdcli.engine.writing import write_store

@@ -17,8 +17,9 @@ from stores_formats import DenseRows
 from stores_reading import now
 
 from kdcli.engine import launch, teacher
+from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import Item, Loader, Sample, SampleSource
+from kdcli.engine.samples import Item, Sample, SampleSource
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent
 from kdcli.structures import Batch

@@ -36,7 +36,8 @@ from kdcli.cache.shards import pack_chunk
 from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.caching import Plan, encode_row, teacher_rows
-from kdcli.engine.samples import Item, Loader, SampleSource, collate
+from kdcli.engine.loader import Loader
+from kdcli.engine.samples import Item, SampleSource, collate
 from kdcli.engine.writing import ErrorMeter, _compare, _micro_batches, write_store
 
 METHODS = ("ld", "ld,rm", "pfi", "bckd", "defeat")

@@ -39,9 +39,9 @@ def evaluate(
     from kdcli.engine.devices import pick_amp, pick_device, pick_workers
     from kdcli.engine.evaluate import evaluate as run_evaluation
     from kdcli.engine.evaluate import plain_forward, require_same_classes, validation_source
+    from kdcli.engine.loader import Loader
     from kdcli.engine.prepare import usable
     from kdcli.engine.runs import write_metrics
-    from kdcli.engine.samples import Loader
     from kdcli.report.console import human_console, table_of_metrics
     from kdcli.structures import Canvas
 

@@ -23,9 +23,10 @@ from kdcli.detectors.weights import load_detector
 from kdcli.engine.devices import pick_device, pick_workers, set_threads
 from kdcli.engine.distributed import take_local_gpu
 from kdcli.engine.evaluate import evaluate, validation_source
+from kdcli.engine.loader import Loader
 from kdcli.engine.manifest import make_manifest, region_spec, teacher_entry, with_classes
 from kdcli.engine.prepare import absolute_methods, usable
-from kdcli.engine.samples import Item, Loader, Sample, SampleSource, collate
+from kdcli.engine.samples import Item, Sample, SampleSource, collate
 from kdcli.engine.teacher import TeacherForward, class_order, compiled
 from kdcli.engine.watch import Watcher
 from kdcli.errors import GateError, OptionError, nearest
@@ -157,6 +158,8 @@ def teacher_rows(
     plan: Plan, samples: list[Sample], proposals: list[Tensor] | None = None
 ) -> list[dict[str, NDArray[np.float32]]]:
     """Teacher tensors (float32, by ``Need.key``) of samples of one orientation. ``proposals``: see TeacherForward.rows."""
+    if not plan.needs:  # pictures alone are added to a store
+        return [{} for _ in samples]
     batch = collate(samples, None).to(plan.device)
     return [
         {need.key: row_tensor(row[need.key][0] if need.dense else row[need.key]) for need in plan.needs}

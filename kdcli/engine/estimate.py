@@ -20,8 +20,9 @@ from kdcli.cache.shards import pack_chunk
 from kdcli.data.coco import has_split, open_split
 from kdcli.engine.caching import Plan
 from kdcli.engine.counting import Counted, count_micro_batches, count_units, element_bytes, rows_of
+from kdcli.engine.devices import usable_cores
 from kdcli.engine.evaluate import evaluation_batches, validation_source
-from kdcli.engine.probing import Pace, Probe, run_probe, usable_cores
+from kdcli.engine.probing import Pace, Probe, run_probe
 from kdcli.engine.samples import Item
 from kdcli.engine.writing import MAX_THREADS, Part
 

@@ -16,7 +16,8 @@ from kdcli.data.views import to_image
 from kdcli.detectors.base import Detector, count_parameters
 from kdcli.engine.coco_eval import Metrics, coco_results, evaluate_detections
 from kdcli.engine.distributed import gathered, world_rank
-from kdcli.engine.samples import Item, Loader, Sample, SampleSource, orientation
+from kdcli.engine.loader import Loader
+from kdcli.engine.samples import Item, Sample, SampleSource, orientation
 from kdcli.errors import DataError
 from kdcli.structures import Canvas
 from kdcli.tensors import BACKBONE, Tensors, world_size

@@ -24,6 +24,7 @@ from kdcli.cache.writer import create_store, shard_key
 from kdcli.data.coco import has_split
 from kdcli.engine.caching import Plan, teacher_rows
 from kdcli.engine.counting import Counted, element_bytes
+from kdcli.engine.devices import usable_cores
 from kdcli.engine.samples import Item, Sample, SampleSource, orientation
 from kdcli.engine.watch import Silent
 from kdcli.engine.writing import write_store
@@ -113,11 +114,6 @@ def run_probe(plan: Plan, counted: Counted, place: Place) -> Probe:
 def crowded(plan: Plan) -> bool:
     """Whether the teacher's threads take every core, so that data processes slow it down: they are part of the probe then."""
     return plan.workers > 0 and plan.device.type == "cpu" and torch.get_num_threads() >= usable_cores()
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def _sizes(plan: Plan, counted: Counted) -> list[int]:

@@ -6,8 +6,6 @@ other workers and a run on several processes see the same pixels.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,14 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from kdcli.cache.reader import CacheReader, Row
 from kdcli.cache.schema import collate as collate_rows
 from kdcli.data import coco
 from kdcli.data.images import read_image
 from kdcli.data.views import Geometry, orient, render, to_canvas, view_geometry
-from kdcli.errors import KDError, StoreError
+from kdcli.errors import StoreError
 from kdcli.geometry.assign import AssignerSpec, assign
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec, compute_entries, guard
@@ -162,107 +159,6 @@ def collate(samples: list[Sample], reader: CacheReader | None) -> Batch:
         valid=torch.stack([s.valid for s in samples]),
     )
     return Batch(torch.stack([s.image for s in samples]), targets, [s.key for s in samples], entries, rows)
-
-
-class Loader:
-    """Batches (or lists of samples) in a planned order, made ahead by ``workers`` processes (0: in this one)."""
-
-    def __init__(self, source: SampleSource, workers: int) -> None:
-        self.source = source
-        self._plan = _Plan()
-        self._workers = workers
-        self._loaders: dict[Callable[..., Any], DataLoader[Any]] = {}
-
-    def samples(self, batches: list[list[Item]]) -> Iterator[list[Sample]]:
-        """The samples of each planned batch. Raises the first error that a worker met."""
-        for packed in self._run(batches, _pack):
-            yield [_unpack(p) for p in packed]
-
-    def batches(self, batches: list[list[Item]]) -> Iterator[Batch]:
-        """Collated batches in the planned order. Raises the first error that a worker met."""
-        for wire in self._run(batches, functools.partial(_to_wire, self.source.reader)):
-            yield _from_wire(wire)
-
-    def _run(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
-        self._plan.batches = batches
-        kind = collate_fn.func if isinstance(collate_fn, functools.partial) else collate_fn
-        if kind not in self._loaders:
-            self._loaders[kind] = DataLoader(
-                _Loadable(self.source),
-                batch_sampler=self._plan,  # items are (position, view), not numbers
-                num_workers=self._workers,
-                collate_fn=collate_fn,
-                persistent_workers=self._workers > 0,
-                prefetch_factor=4 if self._workers else None,
-                # of its own: DataLoader draws a seed at each pass, which must not move the run's random state
-                generator=torch.Generator().manual_seed(0),
-            )
-        for made in self._loaders[kind]:
-            if isinstance(made, KDError):
-                raise made
-            yield made
-
-
-class _Loadable(Dataset[Any]):
-    """What DataLoader wants. An error travels as a value: re-raised by DataLoader it would lose its one line."""
-
-    def __init__(self, source: SampleSource) -> None:
-        self.source = source
-
-    def __getitem__(self, item: Item) -> Sample | KDError:
-        try:
-            return self.source.load(item)
-        except KDError as error:
-            return error
-
-
-class _Plan:
-    """A batch sampler whose list of batches is set before each pass, so that workers live through all epochs."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[Item]] = []
-
-    def __iter__(self) -> Iterator[list[Item]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def _to_wire(reader: CacheReader | None, samples: list[Sample | KDError]) -> Any:
-    """A batch with its boxes end to end: each tensor that leaves a worker costs a file descriptor."""
-    good: list[Sample] = []
-    for sample in samples:
-        if isinstance(sample, KDError):
-            return sample
-        good.append(sample)
-    batch = collate(good, reader)
-    counts = [len(b) for b in batch.targets.boxes]
-    boxes, labels = torch.cat(batch.targets.boxes), torch.cat(batch.targets.labels)
-    return replace(batch, targets=replace(batch.targets, boxes=[boxes], labels=[labels])), counts
-
-
-def _from_wire(wire: tuple[Batch, list[int]]) -> Batch:
-    batch, counts = wire
-    boxes = list(torch.split(batch.targets.boxes[0], counts))
-    labels = list(torch.split(batch.targets.labels[0], counts))
-    return replace(batch, targets=replace(batch.targets, boxes=boxes, labels=labels))
-
-
-def _pack(samples: list[Sample | KDError]) -> Any:
-    """Samples with arrays in place of tensors, for the same reason; entries keep theirs."""
-    for sample in samples:
-        if isinstance(sample, KDError):
-            return sample
-    return [replace(s, **{n: getattr(s, n).numpy() for n in _TENSORS}) for s in samples if isinstance(s, Sample)]
-
-
-def _unpack(sample: Sample) -> Sample:
-    tensors: dict[str, Any] = {n: torch.from_numpy(getattr(sample, n)) for n in _TENSORS}
-    return replace(sample, **tensors)
-
-
-_TENSORS = ("image", "boxes", "labels", "assigned", "valid")
 
 
 def orientation(source: SampleSource, item: Item) -> Canvas:

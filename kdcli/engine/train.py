@@ -17,9 +17,9 @@ from kdcli.detectors.weights import export, load_detector
 from kdcli.engine import distributed, runs
 from kdcli.engine.devices import peak_memory_bytes
 from kdcli.engine.evaluate import evaluate, plain_forward, validation_source
+from kdcli.engine.loader import Loader
 from kdcli.engine.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
 from kdcli.engine.prepare import Prepared
-from kdcli.engine.samples import Loader
 from kdcli.engine.sampling import image_draws, plan_epoch
 from kdcli.engine.state import STATE_FILE, Progress, load_state, save_state
 from kdcli.engine.step import TrainStep, ZeroGuard, gradient_norms, require_finite, require_sane_gradients

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kdcli.cache.reader import CacheReader
+from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import Prepared, prepare
-from kdcli.engine.samples import Loader, collate
+from kdcli.engine.samples import collate
 from kdcli.engine.sampling import plan_epoch
 from kdcli.engine.step import TrainStep
 from kdcli.engine.train import Trainer

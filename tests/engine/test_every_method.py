@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kdcli.cache.reader import CacheReader
 from kdcli.detectors.build import DETECTORS, ModelSpec, build_detector
+from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import Prepared, prepare
-from kdcli.engine.samples import Loader
 from kdcli.engine.sampling import image_draws, plan_epoch
 from kdcli.engine.step import TrainStep
 from kdcli.engine.train import Trainer

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kdcli.engine import launch
+from kdcli.engine.loader import Loader
 from kdcli.engine.optim import check_ownership
 from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import Loader
 from kdcli.engine.state import STATE_FILE
 from kdcli.engine.step import ZERO_STEPS, ZeroGuard, gradient_norms, require_finite
 from kdcli.engine.watch import Silent

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdcli.cache.reader import CacheReader, Row
 from kdcli.engine.caching import plan_store
-from kdcli.engine.samples import Item, Loader, SampleSource
+from kdcli.engine.loader import Loader
+from kdcli.engine.samples import Item, SampleSource
 from kdcli.engine.watch import Silent
 from kdcli.structures import RowKey
 from tests.engine.conftest import cache_options

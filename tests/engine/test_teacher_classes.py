@@ -12,7 +12,8 @@ import torch
 from kdcli.detectors.weights import export, load_detector
 from kdcli.engine.caching import measure_teacher, plan_store
 from kdcli.engine.evaluate import evaluate, validation_source
-from kdcli.engine.samples import Loader, collate
+from kdcli.engine.loader import Loader
+from kdcli.engine.samples import collate
 from kdcli.engine.sampling import plan_epoch
 from kdcli.engine.teacher import TeacherForward
 from kdcli.engine.watch import Silent

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.engine import distributed
+from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import Loader
 from kdcli.engine.sampling import plan_epoch
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent
