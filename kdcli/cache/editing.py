@@ -35,6 +35,8 @@ from kdcli.errors import StoreError
 from kdcli.files import fsync_folder
 
 Advance = Callable[[int], None]
+MAX_FILES = 128  # open at a time, of all sources; the rows of a shard come from a few files of each array
+_Files = dict[tuple[int, str, int], ShardFile]  # by source, array path and shard
 
 
 def drop_tensors(store: Path, schema: CacheSchema, changes: Mapping[str, Any], advance: Advance) -> None:
@@ -110,15 +112,12 @@ def copy_rows(
     """
     writer = StoreWriter(out, schema)
     done = writer.done()
-    files: dict[tuple[int, str, int], ShardFile] = {}
+    files: _Files = {}
     sums = [entry["measured"] for source in sources for _, entry in sorted(read_journal(source.place).items())]
     for shard in range(schema.num_shards):
         start, stop = schema.shard_range(shard)
         if shard not in done:
-            chunks = {
-                array.path: [_chunk(sources, place, array, files) for place in rows[start:stop]]
-                for array in schema.layout()
-            }
+            chunks = {array.path: _chunks(sources, rows[start:stop], array, files) for array in schema.layout()}
             measured = {}
             for kind in ("encoding", "precision"):
                 meter = ErrorMeter()
@@ -161,25 +160,27 @@ def _errors(journal: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, dic
     return {kind: summarise(part[kind] for part in parts) for kind in ("encoding", "precision")}
 
 
-def _chunk(
-    sources: Sequence[CacheReader],
-    place: tuple[int, int],
-    array: ArraySpec,
-    files: dict[tuple[int, str, int], ShardFile],
-) -> bytes:
-    reader = sources[place[0]]
-    shard, position = divmod(place[1], reader.schema.shard_rows)
-    key = (place[0], array.path, shard)
-    theirs = reader.layout[array.path]
-    if key not in files:
-        if len(files) >= 128:
-            del files[next(iter(files))]
-        (files[key],) = open_shards(reader.place, [shard_key(theirs, shard)], reader.schema.shard_rows)
-    (chunk,) = read_chunks(reader.place, [(files[key], position)])
-    if theirs.shape == array.shape:
-        return chunk
-    value = files[key].unpack(chunk, theirs.row_bytes, theirs.row_bytes).view(array.numpy_type).reshape(theirs.shape)
-    return pack_chunk(value[: array.shape[0]], array.shape, array.dtype)
+def _chunks(
+    sources: Sequence[CacheReader], places: Sequence[tuple[int, int]], array: ArraySpec, files: _Files
+) -> list[bytes]:
+    """The chunks of ``array`` for rows (source, row of it), padded as it is; asked for together, for an object store."""
+    found: dict[int, bytes] = {}
+    for source, reader in enumerate(sources):
+        theirs, size = reader.layout[array.path], reader.schema.shard_rows
+        mine = {n: divmod(row, size) for n, (k, row) in enumerate(places) if k == source}
+        new = [s for s in dict.fromkeys(s for s, _ in mine.values()) if (source, array.path, s) not in files]
+        opened = open_shards(reader.place, [shard_key(theirs, s) for s in new], size)
+        files.update({(source, array.path, s): file for s, file in zip(new, opened, strict=True)})
+        wanted = [(files[source, array.path, s], position) for s, position in mine.values()]
+        for n, (file, _), chunk in zip(mine, wanted, read_chunks(reader.place, wanted), strict=True):
+            found[n] = chunk
+            if theirs.shape != array.shape:
+                data = file.unpack(chunk, theirs.row_bytes, theirs.row_bytes)
+                value = data.view(array.numpy_type).reshape(theirs.shape)
+                found[n] = pack_chunk(value[: array.shape[0]], array.shape, array.dtype)
+    while len(files) > MAX_FILES:
+        del files[next(iter(files))]
+    return [found[n] for n in range(len(places))]
 
 
 def _move(source: Path, target: Path) -> None:

@@ -241,9 +241,9 @@ class CacheSchema:
             ) from error
         if not (schema.rows < 2**40 and schema.shard_rows <= 2**20 and schema.max_boxes <= 2**20):
             raise StoreError(f"the store's schema is impossible: {schema.rows} rows, {schema.shard_rows} rows a shard")
-        if not (schema.tensors or schema.served) or len({t.need for t in schema.tensors}) < len(schema.tensors):
-            raise StoreError("the store's schema is impossible: no tensor, or one tensor twice")
         stored = {t.need for t in schema.tensors}
+        if not (stored or schema.served or schema.images) or len(stored) < len(schema.tensors):
+            raise StoreError("the store's schema is impossible: no tensor, or one tensor twice")
         if len(set(schema.served)) < len(schema.served):
             raise StoreError("the store's schema is impossible: one tensor is served twice")
         for need in schema.served:

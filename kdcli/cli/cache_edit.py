@@ -18,10 +18,14 @@ def add(
     teacher: Annotated[str | None, typer.Option(help="Teacher (default: where the store was written from).")] = None,
     data: Annotated[str | None, typer.Option(help="Data set (default: where the store was written from).")] = None,
     encoding: Annotated[str, typer.Option(help="Of the new tensors: default, compact, float16, lossless.")] = "default",
+    cache_images: Annotated[
+        bool, typer.Option("--cache-images", help="Add the resized images, so that training opens no image file.")
+    ] = False,
     set_: f.Set = None,
     json: f.Json = False,
 ) -> int:
-    """Add what other methods read. The teacher runs again; what is there stays. Killed, the same command goes on.
+    """Add what other methods read, or the images. The teacher runs again; what is there stays. Killed, the same command
+    goes on.
 
     Example: kdcli cache add STORE --method bckd
     """
@@ -30,16 +34,16 @@ def add(
     from kdcli.methods import find_methods
     from kdcli.options import parse_assignments
 
-    if not method:
-        raise UsageError("--method is missing: name what to add, e.g. --method bckd")
-    known = find_methods(method)
+    if not method and not cache_images:
+        raise UsageError("name what to add: --method bckd, or --cache-images")
+    known = find_methods(method) if method else {}
     settings: dict[str, dict[str, Any]] = {}
     for table, values in parse_assignments(set_ or []).items():
         if table not in known:
             raise OptionError(f"--set {table}.…: unknown table '{table}'{nearest(table, known)}")
         settings[table] = values
     with ConsoleWatcher() as watcher:
-        new = add_tensors(store, data, teacher, method, settings, encoding, watcher)
+        new = add_tensors(store, data, teacher, method or "", settings, encoding, watcher, cache_images)
         found = store_info(store)
         if new:
             watcher.note(f"{store}: {', '.join(new)} added, {found['bytes'] / 2**20:.1f} MB now")

@@ -34,19 +34,21 @@ ADDING = ".adding"  # inside the store: same disk, and gone with it
 
 def add(
     store: Where, data: str | None, teacher: str | None, methods: str, settings: Mapping[str, Mapping[str, Any]],
-    encoding: str, watcher: Watcher,
+    encoding: str, watcher: Watcher, images: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Add what ``methods`` read and ``store`` lacks; returns the keys of the new tensors.
+    """Add what ``methods`` read and ``store`` lacks, and with ``images`` the pictures; returns the keys of what is new.
 
     The teacher runs again, but only the new tensors are encoded and written, into a store inside the store that is taken
-    in when it is complete: until then readers see the old store. The same call goes on after a kill. ``data`` and
-    ``teacher``: None for where the store was written from. Raises StoreError when they are not those of the manifest.
+    in when it is complete: until then readers see the old store. For pictures alone it does not run. The same call goes on
+    after a kill. ``data`` and ``teacher``: None for where the store was written from. Raises StoreError when they are not
+    those of the manifest.
     """
     reader = CacheReader(store)
     folder = _folder(reader, "add to it")
     manifest = reader.manifest
     origin = manifest["origin"]
-    names = ",".join(dict.fromkeys([*_methods(manifest), *absolute_methods(methods).split(",")]))
+    asked = absolute_methods(methods).split(",") if methods else []
+    names = ",".join(dict.fromkeys([*_methods(manifest), *asked]))
     whole = plan_of_store(
         store, data or origin["data"], teacher or origin["teacher"], None, watcher, methods=names, settings=settings,
         encoding=encoding,
@@ -61,11 +63,13 @@ def add(
         whole.schema,
         tensors=tuple(have.get(t.need, t) for t in whole.schema.tensors),
         shard_rows=reader.schema.shard_rows,
-        images=reader.schema.images,
+        images=reader.schema.images or images,
     )
-    new = tuple(t for t in joined.tensors if t.need not in have)
+    new = [t.need.key for t in joined.tensors if t.need not in have]
+    if joined.images and not reader.schema.images:
+        new.append(PIXELS)
     if not new and set(joined.served) <= {*reader.schema.served, *have}:
-        watcher.note(f"{store}: has everything that {methods} read(s)")
+        watcher.note(f"{store}: has everything that {methods or 'training from pictures'} read(s)")
         return []
     # what was sparse and is now served by a new dense tensor goes last, so that it is there until then
     between = replace(joined, tensors=(*joined.tensors, *(t for n, t in have.items() if n in joined.served)))
@@ -78,7 +82,7 @@ def add(
         take_in(folder, overlay, between, changes, watcher.advance)
         if between != joined:
             drop_tensors(folder, joined, {}, watcher.advance)
-    return [t.need.key for t in new]
+    return new
 
 
 def _plan_of(whole: Plan, joined: CacheSchema, stored: CacheSchema) -> Plan:
@@ -88,7 +92,7 @@ def _plan_of(whole: Plan, joined: CacheSchema, stored: CacheSchema) -> Plan:
         joined,
         tensors=tuple(t for t in joined.tensors if t.need not in have),
         served=tuple(n for n in joined.served if n not in have),
-        images=False,
+        images=joined.images and not stored.images,
     )
     needs = tuple(t.need for t in schema.tensors)
     # the AP of the teacher is known; measuring it again would take a pass over val

@@ -46,7 +46,7 @@ NEEDS = (
     Need(BOX_REGRESSION, "vlr"),
     Need(RANK, "main"),
 )
-MANIFEST = {"format": "kdcli.store", "version": 1, "views": list(VIEWS), "teacher": "none"}
+MANIFEST = {"format": "kdcli.store", "version": 1, "views": list(VIEWS), "wrote": "a test"}
 
 
 def make_schema(encoding: str = "default", needs: tuple[Need, ...] = NEEDS) -> CacheSchema:

@@ -173,7 +173,7 @@ def test_one_of_two_makers_wins(server: Server, url: str) -> None:
     create(url, SCHEMA)  # the same bytes: whose they are does not matter
     before = server.objects(prefix(url))
     with pytest.raises(FileExistsError):
-        create_store(url, SCHEMA, {**MANIFEST, "teacher": "another"}, IMAGE_IDS)
+        create_store(url, SCHEMA, {**MANIFEST, "wrote": "another"}, IMAGE_IDS)
     with pytest.raises(StoreError, match="is of another store"):
         create(url, make_schema("lossless"))
     left = server.objects(prefix(url))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from store_case import (
     CANVAS,
     GRID,
@@ -67,6 +68,21 @@ def test_other_encodings_come_back(tmp_path: Path, encoding: str) -> None:
     for index, key in list(enumerate(keys()))[:5]:
         assert_row_equal(direct.read(key), make_row(schema, index))
         assert_row_equal(judge.read(key), make_row(schema, index))
+
+
+@pytest.mark.parametrize("pipeline", ["BatchedCodecPipeline", "ZarrsCodecPipeline"])
+def test_both_pipelines_of_zarr_give_the_same(store: Path, monkeypatch: pytest.MonkeyPatch, pipeline: str) -> None:
+    assert reader_module.ZARRS  # zarrs is installed here
+    if pipeline == "BatchedCodecPipeline":
+        monkeypatch.setattr(reader_module, "ZARRS", {})
+    reader = CacheReader(store, direct=False)
+    for index, key in enumerate(keys()):
+        assert_row_equal(reader.read(key), make_row(SCHEMA, index))
+    assert (
+        type(reader._group["row/identity"]._async_array.codec_pipeline).__name__ == "BatchedCodecPipeline"
+    )  # elsewhere
+    with zarr.config.set(reader_module.ZARRS):
+        assert type(reader._group["row/identity"]._async_array.codec_pipeline).__name__ == pipeline
 
 
 @pytest.mark.parametrize("need", NEEDS, ids=lambda n: n.key)

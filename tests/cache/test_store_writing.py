@@ -229,7 +229,7 @@ def test_a_kill_while_creating_leaves_no_store(tmp_path: Path) -> None:
 
 def test_a_store_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     create(tmp_path / "a" / "b" / "s", SCHEMA)
-    assert read_manifest(tmp_path / "a" / "b" / "s")["teacher"] == "none"
+    assert read_manifest(tmp_path / "a" / "b" / "s")["wrote"] == "a test"
 
 
 def test_creation_does_not_touch_a_store_that_is_there(half: Path) -> None:

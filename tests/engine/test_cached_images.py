@@ -26,8 +26,9 @@ from kdcli.data.views import PAD_RGB
 from kdcli.engine import caching, editing, launch
 from kdcli.engine.caching import plan_store
 from kdcli.engine.estimate import estimate
+from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import Loader
+from kdcli.engine.teacher import TeacherForward
 from kdcli.engine.verify import plan_of_store, verify_checksums, verify_teacher
 from kdcli.engine.watch import Silent
 from kdcli.engine.writing import write_store
@@ -219,6 +220,23 @@ def test_added_tensors_leave_the_pictures(pictured: Path, data: Path, teacher: P
     assert editing.add(store, None, None, "pfi", {}, "default", Silent()) == ["cls_logits@all", "features@all"]
     assert contents(store) == contents(whole)
     verify_checksums(store, Silent())
+
+
+@pytest.mark.parametrize("methods", ["", "pfi"])
+def test_added_pictures_are_those_of_one_writing(
+    plain: Path, data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: str
+) -> None:
+    store = Path(shutil.copytree(plain, tmp_path / "store"))
+    whole = write(
+        cache_options(data, teacher, method=f"ld,rm,{methods}".rstrip(","), cache_images=True), tmp_path / "whole"
+    )
+    if not methods:  # the teacher has nothing to say
+        monkeypatch.setattr(TeacherForward, "rows", lambda *_: pytest.fail("a forward pass"))
+    tensors = ["cls_logits@all", "features@all"] if methods else []
+    assert editing.add(store, None, None, methods, {}, "default", Silent(), images=True) == [*tensors, PIXELS]
+    assert contents(store) == contents(whole)
+    verify_checksums(store, Silent())
+    assert editing.add(store, None, None, methods, {}, "default", Silent(), images=True) == []
 
 
 def test_pruned_pictures_leave_the_store_without_them(plain: Path, pictured: Path, tmp_path: Path) -> None:
