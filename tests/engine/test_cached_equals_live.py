@@ -120,7 +120,7 @@ def gradients(
 
 def test_direct_and_zarr_readers_agree(default_store: Path) -> None:
     direct, through_zarr = CacheReader(default_store), CacheReader(default_store, direct=False)
-    keys = [RowKey(i, v) for i in list(direct._image_rows)[:6] for v in direct.views]
+    keys = [RowKey(i, v) for i in direct.image_ids[:6] for v in direct.views]
     for key in keys:
         ours, theirs = direct.read(key), through_zarr.read(key)
         assert ours.content == theirs.content
