@@ -11,9 +11,12 @@ processor`` takes one core, loads images in the same process, and counts the sec
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile

@@ -8,7 +8,8 @@ import os
 import pstats
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from ctypes import CDLL, c_size_t, c_ubyte, c_void_p, get_errno
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,18 @@ def by_format(
     return Reading(fresh, schema, tuple(DenseRows(kind, folder, schema, numbers).layout.values()), needs, folder)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As a data worker has: a second one would only add to the processor time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def warm(
     readings: Mapping[str, Reading], keys: Sequence[RowKey], batch: int, rounds: int, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
@@ -139,6 +152,7 @@ def warm(
     return found
 
 
+@one_thread()
 def cold(
     readings: Mapping[str, Reading], keys: Sequence[RowKey], batch: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
@@ -182,6 +196,7 @@ def synced(folder: Path) -> None:
         os.close(descriptor)
 
 
+@one_thread()
 def profile(reading: Reading, keys: Sequence[RowKey], batch: int, device: torch.device) -> dict[str, Any]:
     """Where the processor time of a warm read goes: microseconds and calls a row, by kind, and the dearest functions.
 
