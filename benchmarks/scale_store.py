@@ -144,8 +144,7 @@ def make_pool(plan: Plan, size: int) -> tuple[list[Packed], dict[str, float]]:
     layout = plan.schema.layout()
     packed, sums = [], {"entries": 0, "positives": 0, "boxes": 0, "raw_bytes": 0, "chunk_bytes": 0}
     for row in range(size * len(plan.views)):
-        item = plan.item(row)
-        sample = plan.source.load(item)
+        sample = plan.source.load(plan.item(row))
         value = random_values(plan, sample, np.random.default_rng([2, row]))
         arrays = encode_row(plan, sample, value)
         meter = ErrorMeter()
@@ -154,7 +153,7 @@ def make_pool(plan: Plan, size: int) -> tuple[list[Packed], dict[str, float]]:
             meter.add(key, exact, row_tensor(decoded[key]))
         chunks = {a.path: pack_chunk(arrays[a.path], a.shape, a.dtype) for a in layout}
         raw = sum(v.nbytes for v in arrays.values())
-        packed.append(Packed({item: chunks}, raw, meter.sums, {}))
+        packed.append(Packed(chunks, raw, meter.sums, {}))
         assert sample.entries is not None
         sums["entries"] += len(sample.entries.index)
         sums["positives"] += int(sample.entries.select("main").sum())
@@ -174,7 +173,7 @@ def write(plan: Plan, store: Path, pool: list[Packed], part: int = 0, parts: int
     writer = StoreWriter(store, plan.schema)
     done = writer.done()
     layout = [a.path for a in plan.schema.layout()]
-    rows = [next(iter(p.chunks.values())) for p in pool]
+    rows = [p.chunks for p in pool]
     for shard in (s for s in Part(part, parts).shards(plan.schema.num_shards) if s not in done):
         numbers = [row % len(rows) for row in range(*plan.schema.shard_range(shard))]
         meter = ErrorMeter()

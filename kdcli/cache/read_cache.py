@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 from kdcli.cache.shards import crc_is_right
@@ -58,7 +59,7 @@ class ReadCache:
             return
         file = self._file(name)
         part = file.parent
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        temporary = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         try:
             part.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(chunk)

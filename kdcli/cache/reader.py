@@ -175,13 +175,15 @@ class CacheReader:
     def _fetch(self, index: int) -> _Chunks:
         """The chunks of row ``index``, one of each array that is wanted, checked."""
         shard, position = divmod(index, self.schema.shard_rows)
-        new = [path for path in self.layout if (path, shard) not in self._shards]
+        held = {path: self._shards.get((path, shard)) for path in self.layout}  # other threads open and close files too
+        new = [path for path, file in held.items() if file is None]
         keys = [shard_key(self.layout[path], shard) for path in new]
         for path, file in zip(new, open_shards(self.place, keys, self.schema.shard_rows), strict=True):
-            self._shards[path, shard] = file
-        files = [self._shards[path, shard] for path in self.layout]
-        while len(self._shards) > (MAX_OPEN_FILES if isinstance(self.place, Folder) else MAX_INDICES):
-            del self._shards[next(iter(self._shards))]  # the one opened first; reads are random anyway
+            held[path] = self._shards[path, shard] = file
+        files = [file for file in held.values() if file is not None]
+        most = MAX_OPEN_FILES if isinstance(self.place, Folder) else MAX_INDICES
+        for first in list(self._shards)[: max(0, len(self._shards) - most)]:  # opened first; reads are random anyway
+            self._shards.pop(first, None)
         data = read_chunks(self.place, [(file, position) for file in files])
         return dict(zip(self.layout, zip(files, data, strict=True), strict=True))
 

@@ -20,7 +20,7 @@ from kdcli.data.coco import Dataset, has_split, open_split
 from kdcli.data.views import parse_views
 from kdcli.detectors.build import lineage_of
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.devices import pick_device, pick_workers, set_threads
+from kdcli.engine.devices import pick_device, pick_teacher_workers, set_threads
 from kdcli.engine.distributed import take_local_gpu
 from kdcli.engine.evaluate import evaluate, validation_source
 from kdcli.engine.loader import Loader
@@ -116,9 +116,8 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     forward = TeacherForward(detector.eval(), order, options.micro_batch, options.precision)
     if options.compile:
         forward = compiled(forward, canvas)
-    return Plan(
-        options, forward, source, positions, views, schema, stored, manifest, device, pick_workers(options.workers)
-    )
+    workers = pick_teacher_workers(options.workers, device)
+    return Plan(options, forward, source, positions, views, schema, stored, manifest, device, workers)
 
 
 def measure_teacher(plan: Plan, watcher: Watcher) -> float | None:

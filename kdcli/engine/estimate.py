@@ -6,7 +6,6 @@ canvas say. Time: the slowest of the stages that work side by side (see ``stage_
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from kdcli.engine.devices import usable_cores
 from kdcli.engine.evaluate import evaluation_batches, validation_source
 from kdcli.engine.probing import Pace, Probe, run_probe
 from kdcli.engine.samples import Item
-from kdcli.engine.writing import MAX_THREADS, Part
+from kdcli.engine.writing import Part
 
 EPOCHS = 12  # of a usual student
 MARGIN = 1.1  # bytes are known to 10 %: ask for that much more room
@@ -42,7 +41,6 @@ class Work:
     val_rows: int  # that the teacher's AP is measured on
     val_batches: int
     workers: int  # data processes
-    threads: int  # behind the teacher
     cores: int
 
 
@@ -112,28 +110,30 @@ def break_even(store_seconds: float, images: int, image_seconds: float) -> Break
 def stage_seconds(pace: Pace, work: Work) -> dict[str, float]:
     """Seconds that each stage needs for all rows. They overlap, so that the slowest decides.
 
-    ``teacher``: forward passes, with the slowing down by encoding beside them. ``loading``: decoding in the data
-    processes. ``encoding``: encoding, compression and writing in the threads. ``disk``: writing. ``cores``: the CPU seconds
-    of all of these over the cores.
+    ``teacher``: forward passes, with what goes on between them, and the slowing down by what goes on beside them.
+    ``loading``: decoding in the data processes. ``encoding``: encoding and compression in the threads. ``disk``: writing.
+    ``cores``: the CPU seconds of all of these over the cores.
     """
-    disk = work.shards * pace.shard + work.bytes * pace.byte
-    loading = work.rows * pace.load
+    loading = work.rows * pace.load_cpu if work.workers else 0.0  # else in ``front_cpu``
     return {
-        "teacher": work.micro_batches * pace.front + (0 if work.workers else loading),
-        "loading": loading / max(1, work.workers),
-        "encoding": work.rows * pace.encode + disk / work.threads,
-        "disk": disk,
-        "cores": (work.micro_batches * pace.front_cpu + work.rows * pace.load_cpu) / work.cores,
+        "teacher": work.micro_batches * pace.front,
+        "loading": work.rows * pace.load / work.workers if work.workers else 0.0,
+        "encoding": work.rows * pace.encode,
+        "disk": work.shards * pace.shard + work.bytes * pace.byte,
+        "cores": (work.micro_batches * pace.front_cpu + loading) / work.cores,
     }
 
 
 def run_seconds(pace: Pace, work: Work) -> float:
     """Seconds of a whole run: the teacher's AP on val, the start, the rows, and the end."""
-    loading = work.val_rows * pace.load
-    beside = min(max(0.0, pace.front - pace.teacher), work.micro_batch * pace.load_cpu)  # what loading slows it down by
-    val = work.val_batches * (pace.evaluate + beside) + (0 if work.workers else loading)
-    val = max(val, loading / max(1, work.workers)) + (pace.start if work.val_rows else 0)
-    return val + pace.start + max(stage_seconds(pace, work).values()) + pace.drain
+    loading, passes = work.val_rows * pace.load, work.val_batches * pace.evaluate
+    if work.workers:  # beside the passes, which it slows down
+        passes += work.val_batches * min(max(0.0, pace.front - pace.teacher), work.micro_batch * pace.load_cpu)
+        val = max(passes, loading / work.workers)
+    else:
+        val = passes + loading
+    start = pace.start * (2 if work.val_rows else 1)
+    return val + start + max(stage_seconds(pace, work).values()) + pace.drain
 
 
 def array_bytes(schema: CacheSchema, counted: Counted, probe: Probe) -> dict[str, int]:
@@ -178,7 +178,7 @@ def _work(plan: Plan, shards: range, total: int) -> Work:
         rows=rows, micro_batches=count_micro_batches(plan, shards), micro_batch=size,
         shards=len(shards), bytes=round(total * rows / plan.schema.rows),
         val_rows=sum(map(len, val)), val_batches=len(val), workers=plan.workers,
-        threads=min(MAX_THREADS, max(1, (os.cpu_count() or 2) // 2)), cores=usable_cores(),
+        cores=usable_cores(),
     )  # fmt: skip
 
 

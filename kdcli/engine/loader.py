@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,16 +17,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdcli.cache.reader import CacheReader
+from kdcli.engine.devices import helper_threads
 from kdcli.engine.samples import Item, Sample, SampleSource, collate
 from kdcli.errors import KDError
 from kdcli.structures import Batch, Entries
 
 PIPE_BYTES = 2**16  # of 240 kB an array takes longer than a tensor
+T = TypeVar("T")
 _Change = Callable[[Any], Any]
 
 
 class Loader:
-    """Batches (or lists of samples) in a planned order, made ahead by ``workers`` processes (0: in this one)."""
+    """Batches (or lists of samples) in a planned order, made ahead by ``workers`` processes.
+
+    0: in this one, when they are asked for; files are read by as many threads as torch has.
+    """
 
     def __init__(self, source: SampleSource, workers: int) -> None:
         self.source = source
@@ -45,6 +50,23 @@ class Loader:
             yield _from_wire(wire)
 
     def _run(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
+        loaded = self._ahead(batches, collate_fn) if self._workers else self._here(batches, collate_fn)
+        for made in loaded:
+            if isinstance(made, KDError):
+                raise made
+            yield made
+
+    def _here(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
+        with helper_threads(torch.get_num_threads(), "load") as pool:
+            for items in batches:
+                fetched = list(pool.map(functools.partial(_attempt, self.source.fetch), items))
+                made = [
+                    f if isinstance(f, KDError) else _attempt(self.source.complete, item, f)
+                    for item, f in zip(items, fetched, strict=True)
+                ]
+                yield collate_fn(made)
+
+    def _ahead(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
         self._plan.batches = batches
         kind = collate_fn.func if isinstance(collate_fn, functools.partial) else collate_fn
         if kind not in self._loaders:
@@ -53,28 +75,30 @@ class Loader:
                 batch_sampler=self._plan,  # items are (position, view), not numbers
                 num_workers=self._workers,
                 collate_fn=collate_fn,
-                persistent_workers=self._workers > 0,
-                prefetch_factor=4 if self._workers else None,
+                persistent_workers=True,
+                prefetch_factor=4,
                 # of its own: DataLoader draws a seed at each pass, which must not move the run's random state
                 generator=torch.Generator().manual_seed(0),
             )
-        for made in self._loaders[kind]:
-            if isinstance(made, KDError):
-                raise made
-            yield made
+        yield from self._loaders[kind]
 
 
 class _Loadable(Dataset[Any]):
-    """What DataLoader wants. An error travels as a value: re-raised by DataLoader it would lose its one line."""
+    """What DataLoader wants."""
 
     def __init__(self, source: SampleSource) -> None:
         self.source = source
 
     def __getitem__(self, item: Item) -> Sample | KDError:
-        try:
-            return self.source.load(item)
-        except KDError as error:
-            return error
+        return _attempt(self.source.load, item)
+
+
+def _attempt(function: Callable[..., T], *arguments: Any) -> T | KDError:
+    """An error travels as a value: re-raised by DataLoader it would lose its one line, and a thread's would come first."""
+    try:
+        return function(*arguments)
+    except KDError as error:
+        return error
 
 
 class _Plan:

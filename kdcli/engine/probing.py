@@ -25,9 +25,10 @@ from kdcli.data.coco import has_split
 from kdcli.engine.caching import Plan, teacher_rows
 from kdcli.engine.counting import Counted, element_bytes
 from kdcli.engine.devices import usable_cores
+from kdcli.engine.loader import Loader
 from kdcli.engine.samples import Item, Sample, SampleSource, orientation
 from kdcli.engine.watch import Silent
-from kdcli.engine.writing import write_store
+from kdcli.engine.writing import takes_turns, write_store
 
 LEAST_BATCHES, MOST_BATCHES = 2, 16
 SHARE = 8  # at most one in so many micro-batches of the store is run as a probe
@@ -41,12 +42,12 @@ LOAD_SECONDS = 3.0
 class Pace:
     """Seconds, measured on this machine."""
 
-    load: float  # a row, in one data process
+    load: float  # a row, in one data process; without one, by all threads of this one
     load_cpu: float
     teacher: float  # a micro-batch, with nothing else running: what a live teacher would cost
-    front: float  # a micro-batch, while earlier ones are encoded and, on crowded cores, later ones are loaded
-    front_cpu: float  # over all cores, encoding included
-    encode: float  # a row: encoding and compression, by all threads behind the teacher
+    front: float  # a micro-batch, with all that goes on before and beside it
+    front_cpu: float  # over all cores, encoding included, and loading if no data process does it
+    encode: float  # a row: encoding and compression, by all threads behind the teacher; 0 if they take turns with it
     start: float  # of the data processes and their first images, until the first forward pass
     drain: float  # from the last forward pass to the end
     shard: float  # writing the files of a shard, however small
@@ -111,9 +112,9 @@ def run_probe(plan: Plan, counted: Counted, place: Place) -> Probe:
         return _write(plan, chosen, loaded, alone, evaluate, Path(scratch), on_target)
 
 
-def crowded(plan: Plan) -> bool:
-    """Whether the teacher's threads take every core, so that data processes slow it down: they are part of the probe then."""
-    return plan.workers > 0 and plan.device.type == "cpu" and torch.get_num_threads() >= usable_cores()
+def loads(plan: Plan) -> bool:
+    """Whether loading images takes time of the teacher's: without data processes, or on cores that its threads take all of."""
+    return plan.workers == 0 or (plan.device.type == "cpu" and torch.get_num_threads() >= usable_cores())
 
 
 def _sizes(plan: Plan, counted: Counted) -> list[int]:
@@ -141,13 +142,13 @@ class _Loaded:
 
 
 def _load(plan: Plan, counted: Counted, chosen: list[int]) -> _Loaded:
-    """As a data process does it: with one thread."""
+    """As the writer does it: with one thread, as a data process, or in this one."""
     items = tuple(counted.items[p] for p in chosen)
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if plan.workers else threads)
     try:
         wall, cpu = time.perf_counter(), time.process_time()
-        samples = [plan.source.load(item) for item in items]
+        samples = next(Loader(plan.source, 0).samples([list(items)]))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     finally:
         torch.set_num_threads(threads)
@@ -194,7 +195,7 @@ def _write(
     schema = replace(plan.schema, rows=rows, shard_rows=rows)
     manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": None}}
     few = replace(plan, schema=schema, manifest=manifest)
-    if not crowded(plan):
+    if not loads(plan):
         # nothing to wait for, and no data processes to end, which would be counted as encoding
         source = _LoadedSource(**_parts(plan.source), samples=dict(zip(loaded.items, loaded.samples, strict=True)))
         few = replace(few, source=source, workers=0)
@@ -212,9 +213,9 @@ def _write(
     front = (times[-1] - times[0]) / (batches - 1) if batches > 1 else alone
     pace = Pace(
         load=loaded.wall, load_cpu=loaded.cpu, teacher=alone, front=front, front_cpu=cpu / batches,
-        start=max(size * loaded.wall, times[0] - started - front),
+        start=max(size * loaded.wall if plan.workers else 0.0, times[0] - started - front),
         # the first micro-batch is encoded from here on, the last one until the end
-        encode=max(0.0, ended - times[0] - shard - written * byte) / rows,
+        encode=0.0 if takes_turns(plan) else max(0.0, ended - times[0] - shard - written * byte) / rows,
         drain=ended - times[-1], shard=shard, byte=byte, evaluate=evaluate,
     )  # fmt: skip
     # a shard file ends in 16 bytes for each row and a checksum of 4

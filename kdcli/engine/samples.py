@@ -7,6 +7,7 @@ other workers and a run on several processes see the same pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,16 @@ class Sample:
     content_hash: bytes
     entries: Entries | None = None
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What was read for one item."""
+
+    geometry: Geometry
+    image: Tensor  # [3, H, W] uint8, the canvas
+    content_hash: bytes
+    row: Row | None
 
 
 @dataclass(frozen=True)
@@ -84,15 +95,24 @@ class SampleSource:
 
         Raises DataError for a bad image and StoreError for a row that is missing, corrupt or foreign.
         """
+        return self.complete(item, self.fetch(item))
+
+    def fetch(self, item: Item) -> Fetched:
+        """What ``load`` reads: large, and outside of Python's lock. Raises the same errors."""
         position, view = item
         geometry = self.geometry(item)
-        key = RowKey(self.dataset.image_id(position), view)
-        row = None if self.reader is None else self.reader.read(key)
+        row = None if self.reader is None else self.reader.read(RowKey(self.dataset.image_id(position), view))
         if row is not None and row.image is not None:
-            image, content_hash = torch.from_numpy(row.image), row.content
-        else:
-            pixels, content_hash = read_image(self.dataset.image_path(position), (geometry.height, geometry.width))
-            image = render(pixels, geometry)
+            return Fetched(geometry, torch.from_numpy(row.image), row.content, row)
+        size = (geometry.height, geometry.width)
+        pixels, content_hash = read_image(self.dataset.image_path(position), size)
+        return Fetched(geometry, render(pixels, geometry), content_hash, row)
+
+    def complete(self, item: Item, fetched: Fetched) -> Sample:
+        """What ``load`` computes: many small steps, which two threads would do more slowly than one. Raises StoreError."""
+        position, view = item
+        geometry, row = fetched.geometry, fetched.row
+        key = RowKey(self.dataset.image_id(position), view)
         boxes_np, labels_np = self.dataset.training_boxes(position)
         boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
         boxes, labels = boxes[keep], torch.from_numpy(labels_np)[keep]
@@ -102,13 +122,13 @@ class SampleSource:
             assigned = assign(self.assigner, self.grid, canvas, boxes, geometry.content)
         sample = Sample(
             key=key,
-            image=image,
+            image=fetched.image,
             geometry=geometry,
             boxes=boxes,
             labels=labels,
             assigned=assigned,
             valid=self.grid.valid(canvas, geometry.content),
-            content_hash=content_hash,
+            content_hash=fetched.content_hash,
         )
         if row is not None:
             self.check_row(row, sample)
@@ -139,6 +159,7 @@ class SampleSource:
                 raise StoreError(f"{sample.key}: its stored pixels are not those of its image file; {again}")
 
 
+@lru_cache(maxsize=4)
 def region_definition(canvas: Canvas, grid: Grid, assigner: AssignerSpec, regions: RegionSpec) -> str:
     """What the entries of a row depend on beside its boxes, as one text."""
     return repr((str(canvas), grid.to_json(), assigner.to_json(), regions.to_json()))

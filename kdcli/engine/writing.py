@@ -1,5 +1,9 @@
 """Fills a store: the teacher's forward passes here, encoding, compression and the disk in threads behind it.
 
+A teacher on a GPU runs on while threads encode and data processes load. One on a CPU wants every core, so they take turns:
+images are loaded and rows encoded between its passes, on all cores, unless data processes are asked for. Neither waits for
+the disk.
+
 Rows are computed shard by shard; inside a shard they are grouped by orientation and cut into micro-batches of a
 recorded size, so that a row's numbers do not depend on where a killed run was taken up again, nor on how many processes
 share the work.
@@ -7,12 +11,11 @@ share the work.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +34,7 @@ from kdcli.cache.shards import pack_chunk
 from kdcli.cache.writer import StoreWriter, create_store, read_manifest
 from kdcli.detectors.read import AT_PROPOSALS
 from kdcli.engine.caching import Plan, encode_row, measure_teacher, require_able, teacher_rows
+from kdcli.engine.devices import Here, helper_threads, usable_cores
 from kdcli.engine.loader import Loader
 from kdcli.engine.samples import Item, Sample, orientation
 from kdcli.engine.watch import Watcher
@@ -48,6 +52,7 @@ MANIFEST_IDENTITY = (
     "regions",
 )
 MAX_THREADS = 4  # behind the teacher; one encodes and compresses about 60 rows/s of PFI's dense tensors at 256x320
+SMALL_ROW = 500_000  # bytes
 AHEAD = 3  # micro-batches a thread that may wait for it: the bound on memory, and the teacher stops for more
 
 
@@ -65,12 +70,29 @@ class Part:
 
 @dataclass(frozen=True)
 class Packed:
-    """A micro-batch, encoded: chunks by array path of each of its items, raw bytes, and the errors of the encodings."""
+    """A row, encoded: chunks by array path, raw bytes, and the errors of the encodings."""
 
-    chunks: dict[Item, dict[str, bytes]]
+    chunks: dict[str, bytes]
     raw: int
     encoding: dict[str, dict[str, float]]
     precision: dict[str, dict[str, float]]
+
+
+def takes_turns(plan: Plan) -> bool:
+    """Whether loading and encoding go between the passes of the teacher, not beside them."""
+    return plan.device.type == "cpu" and plan.workers == 0
+
+
+def _encoders(plan: Plan) -> tuple[AbstractContextManager[Executor], int]:
+    """Who encodes, with how many threads: half of the cores, up to MAX_THREADS; in turns, those of the teacher."""
+    if not takes_turns(plan):
+        threads = min(MAX_THREADS, max(1, usable_cores() // 2))
+    elif sum(a.row_bytes for a in plan.schema.layout()) > SMALL_ROW:
+        threads = torch.get_num_threads()
+    else:
+        # threads that do small steps in Python wait for each other: ld at 256x320 takes two 1.0 ms a row, and one 0.7
+        return Here(), 1
+    return helper_threads(threads, "encode"), threads
 
 
 def write_store(plan: Plan, out: Where, watcher: Watcher, part: Part | None = None) -> int:
@@ -133,34 +155,26 @@ def _write_shards(plan: Plan, out: Place, part: Part, watcher: Watcher) -> int:
     watcher.advance(sum(ranges[s][1] - ranges[s][0] for s in mine if s in done))
     chunks = {s: _micro_batches(plan, *ranges[s]) for s in todo}
     samples = Loader(plan.source, plan.workers).samples([c for s in todo for c in chunks[s]])
-    threads = min(MAX_THREADS, max(1, (os.cpu_count() or 2) // 2))
-    torch_threads = torch.get_num_threads()
-    progress = _Progress(watcher)
-    waiting: deque[Future[Any]] = deque()
-    # one thread each: torch would start as many as there are cores for each of them, beside those of a teacher on the CPU,
-    # and ld took 1.20 times the bare teacher's time on two cores instead of 1.10
-    with ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for shard in todo:
-                futures: list[Future[Packed]] = []
-                for items in chunks[shard]:
-                    batch = next(samples)
-                    values = teacher_rows(plan, batch)
-                    exact = _exact(plan, batch, values) if not futures else None
-                    futures.append(pool.submit(_pack, plan, items, batch, values, exact))
-                    waiting.append(futures[-1])
-                    while len(waiting) > AHEAD * threads:
-                        progress.finished(waiting)
-                    progress.advance(len(items))
-                # one thread takes tasks in order, so this one's micro-batches are done, or being done, when it begins
-                waiting.append(pool.submit(_write_shard, plan, writer, shard, futures))
-            while waiting:
-                progress.finished(waiting)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        finally:
-            torch.set_num_threads(torch_threads)  # what later threads start with
+    (pool, threads), turns, progress = _encoders(plan), takes_turns(plan), _Progress(watcher)
+    most = 0 if turns else AHEAD * threads * plan.forward.micro_batch
+    with pool as encoders, helper_threads(threads, "write") as writers:
+        rows: deque[Future[Packed]] = deque()
+        files: deque[Future[int]] = deque()
+        for shard in todo:
+            packed: dict[Item, Future[Packed]] = {}
+            for items in chunks[shard]:
+                batch = next(samples)
+                values = teacher_rows(plan, batch)
+                exact = _exact(plan, batch, values) if not packed else [None] * len(items)
+                for item, sample, value, reference in zip(items, batch, values, exact, strict=True):
+                    packed[item] = encoders.submit(_pack, plan, sample, value, reference)
+                rows.extend(packed[item] for item in items)
+                progress.encoded(rows, most, stalls=not turns)
+                progress.advance(len(items))
+            files.append(writers.submit(_write_shard, plan, writer, shard, packed))
+            progress.written(files, threads)
+        progress.encoded(rows, 0, stalls=True)
+        progress.written(files, 0)
     return progress.rows
 
 
@@ -174,14 +188,21 @@ class _Progress:
         self._waited = 0.0
         self._started = time.perf_counter()
 
-    def finished(self, waiting: deque[Future[Any]]) -> None:
-        """Wait for the oldest task; its error is raised here."""
+    def encoded(self, rows: deque[Future[Packed]], most: int, *, stalls: bool) -> None:
+        """Wait for the oldest rows until ``most`` are left, and raise their errors; ``stalls``: the teacher waits for it."""
         began = time.perf_counter()
-        result = waiting.popleft().result()
+        while len(rows) > most:
+            row = rows.popleft().result()
+            self._raw += row.raw
+            self._stored += sum(map(len, row.chunks.values()))
+        self._waited += (time.perf_counter() - began) * stalls
+
+    def written(self, files: deque[Future[int]], most: int) -> None:
+        """Wait for the oldest shards until ``most`` are left. Raises their errors."""
+        began = time.perf_counter()
+        while len(files) > most:
+            files.popleft().result()
         self._waited += time.perf_counter() - began
-        if isinstance(result, Packed):
-            self._raw += result.raw
-            self._stored += sum(len(c) for chunks in result.chunks.values() for c in chunks.values())
 
     def advance(self, rows: int) -> None:
         self.rows += rows
@@ -205,42 +226,38 @@ def _micro_batches(plan: Plan, start: int, stop: int) -> list[list[Item]]:
 
 
 def _pack(
-    plan: Plan, items: list[Item], samples: list[Sample], values: list[dict[str, NDArray[np.float32]]],
-    exact: list[dict[str, NDArray[np.float32]]] | None,
-) -> Packed:  # fmt: skip
+    plan: Plan, sample: Sample, value: dict[str, NDArray[np.float32]], exact: dict[str, NDArray[np.float32]] | None
+) -> Packed:
     encoding, precision = ErrorMeter(), ErrorMeter()
     layout = plan.schema.layout()
-    chunks, raw = {}, 0
-    for item, sample, value in zip(items, samples, values, strict=True):
-        row = encode_row(plan, sample, value)
-        decoded = plan.schema.decode(collate_rows([row], layout), plan.needs)
-        _compare(plan, sample, encoding, value, {k: row_tensor(v) for k, v in decoded.items()})
-        chunks[item] = {a.path: pack_chunk(row[a.path], a.shape, a.dtype) for a in layout}
-        raw += sum(v.nbytes for v in value.values()) + (sample.image.nbytes if plan.schema.images else 0)
+    row = encode_row(plan, sample, value)
+    decoded = plan.schema.decode(collate_rows([row], layout), plan.needs)
+    _compare(plan, sample, encoding, value, {k: row_tensor(v) for k, v in decoded.items()})
     if exact is not None:
-        for sample, reference, value in zip(samples, exact, values, strict=True):
-            _compare(plan, sample, precision, reference, value)
+        _compare(plan, sample, precision, exact, value)
+    chunks = {a.path: pack_chunk(row[a.path], a.shape, a.dtype) for a in layout}
+    raw = sum(v.nbytes for v in value.values()) + (sample.image.nbytes if plan.schema.images else 0)
     return Packed(chunks, raw, encoding.sums, precision.sums)
 
 
 def _exact(
     plan: Plan, samples: list[Sample], values: list[dict[str, NDArray[np.float32]]]
-) -> list[dict[str, NDArray[np.float32]]] | None:
+) -> Sequence[dict[str, NDArray[np.float32]] | None]:
     """The tensors of a float32 teacher, when ours is not one: the first micro-batch of each shard is measured."""
     if plan.forward.precision == "fp32":
-        return None
+        return [None] * len(samples)
     boxes = AT_PROPOSALS[0].key
     same = [torch.from_numpy(v[boxes]).to(plan.device) for v in values] if boxes in values[0] else None
     return teacher_rows(replace(plan, forward=replace(plan.forward, precision="fp32")), samples, same)
 
 
-def _write_shard(plan: Plan, writer: StoreWriter, shard: int, futures: list[Future[Packed]]) -> int:
+def _write_shard(plan: Plan, writer: StoreWriter, shard: int, packed: Mapping[Item, Future[Packed]]) -> int:
     encoding, precision = ErrorMeter(), ErrorMeter()
     rows: dict[Item, dict[str, bytes]] = {}
-    for packed in (f.result() for f in futures):
-        rows |= packed.chunks
-        encoding.join(packed.encoding)
-        precision.join(packed.precision)
+    for item, row in ((item, future.result()) for item, future in packed.items()):
+        rows[item] = row.chunks
+        encoding.join(row.encoding)
+        precision.join(row.precision)
     ordered = [rows[plan.item(r)] for r in range(*plan.schema.shard_range(shard))]
     chunks = {a.path: [row[a.path] for row in ordered] for a in plan.schema.layout()}
     return writer.write_chunks(shard, chunks, {"encoding": encoding.sums, "precision": precision.sums})
@@ -257,6 +274,7 @@ def _compare(
         keep: Any = slice(None)
         if tensor.need.dense:
             keep = plan.schema.valid_rows(tensor, sample.valid).numpy()
+            keep = slice(None) if keep.all() else keep  # no copy
         meter.add(key, exact[key][keep], theirs[keep])
 
 

@@ -76,13 +76,10 @@ def closest_anchors(
     """
     per_cell = grid.num_anchors
     cells = -(-topk // per_cell)
-    span = torch.arange(-(cells - 1), cells)
-    window = torch.cartesian_prod(span, span)  # (row, column), row-major: ascending index
+    window, step, width, first = _windows(grid, canvas, cells)
     center = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2  # [G, 1, 2] x, y
     # all levels at once [G, L, window]: one by one is three times as slow for the 6 boxes of a usual image
-    step, limit = torch.tensor(grid.steps(canvas)).flip(1), torch.tensor(grid.valid_shapes(canvas, content)).flip(1)
-    width = torch.tensor([[w] for _, w in grid.level_shapes(canvas)])
-    sizes = torch.tensor(grid.level_sizes(canvas))
+    limit = torch.tensor(grid.valid_shapes(canvas, content)).flip(1)
     near = torch.ceil(center / step - grid.offset - 0.5).long().clamp(min=0).minimum(limit - 1)
     col, row = near[..., :1] + window[:, 1], near[..., 1:] + window[:, 0]
     real = (col >= 0) & (col < limit[:, :1]) & (row >= 0) & (row < limit[:, 1:])
@@ -91,9 +88,19 @@ def closest_anchors(
     distance = (dx**2 + dy**2).masked_fill(~real, torch.inf)
     best = distance.sort(dim=-1, stable=True).indices[..., :cells]
     cell = (row * width + col).masked_fill(~real, 0).gather(-1, best)
-    anchor = (sizes.cumsum(0) - sizes)[:, None, None] + cell[..., None] * per_cell + torch.arange(per_cell)
+    anchor = first + cell[..., None] * per_cell + torch.arange(per_cell)
     kept = real.gather(-1, best).repeat_interleave(per_cell, dim=-1)[..., :topk]
     return anchor.flatten(2)[..., :topk].masked_fill(~kept, 0).flatten(1), kept.flatten(1)
+
+
+@lru_cache(maxsize=64)
+def _windows(grid: Grid, canvas: Canvas, cells: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row, column) of a window's cells, row-major: ascending index; and of each level the steps, columns, first anchor."""
+    span = torch.arange(-(cells - 1), cells)
+    sizes = torch.tensor(grid.level_sizes(canvas))
+    width = torch.tensor([[w] for _, w in grid.level_shapes(canvas)])
+    first = (sizes.cumsum(0) - sizes)[:, None, None]
+    return torch.cartesian_prod(span, span), torch.tensor(grid.steps(canvas)).flip(1), width, first
 
 
 def atss_candidates(grid: Grid, canvas: Canvas, boxes: Tensor, content: tuple[int, int], topk: int) -> Candidates:

@@ -98,17 +98,22 @@ class Grid(JsonSpec):
         ]
 
     def valid(self, canvas: Canvas, content: tuple[int, int]) -> Tensor:
-        """Cells within the content (height, width) rounded up to 32, [P] bool."""
-        parts = []
-        for (h, w), (rows, cols) in zip(self.level_shapes(canvas), self.valid_shapes(canvas, content), strict=True):
-            level = torch.zeros(h, w, dtype=torch.bool)
-            level[:rows, :cols] = True
-            parts.append(level.reshape(-1))
-        return torch.cat(parts)
+        """Cells within the content (height, width) rounded up to 32, [P] bool. Shared: never modify it in place."""
+        return _valid(self, canvas, tuple(self.valid_shapes(canvas, content)))
 
     def valid_anchors(self, canvas: Canvas, content: tuple[int, int]) -> Tensor:
         """``valid`` for each anchor, [N] bool."""
         return self.valid(canvas, content).repeat_interleave(self.num_anchors)
+
+
+@lru_cache(maxsize=256)  # of an image it is asked for four times; 67 shapes of content fit into 800x1344, of 22 kB each
+def _valid(grid: Grid, canvas: Canvas, shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    parts = []
+    for (h, w), (rows, cols) in zip(grid.level_shapes(canvas), shapes, strict=True):
+        level = torch.zeros(h, w, dtype=torch.bool)
+        level[:rows, :cols] = True
+        parts.append(level.reshape(-1))
+    return torch.cat(parts)
 
 
 @lru_cache(maxsize=64)

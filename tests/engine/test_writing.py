@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from kdcli.cache.editing import write_manifest
@@ -18,9 +20,11 @@ from kdcli.cache.schema import CacheSchema, collate, row_tensor
 from kdcli.cache.writer import StoreWriter, read_manifest, store_digest
 from kdcli.cli.main import run
 from kdcli.engine import writing
-from kdcli.engine.caching import plan_store
+from kdcli.engine.caching import Plan, plan_store
+from kdcli.engine.devices import pick_teacher_workers, pick_workers
+from kdcli.engine.samples import Sample
 from kdcli.engine.watch import Silent
-from kdcli.engine.writing import Part, write_store
+from kdcli.engine.writing import Part, takes_turns, write_store
 from kdcli.errors import GateError, StoreError
 from kdcli.structures import RowKey
 from tests.engine.conftest import cache_options
@@ -45,6 +49,42 @@ def test_parts_go_on_where_others_stopped(shapes: Path, teacher: Path, default_s
     assert before == {1, 3}
     assert write_store(plan_store(options, Silent()), out, Silent()) == 28  # shards 0 and 2 of 10 rows, the last of 8
     assert contents(out) == contents(default_store)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_teacher_does_not_wait_for_the_disk(
+    shapes: Path, teacher: Path, default_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """The first shard is not written before the teacher has begun the second: with it in between, on a CPU, or beside it."""
+    plan = plan_store(cache_options(shapes, teacher, workers=workers), Silent())
+    assert takes_turns(plan) == (workers == 0)
+    real_rows, real_write = writing.teacher_rows, StoreWriter.write_chunks
+    rows, went_on, late = [0], threading.Event(), []
+
+    def count_rows(plan: Plan, batch: list[Sample]) -> Any:
+        if rows[0] >= plan.schema.shard_rows:
+            went_on.set()
+        rows[0] += len(batch)
+        return real_rows(plan, batch)
+
+    def write(self: StoreWriter, shard: int, *rest: Any) -> int:
+        if not went_on.wait(60):
+            late.append(shard)
+        return real_write(self, shard, *rest)
+
+    monkeypatch.setattr(writing, "teacher_rows", count_rows)
+    monkeypatch.setattr(StoreWriter, "write_chunks", write)
+    assert write_store(plan, tmp_path / "store", Silent()) == 48
+    assert late == []
+    assert contents(tmp_path / "store") == contents(default_store)
+
+
+def test_a_teacher_on_a_cpu_takes_turns_unless_told_otherwise() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert pick_teacher_workers(None, cpu) == 0
+    assert pick_teacher_workers(3, cpu) == 3
+    assert pick_teacher_workers(None, gpu) == pick_workers(None) >= 1
+    assert pick_teacher_workers(0, gpu) == 0
 
 
 def test_a_part_is_refused_while_one_process_writes_all(shapes: Path, teacher: Path, tmp_path: Path) -> None:
