@@ -76,6 +76,11 @@ class Backbone(nn.Module):
         whole = set(model.state_dict())
         for child, module in _used_children(model, self._runs):
             self.add_module(child, module)
+        for activation in self.modules():
+            if isinstance(activation, nn.Hardswish):
+                activation.inplace = (
+                    False  # its gradient needs what went in, so autograd copies it: 2 % of a training step
+                )
         self.classifier_keys = frozenset(whole - set(self.state_dict()))  # in a classifier's file, not in a backbone
         self.stage_channels = self._probe_channels()
         self.channels = self.stage_channels[1:]

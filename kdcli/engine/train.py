@@ -136,10 +136,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.unscale_(self.optimizer)
-        limit = self.options.optim.clip or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.student_parameters, limit))
         # apart: an adapter's first gradient can be 1e5, and clipped together the student would stand still
-        adapters = float(nn.utils.clip_grad_norm_(self.method_parameters, limit))
+        norm, adapters = (self._clip(p) for p in (self.student_parameters, self.method_parameters))
         if not self.scaler.is_enabled():  # the scaler skips such a step by itself and lowers its scale
             require_finite({"gradient_norm": norm, "adapter_gradient_norm": adapters}, self.progress.step)
         self.scaler.step(self.optimizer)
@@ -147,6 +145,12 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.prepared.student)
         return norm if norm < float("inf") else 0.0
+
+    def _clip(self, parameters: list[nn.Parameter]) -> float:
+        """The norm of their gradient, which is clipped if asked for."""
+        if self.options.optim.clip:
+            return float(nn.utils.clip_grad_norm_(parameters, self.options.optim.clip))
+        return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
     def _measure_shares(
         self, detection: dict[str, Tensor], distillation: dict[str, Tensor], values: dict[str, float]

@@ -18,7 +18,7 @@ from kdcli.errors import OptionError
 from kdcli.geometry.defeat_mask import defeat_cells, stage_cells
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.decoupled import adapt, adapter, decoupled_imitation, neck_adapters
-from kdcli.methods.divergence import kl_rows
+from kdcli.methods.divergence import kl_rows, squared_rows
 from kdcli.methods.maps import MAPS, split_levels
 from kdcli.structures import Batch
 from kdcli.tensors import (
@@ -114,7 +114,7 @@ class DeFeat(Method):
         canvas, valid = batch.targets.canvas, batch.targets.valid
         shapes = self.grid.level_shapes(canvas)
         adapted = adapt(student, self.adapters, shapes, valid)
-        error = (adapted - teacher.detach()).square().mean(dim=-1)
+        error = squared_rows(adapted, teacher)
         inside = defeat_cells(boxes, self.grid, canvas)
         return decoupled_imitation(*(split_levels(part, self.grid, batch) for part in (error, inside, valid)))
 
@@ -125,7 +125,7 @@ class DeFeat(Method):
         errors, insides, valids = [], [], []
         for i, (need, level) in enumerate(zip(self.stages, self.stage_levels, strict=True)):
             adapted = adapt(student[need.key], self.stage_adapters[i : i + 1], [shapes[level]], valid[level])
-            errors.append((adapted - teacher[need.key].detach()).square().mean(dim=-1))
+            errors.append(squared_rows(adapted, teacher[need.key]))
             insides.append(stage_cells(boxes, self.grid, canvas, level))
             valids.append(valid[level])
         return decoupled_imitation(errors, insides, valids)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kdcli.geometry.defeat_mask import defeat_cells
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.decoupled import adapt, half_mean, neck_adapters
+from kdcli.methods.divergence import squared_rows
 from kdcli.methods.maps import MAPS, split_levels
 from kdcli.structures import Batch
 from kdcli.tensors import FEATURES, Need, Tensors
@@ -51,7 +52,7 @@ class DeFeatThin(Method):
         chosen = entries.select(ROWS.region)
         cell = entries.index[chosen] // self.grid.num_anchors
         rows = adapted.flatten(0, 1).index_select(0, entries.image[chosen] * adapted.shape[1] + cell)
-        error = (rows - teacher[ROWS.key].detach()).square().mean(dim=-1)  # [M]
+        error = squared_rows(rows, teacher[ROWS.key])  # [M]
         level = torch.bucketize(cell, torch.tensor(sizes, device=cell.device).cumsum(0), right=True)
 
         inside = defeat_cells(pad_sequence(targets.boxes, batch_first=True), self.grid, targets.canvas)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from kdcli.methods.divergence import squared_rows
 from kdcli.tensors import precise, world_mean, world_sum
 
 GI_NMS = 0.3  # general instances: IoU of the suppression, and how many a level keeps
@@ -20,7 +21,7 @@ def level_mean_square(student: Tensor, teacher: Tensor, level: Tensor, gate: Ten
     ``student``, ``teacher``: [M, C] at the chosen cells; ``level``: [M]; ``gate``: [L] bool. A level without chosen
     cells gives 0. The means are over the global batch.
     """
-    rows = (precise(student) - teacher.detach()).square().mean(dim=-1)
+    rows = squared_rows(precise(student), teacher)
     total = rows.new_zeros(len(gate)).index_add(0, level, rows)
     count = rows.new_zeros(len(gate)).index_add(0, level, torch.ones_like(rows))
     share: Tensor = total / world_mean(count).clamp(min=1e-12) * gate

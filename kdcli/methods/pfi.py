@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.methods.base import Method, Pair
+from kdcli.methods.divergence import squared_rows
 from kdcli.structures import Batch
 from kdcli.tensors import CLS_LOGITS, FEATURES, Need, Tensors, precise, world_mean
 
@@ -63,7 +64,7 @@ class PFI(Method):
         )
         if self.detach_pdif:
             p_dif = p_dif.detach()
-        f_dif = (features - teacher[MAPS.key].detach()).square().mean(dim=-1)  # [B, P]
+        f_dif = squared_rows(features, teacher[MAPS.key])  # [B, P]
         sizes = [n // self.grid.num_anchors for n in self.grid.level_sizes(batch.targets.canvas)]
         per_image = imitation_loss(p_dif, f_dif, batch.targets.valid, sizes, form=self.form)
         images = world_mean(torch.as_tensor(float(len(batch.keys)), device=per_image.device))

@@ -179,7 +179,8 @@ def test_the_batch_size_does_not_change_a_term(name: str, detector: str, images:
     together = terms_of(method, student, *many, make_batch(student, [TWO] * images))
     assert together.keys() == alone.keys()
     for part, term in together.items():
-        assert float(term.detach()) == pytest.approx(float(alone[part].detach()), rel=1e-5), part
+        # abs: a divergence of 8e-4 is what is left of log-probabilities of up to 5, each rounded by 2e-7
+        assert float(term.detach()) == pytest.approx(float(alone[part].detach()), rel=1e-5, abs=1e-7), part
 
 
 @pytest.mark.parametrize(("name", "detector"), EVERY)

@@ -68,7 +68,7 @@ class DenseDetector(Detector):
 
     def forward(self, images: Tensor) -> Tensors:
         """See Detector.forward."""
-        stages = self.backbone((images - self.mean) / self.std)
+        stages = self.backbone(images.sub(self.mean).div_(self.std))
         maps = self.neck(stages)
         outputs = {FEATURES: flatten_levels(maps, (self.spec.fpn_channels,)), **self.head(maps)}
         # views in either memory format: they cost nothing where nobody reads them

@@ -81,7 +81,7 @@ class TwoStageDetector(Detector):
 
     def forward(self, images: Tensor) -> Tensors:
         """See Detector.forward."""
-        stages = self.backbone.stages((images - self.mean) / self.std)
+        stages = self.backbone.stages(images.sub(self.mean).div_(self.std))
         maps = list(self.neck(dict(zip(BACKBONE, stages, strict=True))).values())
         logits, deltas = self.rpn(maps)
         return {
