@@ -114,7 +114,7 @@ class CacheOptions:
     micro_batch: int = 8
     threads: int | None = None
     device: str = "auto"
-    workers: int | None = None
+    workers: int | None = None  # None: 0 beside a teacher on a CPU, which takes turns with loading and encoding
     shard_rows: int | None = None  # None: as many as fit 128 MB, at most 256
     min_teacher_ap: float = 0.0
     compile: bool = False  # the teacher's forward, by torch.compile: last digits differ

@@ -15,6 +15,8 @@ from kdcli.cli.main import app
 from kdcli.errors import NoSpaceError, OptionError, UsageError, nearest
 
 if TYPE_CHECKING:
+    from kdcli.cache.places import Place
+    from kdcli.engine.caching import Plan
     from kdcli.engine.estimate import BreakEven, Estimate
     from kdcli.engine.watch import Watcher
     from kdcli.engine.writing import Part
@@ -51,7 +53,7 @@ def cache_teacher(
     compile_: Annotated[
         bool | None, typer.Option("--compile", help="Compile the teacher: faster after a minute, last digits differ.")
     ] = None,
-    device: f.Device = None, threads: f.Threads = None, workers: f.Workers = None, skip_bad: f.SkipBad = None,
+    device: f.Device = None, threads: f.Threads = None, workers: f.TeacherWorkers = None, skip_bad: f.SkipBad = None,
     config: f.Config = None, set_: f.Set = None,
     shard: Annotated[
         str | None, typer.Option(help="Part I of N, e.g. 0/4: other processes write the others at the same time.")
@@ -68,9 +70,7 @@ def cache_teacher(
     from kdcli.cli.watch import print_json, watching
     from kdcli.engine.caching import plan_store
     from kdcli.engine.estimate import estimate as make_estimate
-    from kdcli.engine.writing import write_store
     from kdcli.options import layer, read_toml
-    from kdcli.report.text import size
 
     given = f.collect(
         data=data, teacher=teacher, method=method, split=split, canvas=canvas, views=views, encoding=encoding,
@@ -87,20 +87,29 @@ def cache_teacher(
     part = _part(shard)
     with watching(part is None or shard is not None or part.index == 0) as watcher:
         plan = plan_store(options, watcher)
-        found = make_estimate(plan, place, part) if estimate or not place.exists() else None
         if estimate:
-            assert found is not None
-            return _report_estimate(found, watcher, json)
-        if found is not None:
-            require_room(found, out)
-            watcher.note(_priced(found))
-        written = write_store(plan, place, watcher, part)
-        info = store_info(place)
-        state = "complete" if info["complete"] else f"{info['shards_done']} of {info['shards']} shards are written"
-        watcher.note(f"{out}: {state}, {info['rows']} rows ({written} written now), {size(info['bytes'])}")
+            return _report_estimate(make_estimate(plan, place, part), watcher, json)
+        info = _write(plan, place, part, watcher)
     if json:
         print_json(info)
     return 0
+
+
+def _write(plan: Plan, place: Place, part: Part | None, watcher: Watcher) -> dict[str, Any]:
+    """Write the store, or go on with it; what it holds then. Raises NoSpaceError before anything is written."""
+    from kdcli.engine.estimate import estimate
+    from kdcli.engine.writing import write_store
+    from kdcli.report.text import size
+
+    if not place.exists():
+        found = estimate(plan, place, part)
+        require_room(found, str(place))
+        watcher.note(_priced(found))
+    written = write_store(plan, place, watcher, part)
+    info = store_info(place)
+    state = "complete" if info["complete"] else f"{info['shards_done']} of {info['shards']} shards are written"
+    watcher.note(f"{place}: {state}, {info['rows']} rows ({written} written now), {size(info['bytes'])}")
+    return info
 
 
 def _options(fields: dict[str, Any], set_: list[str]) -> CacheOptions:

@@ -35,6 +35,19 @@ def test_relative_is_to_the_deviation_within_rows() -> None:
     assert summary["relative"] == pytest.approx(np.sqrt(squares / around), rel=1e-9)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_large_rows_far_from_zero(mean: float) -> None:
+    exact = RNG.normal(mean, 0.5, (1705, 33)).astype(np.float32)  # no whole number of blocks
+    decoded = (exact + RNG.normal(0, 0.01, exact.shape)).astype(np.float32)
+    found = ErrorMeter()
+    found.add("features@all", exact, decoded)
+    (summary,) = summarise([found.sums]).values()
+    difference = decoded.astype(np.float64) - exact
+    assert summary["rms"] == pytest.approx(float(np.sqrt(np.mean(difference**2))), rel=1e-6)
+    assert summary["relative"] == pytest.approx(summary["rms"] / float(exact.std(dtype=np.float64)), rel=1e-6)
+    assert summary["worst"] == pytest.approx(float(np.abs(difference).max()), rel=1e-6)
+
+
 def test_parts_add_up_and_survive_json() -> None:
     whole = summarise([meter(slice(None)).sums])
     parts = [json.loads(json.dumps(meter(part).sums)) for part in (slice(0, 2), slice(2, 3), slice(3, None))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,17 @@ def test_few_files_stay_open(store: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for index in np.random.default_rng(0).permutation(len(keys())):
         assert_row_equal(reader.read(keys()[index]), make_row(SCHEMA, int(index)))
         assert len(reader._shards) <= 2
+
+
+def test_threads_share_a_reader(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that closes files while another one reads them."""
+    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", 2)
+    reader = CacheReader(store)
+    order = np.random.default_rng(0).integers(len(keys()), size=400)
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda index: reader.read(keys()[index]), order))
+    for index, row in zip(order, rows, strict=True):
+        assert_row_equal(row, make_row(SCHEMA, int(index)))
 
 
 def test_an_unknown_image_or_view_is_refused(store: Path) -> None:
