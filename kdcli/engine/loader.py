@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from kdcli.errors import KDError
 from kdcli.structures import Batch, Entries
 
 PIPE_BYTES = 2**16  # of 240 kB an array takes longer than a tensor
-T = TypeVar("T")
 _Change = Callable[[Any], Any]
 
 
@@ -59,12 +58,7 @@ class Loader:
     def _here(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
         with helper_threads(torch.get_num_threads(), "load") as pool:
             for items in batches:
-                fetched = list(pool.map(functools.partial(_attempt, self.source.fetch), items))
-                made = [
-                    f if isinstance(f, KDError) else _attempt(self.source.complete, item, f)
-                    for item, f in zip(items, fetched, strict=True)
-                ]
-                yield collate_fn(made)
+                yield collate_fn(self.source.load_batch(items, pool.map))
 
     def _ahead(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
         self._plan.batches = batches
@@ -89,16 +83,8 @@ class _Loadable(Dataset[Any]):
     def __init__(self, source: SampleSource) -> None:
         self.source = source
 
-    def __getitem__(self, item: Item) -> Sample | KDError:
-        return _attempt(self.source.load, item)
-
-
-def _attempt(function: Callable[..., T], *arguments: Any) -> T | KDError:
-    """An error travels as a value: re-raised by DataLoader it would lose its one line, and a thread's would come first."""
-    try:
-        return function(*arguments)
-    except KDError as error:
-        return error
+    def __getitems__(self, items: list[Item]) -> list[Sample | KDError]:
+        return self.source.load_batch(items)
 
 
 class _Plan:

@@ -19,13 +19,16 @@ def make_optimizer(module: nn.Module, options: OptimOptions, batch: int) -> torc
     """SGD (decay on everything, as mmdet) or AdamW (no decay on norms and biases), lr scaled to the global batch."""
     lr = scaled_lr(options, batch)
     trainable = [p for p in module.parameters() if p.requires_grad]
+    # on a CPU one kernel for all parameters: 183 of them one by one take 4 ms a step; a GPU's default does that by itself
+    fused = True if all(p.device.type == "cpu" for p in trainable) else None
     if options.name == "sgd":
-        return torch.optim.SGD(trainable, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay)
+        momentum, decay = options.momentum, options.weight_decay
+        return torch.optim.SGD(trainable, lr=lr, momentum=momentum, weight_decay=decay, fused=fused)
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": options.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=fused)
 
 
 def check_ownership(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from kdcli.engine.loader import Loader
 from kdcli.engine.samples import Item, Sample, SampleSource, orientation
 from kdcli.engine.watch import Silent
 from kdcli.engine.writing import takes_turns, write_store
+from kdcli.errors import KDError
 
 LEAST_BATCHES, MOST_BATCHES = 2, 16
 SHARE = 8  # at most one in so many micro-batches of the store is run as a probe
@@ -81,8 +82,8 @@ class _LoadedSource(SampleSource):
 
     samples: Mapping[Item, Sample] = field(default_factory=dict)
 
-    def load(self, item: Item) -> Sample:
-        return self.samples[item]
+    def load_batch(self, items: Sequence[Item], mapping: Any = map) -> list[Sample | KDError]:
+        return [self.samples[item] for item in items]
 
 
 class _Clock(Silent):
@@ -137,22 +138,31 @@ def _pick(ordered: list[int], batches: int, size: int) -> list[list[int]]:
 class _Loaded:
     samples: list[Sample]
     items: tuple[Item, ...]
-    wall: float  # seconds a row
+    wall: float  # seconds a row, when the views of an image are read together, as the writer does it
     cpu: float
+    apart: float  # seconds that a row takes longer by itself, as in the probe's own store
 
 
 def _load(plan: Plan, counted: Counted, chosen: list[int]) -> _Loaded:
     """As the writer does it: with one thread, as a data process, or in this one."""
-    items = tuple(counted.items[p] for p in chosen)
+    items = [counted.items[p] for p in chosen]
+    images = list(dict.fromkeys(position for position, _ in items))[: -(-len(items) // len(plan.views))]
+    together = [(position, view) for position in images for view in plan.views]
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if plan.workers else threads)
     try:
-        wall, cpu = time.perf_counter(), time.process_time()
-        samples = next(Loader(plan.source, 0).samples([list(items)]))
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        _, wall, cpu = _timed_load(plan, together)
+        samples, single, _ = _timed_load(plan, items)
     finally:
         torch.set_num_threads(threads)
-    return _Loaded(samples, items, wall / len(items), cpu / len(items))
+    return _Loaded(samples, tuple(items), wall, cpu, max(0.0, single - wall))
+
+
+def _timed_load(plan: Plan, items: list[Item]) -> tuple[list[Sample], float, float]:
+    """Samples, and seconds a row: of the clock and of the processor."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    samples = next(Loader(plan.source, 0).samples([items]))
+    return samples, (time.perf_counter() - wall) / len(items), (time.process_time() - cpu) / len(items)
 
 
 def _time_teacher(plan: Plan, samples: list[Sample]) -> float:
@@ -211,8 +221,11 @@ def _write(
     batches, times = len(clock.times), clock.times
     assert batches == -(-rows // size)
     front = (times[-1] - times[0]) / (batches - 1) if batches > 1 else alone
+    if loads(plan):
+        front = max(alone, front - size * loaded.apart)
     pace = Pace(
-        load=loaded.wall, load_cpu=loaded.cpu, teacher=alone, front=front, front_cpu=cpu / batches,
+        load=loaded.wall, load_cpu=loaded.cpu, teacher=alone, front=front,
+        front_cpu=cpu / batches - (size * loaded.apart if plan.workers == 0 else 0.0),
         start=max(size * loaded.wall if plan.workers else 0.0, times[0] - started - front),
         # the first micro-batch is encoded from here on, the last one until the end
         encode=0.0 if takes_turns(plan) else max(0.0, ended - times[0] - shard - written * byte) / rows,

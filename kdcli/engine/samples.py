@@ -6,9 +6,11 @@ other workers and a run on several processes see the same pixels.
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,12 +22,13 @@ from kdcli.cache.schema import collate as collate_rows
 from kdcli.data import coco
 from kdcli.data.images import read_image
 from kdcli.data.views import Geometry, orient, render, to_canvas, view_geometry
-from kdcli.errors import StoreError
+from kdcli.errors import KDError, StoreError
 from kdcli.geometry.assign import AssignerSpec, assign
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec, compute_entries, guard
 from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
 
+T = TypeVar("T")
 Item = tuple[int, str]  # (position of the image in its data set, view)
 PIXEL_TOLERANCE = 2  # of 255: libjpeg and resizing may round otherwise on a processor with other vector instructions
 
@@ -95,18 +98,41 @@ class SampleSource:
 
         Raises DataError for a bad image and StoreError for a row that is missing, corrupt or foreign.
         """
-        return self.complete(item, self.fetch(item))
+        return self.complete(item, self.fetch([item])[0])
 
-    def fetch(self, item: Item) -> Fetched:
-        """What ``load`` reads: large, and outside of Python's lock. Raises the same errors."""
-        position, view = item
-        geometry = self.geometry(item)
-        row = None if self.reader is None else self.reader.read(RowKey(self.dataset.image_id(position), view))
-        if row is not None and row.image is not None:
-            return Fetched(geometry, torch.from_numpy(row.image), row.content, row)
-        size = (geometry.height, geometry.width)
-        pixels, content_hash = read_image(self.dataset.image_path(position), size)
-        return Fetched(geometry, render(pixels, geometry), content_hash, row)
+    def load_batch(self, items: Sequence[Item], mapping: Callable[..., Iterable[Any]] = map) -> list[Sample | KDError]:
+        """The samples of a batch; neighbours that are views of one image are read together, images by ``mapping``.
+
+        Errors are values, in the place of what they are of: a process or a thread that raised one would lose its one line.
+        """
+        images = [list(views) for _, views in itertools.groupby(items, key=lambda item: item[0])]
+        fetched = list(mapping(functools.partial(_attempt, self.fetch), images))
+        made: list[Sample | KDError] = []
+        for views, found in zip(images, fetched, strict=True):
+            if isinstance(found, KDError):
+                made.append(found)
+            else:
+                made += [_attempt(self.complete, item, one) for item, one in zip(views, found, strict=True)]
+        return made
+
+    def fetch(self, items: Sequence[Item]) -> list[Fetched]:
+        """What ``load`` reads for views of one image, which is decoded once: large, and outside of Python's lock.
+
+        Raises the same errors.
+        """
+        found, decoded = [], None
+        for item in items:
+            position, view = item
+            geometry = self.geometry(item)
+            row = None if self.reader is None else self.reader.read(RowKey(self.dataset.image_id(position), view))
+            if row is not None and row.image is not None:
+                found.append(Fetched(geometry, torch.from_numpy(row.image), row.content, row))
+                continue
+            if decoded is None:
+                decoded = read_image(self.dataset.image_path(position), (geometry.height, geometry.width))
+            pixels, content_hash = decoded
+            found.append(Fetched(geometry, render(pixels, geometry), content_hash, row))
+        return found
 
     def complete(self, item: Item, fetched: Fetched) -> Sample:
         """What ``load`` computes: many small steps, which two threads would do more slowly than one. Raises StoreError."""
@@ -159,7 +185,14 @@ class SampleSource:
                 raise StoreError(f"{sample.key}: its stored pixels are not those of its image file; {again}")
 
 
-@lru_cache(maxsize=4)
+def _attempt(function: Callable[..., T], *arguments: Any) -> T | KDError:
+    try:
+        return function(*arguments)
+    except KDError as error:
+        return error
+
+
+@functools.lru_cache(maxsize=4)
 def region_definition(canvas: Canvas, grid: Grid, assigner: AssignerSpec, regions: RegionSpec) -> str:
     """What the entries of a row depend on beside its boxes, as one text."""
     return repr((str(canvas), grid.to_json(), assigner.to_json(), regions.to_json()))
