@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = (
-    256  # squared errors are added in float32 so many at a time, exact to 1e-7: in float64 they take five times as long
-)
+BLOCK = 256  # squared errors added in float32 at a time: exact to 1e-7, and float64 takes five times as long
 
 
 class ErrorMeter:
