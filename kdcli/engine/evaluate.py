@@ -67,7 +67,7 @@ def plain_forward(detector: Detector, amp: torch.dtype | None) -> Forward:
 
     def forward(images: Tensor) -> Tensors:
         with torch.autocast(images.device.type, amp, enabled=amp is not None):
-            outputs = detector(images.to(memory_format=torch.channels_last).float().div_(255))
+            outputs = detector(images.float().div_(255))
         return {name: value.float() for name, value in outputs.items() if name not in BACKBONE}
 
     return forward

@@ -23,7 +23,7 @@ from kdcli.engine import teacher as teachers
 from kdcli.engine.manifest import region_spec, require_match, specs_of, with_classes
 from kdcli.engine.samples import SampleSource, region_definition
 from kdcli.errors import OptionError, StoreError
-from kdcli.geometry.assign import AssignerSpec, assign
+from kdcli.geometry.assign import AssignerSpec, assign, follows_from_positives
 from kdcli.geometry.regions import RegionSpec, compute_entries
 from kdcli.methods import find_methods
 from kdcli.methods.base import Method, Pair, check_pair, resolve_options
@@ -126,7 +126,8 @@ def join_teacher(
         index_space = (student.grid, student.assigner, source.region_spec) if aligned else None
         require_match(side.reader, source.dataset, source.canvas, views, index_space)
         reader = _reader_for(side, needs, options, lineage_of(student.spec.detector))
-        source = replace(source, reader=reader, row_definition=stored_definition(reader))
+        known = aligned and "main" in source.regions and follows_from_positives(student.assigner)
+        source = replace(source, reader=reader, row_definition=stored_definition(reader), stored_positives=known)
         if aligned:
             recheck_regions(source, positions, views)
         return JoinedTeacher(

@@ -23,7 +23,7 @@ from kdcli.data import coco
 from kdcli.data.images import read_image
 from kdcli.data.views import Geometry, orient, render, to_canvas, view_geometry
 from kdcli.errors import KDError, StoreError
-from kdcli.geometry.assign import AssignerSpec, assign
+from kdcli.geometry.assign import AssignerSpec, assign, from_positives
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec, compute_entries, guard
 from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
@@ -78,6 +78,7 @@ class SampleSource:
     reader: CacheReader | None = None
     targets: bool = True  # False: evaluation, which reads no assignment
     row_definition: str | None = None  # of the reader's rows
+    stored_positives: bool = False  # the rows have them, by this assigner, and all it gave follows from them
 
     @property
     def definition(self) -> str:
@@ -143,27 +144,35 @@ class SampleSource:
         boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
         boxes, labels = boxes[keep], torch.from_numpy(labels_np)[keep]
         canvas = geometry.canvas
-        assigned = torch.empty(0, dtype=torch.int32)
-        if self.targets:
-            assigned = assign(self.assigner, self.grid, canvas, boxes, geometry.content)
         sample = Sample(
             key=key,
             image=fetched.image,
             geometry=geometry,
             boxes=boxes,
             labels=labels,
-            assigned=assigned,
+            assigned=torch.empty(0, dtype=torch.int32),
             valid=self.grid.valid(canvas, geometry.content),
             content_hash=fetched.content_hash,
         )
+        entries = None
         if row is not None:
             self.check_row(row, sample)
-            return replace(sample, entries=row.entries, arrays=row.arrays)
-        if self.regions:
-            entries = compute_entries(
-                self.regions, self.region_spec, self.grid, canvas, boxes, assigned, geometry.content, str(key)
+            entries = row.entries
+            sample = replace(sample, entries=entries, arrays=row.arrays)
+        if entries is not None and self.stored_positives:
+            main = entries.select("main")
+            found = from_positives(
+                self.assigner, self.grid, canvas, geometry.content, entries.index[main], entries.gt[main]
             )
-            return replace(sample, entries=entries)
+            return replace(sample, assigned=found)
+        if self.targets:
+            found = assign(self.assigner, self.grid, canvas, boxes, geometry.content)
+            sample = replace(sample, assigned=found)
+        if row is None and self.regions:
+            entries = compute_entries(
+                self.regions, self.region_spec, self.grid, canvas, boxes, sample.assigned, geometry.content, str(key)
+            )
+            sample = replace(sample, entries=entries)
         return sample
 
     def check_row(self, row: Row, sample: Sample) -> None:

@@ -95,7 +95,7 @@ class TeacherForward:
         real = len(chunk)
         if real < self.micro_batch:
             chunk = torch.cat([chunk, chunk[-1:].expand(self.micro_batch - real, -1, -1, -1)])
-        pixels = chunk.to(memory_format=torch.channels_last).float().div_(255)
+        pixels = chunk.float().div_(255)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             outputs = self.detector(pixels) if self.network is None else self.network(pixels)
         outputs = {name: value[:real].float() for name, value in outputs.items()}

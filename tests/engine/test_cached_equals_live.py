@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from kdcli.cache.reader import CacheReader
+from kdcli.engine import samples
 from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import Prepared, prepare
 from kdcli.engine.samples import collate
@@ -61,6 +63,22 @@ def test_lossless_store_equals_the_live_teacher(
     assert live[1].keys() == cached[1].keys()
     for name, value in live[1].items():
         assert torch.equal(value, cached[1][name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_positives_of_a_store_are_not_assigned_again(
+    method: str, shapes: Path, lossless_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(shapes, method, cache=str(lossless_store))
+    again = replace(run.source, stored_positives=False)
+    items = [(position, view) for position in range(8) for view in ("identity", "hflip")]
+    expected = [again.load(item).assigned for item in items]
+    assert sum(int((assigned >= 0).any()) for assigned in expected) > 8  # an image may have no object
+    assert run.source.stored_positives == (method != "pfi")  # whose rows have no positives
+    if run.source.stored_positives:
+        monkeypatch.delattr(samples, "assign")
+    for item, assigned in zip(items, expected, strict=True):
+        assert torch.equal(run.source.load(item).assigned, assigned)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(shapes: Path, teacher: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdcli.errors import OptionError
 from kdcli.geometry import assign as assign_module
-from kdcli.geometry.assign import AssignerSpec, assign, closest_anchors
+from kdcli.geometry.assign import AssignerSpec, assign, closest_anchors, follows_from_positives, from_positives
 from kdcli.geometry.boxes import pairwise_iou
 from kdcli.geometry.grid import Grid
 from kdcli.structures import BACKGROUND, IGNORED, Canvas
@@ -236,3 +236,27 @@ def test_json_round_trip(spec: AssignerSpec) -> None:
 def test_impossible_specs_are_refused(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         AssignerSpec(**bad)
+
+
+@pytest.mark.parametrize(
+    ("spec", "grid"),
+    [(ATSS, Grid()), (ATSS, RETINA), (FCOS, POINTS), (CENTERED, POINTS), (AssignerSpec("none"), Grid())],
+)
+@pytest.mark.parametrize("count", [0, 1, 12])
+def test_an_assignment_follows_from_its_positives(spec: AssignerSpec, grid: Grid, count: int) -> None:
+    assert follows_from_positives(spec)
+    found = 0
+    for content in (CONTENT, (160, 224), (7, 33)):
+        assigned = assign(spec, grid, CANVAS, random_boxes(count, count, content), content)
+        index = torch.nonzero(assigned >= 0).squeeze(1)
+        again = from_positives(spec, grid, CANVAS, content, index, assigned[index].long())
+        assert again.dtype == assigned.dtype
+        assert torch.equal(again, assigned)
+        found += len(index)
+    assert found or count == 0 or spec.kind == "none"
+
+
+def test_ignored_anchors_inside_the_content_do_not_follow() -> None:
+    assigned = assign(MAX_IOU, RETINA, CANVAS, random_boxes(12, 12), CONTENT)
+    assert ((assigned == IGNORED) & RETINA.valid_anchors(CANVAS, CONTENT)).any()
+    assert not follows_from_positives(MAX_IOU)
