@@ -78,6 +78,35 @@ def test_closest_anchors_are_those_of_a_full_sort(grid: Grid, topk: int) -> None
     assert ours == plain_closest(grid, boxes, topk)
 
 
+@pytest.mark.parametrize("grid", [Grid(), RETINA, POINTS, Grid(strides=(12, 40)), Grid(stride_rule="image_over_grid")])
+@pytest.mark.parametrize("content", [(256, 320), (250, 130), (129, 320), (128, 320), (33, 320)])
+@pytest.mark.parametrize("topk", [1, 3, 4, 9, 12, 30])
+def test_a_small_window_holds_the_closest_anchors(
+    grid: Grid, content: tuple[int, int], topk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canvas, (height, width) = Canvas(256, 320), content
+    corners = torch.tensor([[x, y, x + 2, y + 2] for x in (0, width - 2) for y in (0, height - 2)])
+    boxes = torch.cat([corners, random_boxes(60, topk, content)]).double()
+    index, real = closest_anchors(grid, canvas, boxes, content, topk)
+    cells = -(-topk // grid.num_anchors)
+    monkeypatch.setattr(assign_module, "_reach", lambda *_: cells - 1)  # as far as a single row of cells needs
+    wide_index, wide_real = closest_anchors(grid, canvas, boxes, content, topk)
+    assert torch.equal(index, wide_index)
+    assert torch.equal(real, wide_real)
+
+
+def test_the_window_is_small_where_no_level_is_one_row() -> None:
+    canvas = Canvas(256, 320)
+    reach = [
+        assign_module._reach(grid, grid.valid_shapes(canvas, content), cells)
+        for grid, content, cells in (
+            (Grid(), (256, 320), 9), (Grid(), (256, 320), 2), (Grid(), (128, 320), 9),
+            (Grid(stride_rule="image_over_grid"), (256, 320), 9),
+        )
+    ]  # fmt: skip
+    assert reach == [4, 1, 8, 8]
+
+
 @pytest.mark.parametrize("grid", [Grid(), RETINA])
 @pytest.mark.parametrize("seed", range(4))
 def test_atss_is_the_plain_loop(grid: Grid, seed: int) -> None:
