@@ -30,6 +30,7 @@ from common import machine, plan_of, random_teacher
 
 from kdcli.cli.cache import store_info
 from kdcli.engine import probing
+from kdcli.engine.devices import keep_freed_memory
 from kdcli.engine.estimate import estimate
 from kdcli.engine.watch import Silent
 from kdcli.engine.writing import write_store
@@ -44,6 +45,7 @@ def measure(args: argparse.Namespace, data: str, teacher: str, method: str, scra
     """Estimate and write, ``rounds`` times."""
     clock = CLOCKS[args.clock]
     plan = plan_of(data, teacher, method, args.canvas, 0 if args.clock == "processor" else args.workers)
+    keep_freed_memory(plan.device)  # as the command does
     rounds: list[dict[str, Any]] = []
     for number in range(args.rounds):
         out = scratch / f"store-{number}"

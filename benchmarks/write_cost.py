@@ -36,6 +36,7 @@ from kdcli.cache.shards import pack_chunk
 from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.caching import Plan, encode_row, teacher_rows
+from kdcli.engine.devices import keep_freed_memory
 from kdcli.engine.loader import Loader
 from kdcli.engine.samples import Item, SampleSource, collate
 from kdcli.engine.writing import ErrorMeter, _compare, _micro_batches, write_store
@@ -98,6 +99,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     began = time.perf_counter()
     plan = plan_of(args.data, args.teacher, method, args.canvas, args.workers)
     planned = time.perf_counter() - began
+    keep_freed_memory(plan.device)  # as the command does
     store, bar = args.out / "store", Bar()
     bare: list[tuple[float, float]] = []
     cached: list[tuple[float, float]] = []

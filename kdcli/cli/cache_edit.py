@@ -30,6 +30,7 @@ def add(
     Example: kdcli cache add STORE --method bckd
     """
     from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.engine.devices import keep_freed_memory, pick_device
     from kdcli.engine.editing import add as add_tensors
     from kdcli.methods import find_methods
     from kdcli.options import parse_assignments
@@ -42,6 +43,7 @@ def add(
         if table not in known:
             raise OptionError(f"--set {table}.…: unknown table '{table}'{nearest(table, known)}")
         settings[table] = values
+    keep_freed_memory(pick_device("auto"))
     with ConsoleWatcher() as watcher:
         new = add_tensors(store, data, teacher, method or "", settings, encoding, watcher, cache_images)
         found = store_info(store)

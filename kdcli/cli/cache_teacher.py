@@ -69,6 +69,7 @@ def cache_teacher(
     from kdcli.cli.outputs import require_folder
     from kdcli.cli.watch import print_json, watching
     from kdcli.engine.caching import plan_store
+    from kdcli.engine.devices import keep_freed_memory
     from kdcli.engine.estimate import estimate as make_estimate
     from kdcli.options import layer, read_toml
 
@@ -87,6 +88,7 @@ def cache_teacher(
     part = _part(shard)
     with watching(part is None or shard is not None or part.index == 0) as watcher:
         plan = plan_store(options, watcher)
+        keep_freed_memory(plan.device)
         if estimate:
             return _report_estimate(make_estimate(plan, place, part), watcher, json)
         info = _write(plan, place, part, watcher)

@@ -36,7 +36,7 @@ def evaluate(
     from kdcli.data.coco import open_split
     from kdcli.detectors.weights import load_detector
     from kdcli.engine.coco_eval import write_detections
-    from kdcli.engine.devices import pick_amp, pick_device, pick_workers
+    from kdcli.engine.devices import keep_freed_memory, pick_amp, pick_device, pick_workers
     from kdcli.engine.evaluate import evaluate as run_evaluation
     from kdcli.engine.evaluate import plain_forward, require_same_classes, validation_source
     from kdcli.engine.loader import Loader
@@ -54,6 +54,7 @@ def evaluate(
     require_same_classes(meta.classes, dataset)
     target = Canvas.parse(canvas or meta.canvas)
     chosen = pick_device(device or "auto")
+    keep_freed_memory(chosen)
     with ConsoleWatcher() as watcher:
         keep = set(usable(dataset, bool(skip_bad), watcher).tolist())
         watcher.stage(f"eval {split}", len(keep))
@@ -97,7 +98,7 @@ def predict(
     from kdcli.cli.outputs import require_folder
     from kdcli.cli.watch import ConsoleWatcher, print_json
     from kdcli.detectors.weights import load_detector
-    from kdcli.engine.devices import pick_device
+    from kdcli.engine.devices import keep_freed_memory, pick_device
     from kdcli.engine.predicting import image_files, predict_files, require_images
     from kdcli.report.draw import draw_detections, save_png
     from kdcli.structures import Canvas
@@ -105,6 +106,7 @@ def predict(
     require_folder(out, "--out")
     detector, meta = load_detector(checkpoint)
     target, chosen = Canvas.parse(canvas or meta.canvas), pick_device(device or "auto")
+    keep_freed_memory(chosen)
     names = [str(c["name"]) for c in meta.classes]
     files = image_files(source)
     require_images(files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -19,6 +20,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -102,6 +104,20 @@ def set_threads(threads: int | None) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """For a process in which a detector only infers, on a CPU: what one pass frees is kept for the next.
+
+    glibc gives it back to the system instead and asks for it again, page by page: 70,000 page faults for 8 images of
+    MobileNetV2 at 256x320. ``cache-teacher`` took 7.4 s without this and 5.9 s with it, for 192 rows on two cores: the same
+    store, 5 % more memory. Training steps gain 0 to 4 % and are left alone: their tensors differ in size from step to
+    step. Does nothing on a GPU, or with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if device.type == "cpu" and mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def make_deterministic() -> None:
