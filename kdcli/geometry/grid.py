@@ -102,8 +102,9 @@ class Grid(JsonSpec):
         return _valid(self, canvas, tuple(self.valid_shapes(canvas, content)))
 
     def valid_anchors(self, canvas: Canvas, content: tuple[int, int]) -> Tensor:
-        """``valid`` for each anchor, [N] bool."""
-        return self.valid(canvas, content).repeat_interleave(self.num_anchors)
+        """``valid`` for each anchor, [N] bool. Shared: never modify it in place."""
+        valid = self.valid(canvas, content)
+        return valid if self.num_anchors == 1 else valid.repeat_interleave(self.num_anchors)
 
 
 @lru_cache(maxsize=256)  # of an image it is asked for four times; 67 shapes of content fit into 800x1344, of 22 kB each
