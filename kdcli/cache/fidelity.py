@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 256  # squared errors added in float32 at a time: exact to 1e-7, and float64 takes five times as long
+PART = 32768  # numbers at a time: a map of 1,706 x 128 takes 0.25 ms so and 0.4 at once, which no processor cache holds
 
 
 class ErrorMeter:
@@ -17,17 +17,35 @@ class ErrorMeter:
     def __init__(self) -> None:
         self.sums: dict[str, dict[str, float]] = {}
 
-    def add(self, key: str, exact: NDArray[np.float32], decoded: NDArray[np.float32]) -> None:
-        """Compare one row's tensor, both [..]; empty rows add nothing."""
-        if exact.size == 0:
+    def add(
+        self,
+        key: str,
+        exact: NDArray[np.float32],
+        decoded: NDArray[np.float32],
+        keep: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Compare one row's tensor, both [n, ..]; of ``keep`` [n] only those rows. Empty ones add nothing."""
+        if exact.size == 0 or (keep is not None and not keep.any()):
             return
-        difference, reference = (decoded - exact).ravel(), exact.ravel()
+        width = exact.size // len(exact)
+        exact, decoded = exact.reshape(-1, width), decoded.reshape(-1, width)
+        rows = max(1, PART // width)
+        about = exact[:rows].mean()  # near enough to their mean that nothing is left of two large numbers
+        total = around = 0.0
         entry = self.sums.setdefault(key, {"squares": 0.0, "reference": 0.0, "count": 0.0, "worst": 0.0})
-        entry["worst"] = max(entry["worst"], float(difference.max()), -float(difference.min()))
-        entry["squares"] += _squares(difference)
-        # in float64 throughout: what is left of two large numbers where the mean is far from 0
-        entry["reference"] += max(0.0, _dot(reference) - _sum(reference) ** 2 / reference.size)
-        entry["count"] += exact.size
+        for start in range(0, len(exact), rows):
+            part = slice(start, start + rows)
+            reference = exact[part] - about
+            difference = decoded[part] - exact[part]
+            if keep is not None:  # 0 adds nothing, and takes half of the time of a copy without these rows
+                difference[~keep[part]] = reference[~keep[part]] = 0
+            entry["worst"] = max(entry["worst"], float(difference.max()), -float(difference.min()))
+            entry["squares"] += _squares(difference.ravel())
+            around += _squares(reference.ravel())
+            total += float(reference.sum())
+        count = exact.size if keep is None else int(keep.sum()) * width
+        entry["reference"] += max(0.0, around - total**2 / count)
+        entry["count"] += count
 
     def join(self, sums: Mapping[str, Mapping[str, float]]) -> None:
         """Add the sums of another meter."""
@@ -39,17 +57,7 @@ class ErrorMeter:
 
 
 def _squares(values: NDArray[np.float32]) -> float:
-    whole = len(values) // BLOCK * BLOCK
-    blocks = values[:whole].reshape(-1, BLOCK)
-    return _sum(np.einsum("ij,ij->i", blocks, blocks)) + _dot(values[whole:])
-
-
-def _dot(values: NDArray[np.float32]) -> float:
-    return float(np.einsum("i,i->", values, values, dtype=np.float64))
-
-
-def _sum(values: NDArray[np.float32]) -> float:
-    return float(values.sum(dtype=np.float64))
+    return float(np.dot(values, values))  # in float32, many sums side by side: exact to 1e-7 for PART numbers
 
 
 def summarise(parts: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:

@@ -104,9 +104,10 @@ class Dataset:
 
 def clip_xyxy(xywh: NDArray[np.float64], height: int | NDArray[Any], width: int | NDArray[Any]) -> NDArray[np.float64]:
     """Boxes [M, 4] xywh -> [M, 4] xyxy clipped to ``height`` x ``width`` (one size, or one for each box)."""
-    x, y, w, h = xywh.T
-    corners = (np.clip(x, 0, width), np.clip(y, 0, height), np.clip(x + w, 0, width), np.clip(y + h, 0, height))
-    return np.stack(corners, axis=1)
+    corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    limits = np.stack([width, height, width, height], axis=-1)  # [4] or [M, 4]
+    clipped: NDArray[np.float64] = np.minimum(np.maximum(corners, 0.0), limits)
+    return clipped
 
 
 def has_split(root: Path, split: str) -> bool:

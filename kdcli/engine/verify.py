@@ -114,8 +114,8 @@ def verify_teacher(plan: Plan, store: Where, rows: int, watcher: Watcher) -> tup
             theirs = theirs[0] if theirs.ndim > exact.ndim else theirs
             if theirs.shape != exact.shape:
                 raise StoreError(f"{RowKey(plan.source.dataset.image_id(item[0]), item[1])}: its regions have changed")
-            keep: Any = plan.schema.valid_rows(tensor, sample.valid).numpy() if tensor.need.dense else slice(None)
-            meter.add(key, exact[keep], theirs[keep])
+            keep = plan.schema.valid_rows(tensor, sample.valid).numpy() if tensor.need.dense else None
+            meter.add(key, exact, theirs, keep)
         watcher.advance(1)
     return len(chosen), summarise([meter.sums])
 

@@ -271,11 +271,8 @@ def _compare(
     for tensor in plan.schema.tensors:
         key = tensor.need.key
         theirs = other[key][0] if other[key].ndim > exact[key].ndim else other[key]
-        keep: Any = slice(None)
-        if tensor.need.dense:
-            keep = plan.schema.valid_rows(tensor, sample.valid).numpy()
-            keep = slice(None) if keep.all() else keep  # no copy
-        meter.add(key, exact[key][keep], theirs[keep])
+        keep = plan.schema.valid_rows(tensor, sample.valid).numpy() if tensor.need.dense else None
+        meter.add(key, exact[key], theirs, keep)
 
 
 def _by_name(schema: dict[str, Any]) -> dict[str, Any]:

@@ -39,29 +39,6 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     return _iou(a[:, None], b[None], EPS)[0]
 
 
-def _center_penalty(a: Tensor, b: Tensor) -> Tensor:
-    """DIoU's squared centre distance over the squared diagonal of the hull, for broadcastable boxes."""
-    hull_w = torch.maximum(a[..., 2], b[..., 2]) - torch.minimum(a[..., 0], b[..., 0])
-    hull_h = torch.maximum(a[..., 3], b[..., 3]) - torch.minimum(a[..., 1], b[..., 1])
-    dx = (a[..., 0] + a[..., 2] - b[..., 0] - b[..., 2]) / 2
-    dy = (a[..., 1] + a[..., 3] - b[..., 1] - b[..., 3]) / 2
-    return (dx**2 + dy**2) / (hull_w**2 + hull_h**2 + EPS)
-
-
-def pairwise_diou(a: Tensor, b: Tensor) -> Tensor:
-    """DIoU (IoU minus the centre penalty, arXiv 1911.08287) of ``a`` [G, 4] with ``b`` [N, 4]: [G, N]."""
-    return pairwise_iou(a, b) - _center_penalty(a[:, None], b[None])
-
-
-def pairwise_diou_official(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """What LD's repository calls DIoU: [G, N] for boxes [G, 4], anchors [N, 4].
-
-    Its union stays the anchor's own area, so that the first term is the covered share of the anchor, not the IoU.
-    """
-    covered = _intersection(boxes[:, None], anchors[None]) / area(anchors).clamp(min=EPS)
-    return covered - _center_penalty(boxes[:, None], anchors[None])
-
-
 def aligned_iou(a: Tensor, b: Tensor, eps: float = EPS) -> Tensor:
     """IoU [...] of box pairs [..., 4], differentiable."""
     return _iou(a, b, eps)[0]

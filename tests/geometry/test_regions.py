@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from torchvision import ops
 
 from kdcli.errors import OptionError
 from kdcli.geometry import regions as regions_module
 from kdcli.geometry.assign import AssignerSpec, assign, atss_candidates
+from kdcli.geometry.boxes import pairwise_iou
 from kdcli.geometry.grid import Grid
-from kdcli.geometry.regions import RegionSpec, compute_entries, guard, vlr_weights
+from kdcli.geometry.regions import RegionSpec, compute_entries, guard, vlr_metric, vlr_weights
 from kdcli.structures import MAIN, VLR, Canvas, Entries
 
 CANVAS, CONTENT = Canvas(256, 256), (256, 256)
@@ -65,6 +68,38 @@ def test_entries_are_sorted_unique_and_say_what_they_are() -> None:
     assert torch.equal(vlr, entries.weight > 0)
     dtypes = [t.dtype for t in (entries.index, entries.flag, entries.gt, entries.weight, entries.image)]
     assert dtypes == [torch.int64, torch.uint8, torch.int64, torch.float32, torch.int64]
+
+
+def test_diou_agrees_with_torchvision() -> None:
+    anchors = Grid().anchors(CANVAS)
+    value, iou = vlr_metric("diou", BOXES.double().numpy().T[..., None], Grid().anchor_columns(CANVAS).numpy()[:, None])
+    torch.testing.assert_close(torch.from_numpy(iou), ops.box_iou(BOXES.double(), anchors))
+    torch.testing.assert_close(
+        torch.from_numpy(value), ops.distance_box_iou(BOXES.double(), anchors), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_official_diou_is_the_covered_share_of_the_anchor() -> None:
+    box, anchor = np.array([0.0, 0.0, 10.0, 10.0]), np.array([5.0, 0.0, 9.0, 10.0])
+    # all of the anchor is covered; centres 2 px apart; the hull is the box
+    assert vlr_metric("official", box, anchor) == (pytest.approx(1 - 4 / 200), 0.4)
+    assert vlr_metric("diou", box, anchor) == (pytest.approx(0.4 - 4 / 200), 0.4)
+
+
+@pytest.mark.parametrize("metric", ["diou", "official"])
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 1.0])
+def test_the_region_is_that_of_all_pairs(metric: str, gamma: float) -> None:
+    # only overlapping pairs are looked at; the third box has no width, the fourth lies in the padding
+    boxes = torch.cat([BOXES, torch.tensor([[60.0, 60.0, 60.0, 90.0], [30.0, 170.0, 90.0, 250.0]])])
+    content, grid = (160, 256), RETINA
+    weights = vlr_weights(RegionSpec(vlr_metric=metric, vlr_gamma=gamma), grid, CANVAS, boxes, content)  # type: ignore[arg-type]
+    anchors, alpha = grid.anchors(CANVAS), atss_candidates(grid, CANVAS, boxes.double(), content, 9).threshold
+    value, _ = vlr_metric(metric, boxes.double().numpy().T[..., None], anchors.numpy().T[:, None])
+    high = alpha[:, None]
+    inside = torch.from_numpy((value < high) & (value >= gamma * high)) & grid.valid_anchors(CANVAS, content)
+    plain = pairwise_iou(boxes.double(), anchors).masked_fill(~inside, 0).amax(dim=0)
+    assert torch.equal(weights, plain)
+    assert (weights > 0).any() == (gamma < 1)
 
 
 def test_positives_leave_the_region_when_told() -> None:

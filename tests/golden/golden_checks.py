@@ -32,10 +32,10 @@ from torch import Tensor
 from kdcli.detectors.dense.decode import candidates, decode
 from kdcli.detectors.dense.losses import atss_loss, centerness_target, gather_positives, retinanet_loss
 from kdcli.geometry.assign import assign
-from kdcli.geometry.boxes import encode_deltas, pairwise_diou_official, pairwise_iou
+from kdcli.geometry.boxes import encode_deltas, pairwise_iou
 from kdcli.geometry.derive import decode_distribution, integral
 from kdcli.geometry.grid import Grid
-from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, vlr_weights
+from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, vlr_metric, vlr_weights
 from kdcli.methods.divergence import kl_rows
 from kdcli.structures import IGNORED, VLR, Canvas, Targets
 
@@ -219,7 +219,8 @@ def check_vlr_of(case: Case, name: str) -> None:
     canvas = canvas_of(case.file("inputs_student"))
     boxes, content = case.file("batches")[f"{name}_gt_bboxes"], content_of(case, name)
     valid = ANCHOR_GRID.valid(canvas, content)
-    asis = pairwise_diou_official(boxes.double(), ANCHOR_GRID.anchors(canvas)).T
+    anchors = ANCHOR_GRID.anchor_columns(canvas).numpy()[:, None]
+    asis = torch.from_numpy(vlr_metric("official", boxes.double().numpy().T[..., None], anchors)[0].T)
     assert_near(asis[valid], case.arrays[f"{name}_diou_asis"][valid], f"{name} official DIoU")
     assigned = assign(ATSS, ANCHOR_GRID, canvas, boxes, content)
     for metric, suffix in (("official", "vlr"), ("diou", "vlr_unionfixed")):
