@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdcli.cache.pixels import PIXELS, decode_pixels, encode_pixels
-from kdcli.cache.shards import ZSTD_LEVEL
+from kdcli.cache.stored import ZSTD_LEVEL
 from kdcli.cli.cache import store_info
 from kdcli.data.coco import open_split
 from kdcli.data.images import read_image

@@ -79,9 +79,7 @@ def through(
     coded = replace(plan, schema=schema)
     rows = [encode_row(coded, s, v) for s, v in zip(samples, values, strict=True)]
     size = {
-        t.need.key: sum(
-            len(pack_chunk(r[a.path], a.shape, a.dtype)) for a in schema.tensor_arrays(t).values() for r in rows
-        )
+        t.need.key: sum(len(pack_chunk(r[a.path], a)) for a in schema.tensor_arrays(t).values() for r in rows)
         for t in schema.tensors
     }
     return schema.decode(collate_rows(rows, schema.layout()), plan.needs), size

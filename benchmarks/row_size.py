@@ -173,7 +173,7 @@ def check_saved(plan: Plan, outputs: Tensors, sample: Sample, needs: tuple[Need,
 
 def packed(schema: CacheSchema, arrays: Mapping[str, Any]) -> dict[str, int]:
     """Bytes on the disk of each array of a row."""
-    return {a.path: len(pack_chunk(arrays[a.path], a.shape, a.dtype)) + INDEX_BYTES for a in schema.layout()}
+    return {a.path: len(pack_chunk(arrays[a.path], a)) + INDEX_BYTES for a in schema.layout()}
 
 
 def one_row(plan: Plan, outputs: Tensors, sample: Sample) -> tuple[tuple[int, ...], dict[str, int]]:

@@ -151,7 +151,7 @@ def make_pool(plan: Plan, size: int) -> tuple[list[Packed], dict[str, float]]:
         decoded = plan.schema.decode(collate_rows([arrays], layout), plan.needs)
         for key, exact in value.items():
             meter.add(key, exact, row_tensor(decoded[key]))
-        chunks = {a.path: pack_chunk(arrays[a.path], a.shape, a.dtype) for a in layout}
+        chunks = {a.path: pack_chunk(arrays[a.path], a) for a in layout}
         raw = sum(v.nbytes for v in arrays.values())
         packed.append(Packed(chunks, raw, meter.sums, {}))
         assert sample.entries is not None

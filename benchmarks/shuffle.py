@@ -111,7 +111,7 @@ def make_store(path: Path, images: int, shard_rows: int) -> None:
             values = [np.arange(len(values[0]), dtype=np.int32)] * 8
         if array.path == "entries/flag":
             values = [np.ones_like(values[0])] * 8
-        chunks[array.path] = [pack_chunk(v, array.shape, array.dtype) for v in values]
+        chunks[array.path] = [pack_chunk(v, array) for v in values]
     writer = StoreWriter(path, schema)
     for shard in range(schema.num_shards):
         start, stop = schema.shard_range(shard)

@@ -180,9 +180,7 @@ def profile(plan: Plan, out: Path) -> dict[str, Any]:
             )
             read = {key: row_tensor(tensor) for key, tensor in decoded.items()}
             stages.run("check: compare", lambda s=sample, v=value, r=read: _compare(plan, s, ErrorMeter(), v, r))
-            packed[item] = stages.run(
-                "compress", lambda row=row: {a.path: pack_chunk(row[a.path], a.shape, a.dtype) for a in layout}
-            )
+            packed[item] = stages.run("compress", lambda row=row: {a.path: pack_chunk(row[a.path], a) for a in layout})
     chunks = {a.path: [packed[plan.item(r)][a.path] for r in range(start, stop)] for a in layout}
     stages.run("write", lambda: StoreWriter(store, plan.schema).write_chunks(0, chunks, {}))
     shutil.rmtree(store)

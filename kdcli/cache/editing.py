@@ -177,7 +177,7 @@ def _chunks(
             if theirs.shape != array.shape:
                 data = file.unpack(chunk, theirs.row_bytes, theirs.row_bytes)
                 value = data.view(array.numpy_type).reshape(theirs.shape)
-                found[n] = pack_chunk(value[: array.shape[0]], array.shape, array.dtype)
+                found[n] = pack_chunk(value[: array.shape[0]], array)
     while len(files) > MAX_FILES:
         del files[next(iter(files))]
     return [found[n] for n in range(len(places))]

@@ -19,8 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcli.cache.encodings import ChannelAffine
 from kdcli.cache.pixels import PIXEL_ENCODING, PIXELS
-from kdcli.cache.stored import BOX_COUNT, ENTRY_COUNT, ArraySpec, StoredTensor, is_flagged, path_of, whole
+from kdcli.cache.stored import (
+    BOX_COUNT,
+    ENTRY_COUNT,
+    ZSTD_FAST,
+    ZSTD_LEVEL,
+    ArraySpec,
+    StoredTensor,
+    is_flagged,
+    path_of,
+    whole,
+)
 from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Canvas, Entries
@@ -122,8 +133,15 @@ class CacheSchema:
 
     def _arrays_of(self, tensor: StoredTensor) -> dict[str, ArraySpec]:
         layout = tensor.encoding.layout(self.count(tensor), tensor.dims, self.sizes(tensor))
+        fast = tensor.encoding == ChannelAffine(8)  # fewer bits stay a byte each: the entropy coder is what packs them
         return {
-            suffix: ArraySpec(path_of(tensor.need, suffix), shape, dtype, tensor.count)
+            suffix: ArraySpec(
+                path_of(tensor.need, suffix),
+                shape,
+                dtype,
+                tensor.count,
+                ZSTD_LEVEL if suffix or not fast else ZSTD_FAST,
+            )
             for suffix, (shape, dtype) in layout.items()
         }
 

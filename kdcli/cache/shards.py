@@ -17,22 +17,21 @@ import zstandard
 from numpy.typing import NDArray
 
 from kdcli.cache.places import OpenFile, Place
+from kdcli.cache.stored import ArraySpec
 from kdcli.errors import StoreError
 
-ZSTD_LEVEL = 1  # codes hardly compress; what zstd is for is the padding behind sparse rows
 _LOCAL = threading.local()
 MISSING = 2**64 - 1  # of a shard index: this chunk was never written
 
 
-def pack_chunk(value: NDArray[Any], shape: Sequence[int], dtype: str) -> bytes:
-    """The chunk of one row: ``value`` in the first rows of a zero array of ``shape``, compressed and checksummed."""
-    kind = np.dtype(dtype).newbyteorder("<")
-    if len(value) == shape[0]:
-        row = np.ascontiguousarray(value, kind)
+def pack_chunk(value: NDArray[Any], array: ArraySpec) -> bytes:
+    """The chunk of one row of ``array``: ``value`` in its first rows, then zeros, compressed and checksummed."""
+    if len(value) == array.shape[0]:
+        row = np.ascontiguousarray(value, array.numpy_type)
     else:
-        row = np.zeros(shape, kind)
+        row = np.zeros(array.shape, array.numpy_type)
         row[: len(value)] = value
-    frame: bytes = _compressor().compress(row.data)
+    frame: bytes = _compressor(array.level).compress(row.data)
     return frame + _crc(frame)
 
 
@@ -123,12 +122,12 @@ def crc_is_right(data: bytes) -> bool:
     return _crc(data[:-4]) == data[-4:]
 
 
-def _compressor() -> zstandard.ZstdCompressor:
+def _compressor(level: int) -> zstandard.ZstdCompressor:
     # one for each thread: making one takes 16 us, a tenth of what an LD row takes, and no two threads may use one
-    if not hasattr(_LOCAL, "compressor"):
-        _LOCAL.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-    found: zstandard.ZstdCompressor = _LOCAL.compressor
-    return found
+    made: dict[int, zstandard.ZstdCompressor] = _LOCAL.__dict__.setdefault("compressors", {})
+    if level not in made:
+        made[level] = zstandard.ZstdCompressor(level=level)
+    return made[level]
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:

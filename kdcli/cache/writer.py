@@ -29,8 +29,8 @@ from kdcli.cache.locks import hold_file, remove_free
 from kdcli.cache.places import Folder, Place, Where, place_of
 from kdcli.cache.schema import FORMAT_VERSION, CacheSchema, digest
 from kdcli.cache.seal import parse, seal, unseal
-from kdcli.cache.shards import ZSTD_LEVEL, pack_chunk, pack_shard
-from kdcli.cache.stored import ArraySpec
+from kdcli.cache.shards import pack_chunk, pack_shard
+from kdcli.cache.stored import ZSTD_LEVEL, ArraySpec
 from kdcli.errors import KDError, MissingPathError, NoSpaceError, StoreError
 from kdcli.files import fsync_folder
 
@@ -94,7 +94,7 @@ def make_arrays(target: Any, schema: CacheSchema, manifest: Mapping[str, Any], i
             shards=(schema.shard_rows, *array.shape),
             dtype=array.dtype,
             # crc32c last: it guards the compressed bytes, so a flipped bit is found before decoding
-            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+            compressors=[ZstdCodec(level=array.level), Crc32cCodec()],
             filters=None,
             fill_value=0,
         )
@@ -161,7 +161,7 @@ class StoreWriter:
         process has finished meanwhile is left as it is.
         """
         layout = self.schema.layout()
-        chunks = {a.path: [pack_chunk(row[a.path], a.shape, a.dtype) for row in rows] for a in layout}
+        chunks = {a.path: [pack_chunk(row[a.path], a) for row in rows] for a in layout}
         return self.write_chunks(shard, chunks, measured)
 
     def write_chunks(self, shard: int, chunks: Mapping[str, list[bytes]], measured: Mapping[str, Any]) -> int:

@@ -141,7 +141,7 @@ def array_bytes(schema: CacheSchema, counted: Counted, probe: Probe) -> dict[str
     found = {}
     index = schema.num_shards * (16 * schema.shard_rows + 4)
     for array in schema.layout():
-        empty = len(pack_chunk(np.zeros((0, *array.shape[1:])), array.shape, array.dtype))
+        empty = len(pack_chunk(np.zeros((0, *array.shape[1:])), array))
         units = int(counted.units[array.path][list(probe.chosen)].sum())
         raw = element_bytes(array)  # where the probe has none: not compressed
         each = max(0.0, probe.chunk_bytes[array.path] - empty * len(probe.chosen)) / units if units else raw

@@ -235,7 +235,7 @@ def _pack(
     _compare(plan, sample, encoding, value, {k: row_tensor(v) for k, v in decoded.items()})
     if exact is not None:
         _compare(plan, sample, precision, exact, value)
-    chunks = {a.path: pack_chunk(row[a.path], a.shape, a.dtype) for a in layout}
+    chunks = {a.path: pack_chunk(row[a.path], a) for a in layout}
     raw = sum(v.nbytes for v in value.values()) + (sample.image.nbytes if plan.schema.images else 0)
     return Packed(chunks, raw, encoding.sums, precision.sums)
 

@@ -175,7 +175,7 @@ def test_hostile_entries_are_refused(store: Path) -> None:
         key = shard_key(array, 1)
         data = (store / key).read_bytes()
         chunks: list[bytes | None] = [data[offset : offset + length] for offset, length in index_of(data)]
-        chunks[row % SHARD_ROWS] = pack_chunk(value.astype(array.dtype), array.shape, array.dtype)
+        chunks[row % SHARD_ROWS] = pack_chunk(value.astype(array.dtype), array)
         changes.append(Change(name, key, pack_shard(chunks, SHARD_ROWS)))
     require_refused(attempts(store, changes))
 

@@ -14,11 +14,12 @@ from kdcli.engine.watch import Silent
 from kdcli.errors import StoreError
 
 
-def test_flipped_bits_of_array_headers_are_found(default_store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensor", ["box_distribution@main+vlr", "features@all"])
+def test_flipped_bits_of_array_headers_are_found(tensor: str, default_store: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(default_store, store)
     verify_checksums(store, Silent())
-    header = store / "tensors" / "box_distribution@main+vlr" / "values" / "zarr.json"
+    header = store / "tensors" / tensor / "values" / "zarr.json"
     data = header.read_bytes()
     draw = np.random.default_rng(0)
     for position in draw.integers(0, len(data), 60):
@@ -29,6 +30,20 @@ def test_flipped_bits_of_array_headers_are_found(default_store: Path, tmp_path: 
             verify_checksums(store, Silent())
     header.write_bytes(data)
     verify_checksums(store, Silent())
+
+
+def test_features_that_are_entropy_coded_are_what_was_written(default_store: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(default_store, store)
+    header = store / "tensors" / "features@all" / "values" / "zarr.json"
+    data = header.read_bytes()
+    assert data.count(b'"level": -1') == 1
+    header.write_bytes(data.replace(b'"level": -1', b'"level": 1'))  # as stores before 2026-11-21 say
+    verify_checksums(store, Silent())
+    for wrong in (b'"level":\r1', b'"level": 2', b'"level": -2'):
+        header.write_bytes(data.replace(b'"level": -1', wrong))
+        with pytest.raises(StoreError, match=r"zarr\.json' is not what was written"):
+            verify_checksums(store, Silent())
 
 
 def test_verify_finds_the_data_by_itself(
