@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from stores_reading import now
 from kdcli.engine import launch, teacher
 from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import Item, Sample, SampleSource
+from kdcli.engine.samples import Fetched, Item, Sample, SampleSource
 from kdcli.engine.train import Trainer
 from kdcli.engine.watch import Silent
 from kdcli.structures import Batch
@@ -31,10 +31,14 @@ Endless = Iterator[tuple[Batch, int]]
 class FileSource(SampleSource):
     """Samples whose teacher arrays come from dense files. The regions are computed here: the files do not have them."""
 
-    def load(self, item: Item) -> Sample:
+    def fetch(self, items: Sequence[Item]) -> list[Fetched]:
+        """See SampleSource; the teacher's rows are read when the entries are known."""
+        return SampleSource.fetch(replace(self, reader=None), items)
+
+    def complete(self, item: Item, fetched: Fetched) -> Sample:
         """See SampleSource."""
         rows: Any = self.reader
-        sample = SampleSource.load(replace(self, reader=None), item)
+        sample = super().complete(item, fetched)
         return replace(sample, arrays=rows.read(sample.key, sample.entries).arrays)
 
 
