@@ -56,6 +56,11 @@ class Canvas:
         return str(self.height) if self.height == self.width else f"{self.height}x{self.width}"
 
 
+def flag_bits(region: str) -> int:
+    """The bits of ``Entries.flag`` that put an entry into ``region``, e.g. ``main+vlr``."""
+    return sum(FLAGS[part] for part in set(region.split("+")))
+
+
 @dataclass(frozen=True)
 class Entries:
     """The sparse positions of one image, or of a batch, where teacher tensors are read. Sorted by image, then index.
@@ -72,10 +77,7 @@ class Entries:
 
     def select(self, region: str) -> Tensor:
         """Boolean mask [M] of the entries that belong to ``region``."""
-        wanted = 0
-        for part in region.split("+"):
-            wanted |= FLAGS[part]
-        return (self.flag & wanted) != 0
+        return (self.flag & flag_bits(region)) != 0
 
     @staticmethod
     def collate(parts: Sequence[Entries]) -> Entries:

@@ -26,7 +26,7 @@ from kdcli.cache.shards import ShardFile, crc_is_right, decompress, open_shards,
 from kdcli.cache.stored import ENTRY_COUNT, ArraySpec
 from kdcli.cache.writer import read_journal, read_manifest, shard_key
 from kdcli.errors import KDError, StoreError
-from kdcli.structures import FLAGS, Entries, RowKey
+from kdcli.structures import FLAGS, Entries, RowKey, flag_bits
 from kdcli.tensors import PROPOSAL_COUNT, Need
 
 MAX_OPEN_FILES = 256  # a COCO-sized store has 10,000 shard files, a process may usually open 1,024
@@ -113,7 +113,8 @@ class CacheReader:
             length = None if tensor.count is None else counts[tensor.count]
             if tensor.need.at_entries:
                 assert entries is not None
-                length = int(entries.select(tensor.need.region).sum())
+                # in numpy: 3 us instead of 25, of the 400 that an LD row takes
+                length = int(np.count_nonzero(entries.flag.numpy() & flag_bits(tensor.need.region)))
             for spec in self.schema.tensor_arrays(tensor).values():
                 arrays[spec.path] = self._array(chunks, spec.path, index, length)
             if tensor.count == PROPOSAL_COUNT:  # the boxes of each image are counted by its targets, proposals are not
