@@ -22,6 +22,7 @@ def run(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow  # 70 s
 def test_stores_reads_and_trains_from_every_format(tmp_path: Path) -> None:
     found = run("stores.py", "--out", str(tmp_path), "--rows", "4", "--batch", "2", "--steps", "1")
     assert found["methods"].keys() == {"ld", "pfi"}
