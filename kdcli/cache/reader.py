@@ -113,7 +113,7 @@ class CacheReader:
             length = None if tensor.count is None else counts[tensor.count]
             if tensor.need.at_entries:
                 assert entries is not None
-                # in numpy: 3 us instead of 25, of the 400 that an LD row takes
+                # in numpy: with the two tensors of LD a row of 800x1344 is read in 0.39 ms instead of 0.41
                 length = int(np.count_nonzero(entries.flag.numpy() & flag_bits(tensor.need.region)))
             for spec in self.schema.tensor_arrays(tensor).values():
                 arrays[spec.path] = self._array(chunks, spec.path, index, length)

@@ -23,8 +23,8 @@ MAX_DIMS = 8  # numpy takes 64; the most that a tensor has is 4
 PER = re.compile(r"cell|anchor|box|proposal|level[0-4]")
 ENTRY_COUNT, BOX_COUNT = "entries/count", "boxes/count"
 ZSTD_LEVEL = 1  # codes hardly compress; what zstd is for is the padding behind sparse rows
-# no entropy coder, which takes four fifths of the time that 8-bit features take to decompress (2.0 ms of 2.4 a row at
-# 800x1344) for a tenth of their bytes; runs of equal bytes, such as padding, are found still
+# no entropy coder: 8-bit features of 128 channels at 800x1344 are decompressed in 0.44 ms instead of 2.00, and are a tenth
+# larger; runs of equal bytes, such as padding, are found still
 ZSTD_FAST = -1
 
 

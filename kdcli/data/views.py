@@ -155,7 +155,7 @@ def to_canvas(boxes: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """
     (ratio_x, ratio_y), (x0, y0, _, _) = geometry.ratio, geometry.crop
     height, width = geometry.content
-    # in numpy, which starts an operation in a third of torch's time: 0.03 ms for the boxes of an image instead of 0.10
+    # in numpy: 0.03 ms for the boxes of an image, where torch takes 0.10
     whole = boxes.numpy().astype(np.float64).reshape(-1, 4) - (x0, y0, x0, y0)
     whole *= (ratio_x, ratio_y, ratio_x, ratio_y)
     clipped = np.minimum(np.maximum(whole, 0.0), np.array([width, height, width, height], np.float64))

@@ -84,7 +84,7 @@ class Grid(JsonSpec):
         return _anchors(self, canvas, dtype, device or torch.device("cpu"))
 
     def anchor_columns(self, canvas: Canvas) -> Tensor:
-        """The anchors by coordinate, [4, N] float64: a third of the time for whoever reads one coordinate at a time."""
+        """The anchors by coordinate, [4, N] float64: for whoever reads one coordinate at a time. Never modify it in place."""
         return _anchor_columns(self, canvas)
 
     def anchor_strides(
