@@ -138,6 +138,7 @@ class Row:
 
     arrays: dict[str, NDArray[Any]]
     entries: Entries | None
+    room: None = None  # its arrays are where the format put them
 
 
 class DenseRows:

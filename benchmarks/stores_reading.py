@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from stores_formats import DenseRows, Row
 
 from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import CacheSchema, collate
+from kdcli.cache.rooms import join
+from kdcli.cache.schema import CacheSchema
 from kdcli.cache.stored import ENTRY_COUNT
 from kdcli.structures import Entries, RowKey
 from kdcli.tensors import Need, Tensors
@@ -32,7 +33,7 @@ COLD_ROUNDS = 3
 PROFILE_PASSES, DEAREST = 5, 12
 RATES = ("ready", "ready_cpu", "joined", "joined_cpu")
 
-Read = Callable[[RowKey], Any]  # gives what has ``arrays`` and ``entries``
+Read = Callable[[Sequence[RowKey]], list[Any]]  # a batch of what ``join`` takes, with ``entries``
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Reading:
         """Tensors of a batch on the training device, as a loss reads them; time (see now) of reading and joining the
         rows, and of copying and decoding them there."""
         began = now()
-        rows = [read(key) for key in keys]
-        arrays = collate([r.arrays for r in rows], self.layout)
+        rows = read(keys)
+        arrays = join(rows, self.layout)
         entries = None if rows[0].entries is None else Entries.collate([r.entries for r in rows])
         joined = now()
         there = None if entries is None else entries.to(device)
@@ -69,7 +70,7 @@ def by_kdcli(store: Path, needs: tuple[Need, ...]) -> Reading:
     """The store through kdcli's reader."""
     reader = CacheReader(store, needs)
     return Reading(
-        lambda: CacheReader(store, needs).read, reader.schema, tuple(reader.layout.values()), needs, store
+        lambda: CacheReader(store, needs).read_all, reader.schema, tuple(reader.layout.values()), needs, store
     )  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def by_zarr(store: Path, needs: tuple[Need, ...]) -> Reading:
                     arrays[spec.path] = values[spec.path][:real]
             return Row(arrays, entries)
 
-        return read
+        return lambda keys: [read(key) for key in keys]
 
     return Reading(fresh, schema, tuple(layout.values()), needs, store)
 
@@ -112,7 +113,7 @@ def by_format(
 
     def fresh() -> Read:
         rows = DenseRows(kind, folder, schema, numbers)
-        return lambda key: rows.read(key, entries[key])
+        return lambda keys: [rows.read(key, entries[key]) for key in keys]
 
     return Reading(fresh, schema, tuple(DenseRows(kind, folder, schema, numbers).layout.values()), needs, folder)
 

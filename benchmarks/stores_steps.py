@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from stores_formats import DenseRows
 from stores_reading import now
 
+from kdcli.cache.reader import Room
 from kdcli.engine import launch, teacher
 from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import prepare
@@ -31,7 +32,7 @@ Endless = Iterator[tuple[Batch, int]]
 class FileSource(SampleSource):
     """Samples whose teacher arrays come from dense files. The regions are computed here: the files do not have them."""
 
-    def fetch(self, items: Sequence[Item]) -> list[Fetched]:
+    def fetch(self, items: Sequence[Item], rooms: Sequence[Room | None] | None = None) -> list[Fetched]:
         """See SampleSource; the teacher's rows are read when the entries are known."""
         return SampleSource.fetch(replace(self, reader=None), items)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -56,6 +57,7 @@ class Canvas:
         return str(self.height) if self.height == self.width else f"{self.height}x{self.width}"
 
 
+@functools.cache
 def flag_bits(region: str) -> int:
     """The bits of ``Entries.flag`` that put an entry into ``region``, e.g. ``main+vlr``."""
     return sum(FLAGS[part] for part in set(region.split("+")))

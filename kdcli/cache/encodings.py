@@ -83,7 +83,7 @@ class LogOdds8:
         return {"": codes}
 
     def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
-        return arrays[""].float().mul_((self.high - self.low) / 255).add_(self.low)
+        return to_float(arrays[""]).mul_((self.high - self.low) / 255).add_(self.low)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": "log_odds_8", "low": self.low, "high": self.high}
@@ -120,7 +120,7 @@ class VectorAffine:
 
     def decode(self, arrays: Mapping[str, Tensor], sizes: tuple[int, ...]) -> Tensor:
         affine = arrays["affine"].float()
-        return arrays[""].float().mul_(affine[..., :1]).add_(affine[..., 1:])
+        return to_float(arrays[""]).mul_(affine[..., :1]).add_(affine[..., 1:])
 
     def to_json(self) -> dict[str, Any]:
         return {"name": f"vector_affine_{self.bits}"}
@@ -243,9 +243,20 @@ def _quantise(
     return np.clip(codes, 0, steps, out=codes).astype(np.uint8)
 
 
+def to_float(codes: Tensor) -> Tensor:
+    """A float32 copy. On a CPU in memory of numpy's, which asks the system for huge pages.
+
+    What torch allocates there is often handed back after each step and got again page by page: the dense tensors of two
+    images at 800x1344 are 9,000 pages of 4 kB, with which decoding took 34 ms instead of 14, on an EPYC.
+    """
+    if codes.device.type != "cpu":
+        return codes.float()
+    return torch.from_numpy(np.empty(codes.shape, np.float32)).copy_(codes)
+
+
 def _affine_by_level(codes: Tensor, affine: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """codes [B, rows, D] * scale + offset, with ``affine`` [B, levels, 2, D] of each level's ``sizes`` rows."""
-    out = codes.float()
+    out = to_float(codes)
     start = 0
     for level, size in enumerate(sizes):
         part = out[:, start : start + size]

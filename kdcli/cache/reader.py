@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kdcli.cache.checks import check_readable
 from kdcli.cache.pixels import PIXELS, decode_pixels
 from kdcli.cache.places import Folder, Where, place_of
+from kdcli.cache.rooms import Room, make_rooms
 from kdcli.cache.schema import ENTRY_DTYPES, CacheSchema
 from kdcli.cache.shards import ShardFile, crc_is_right, decompress, open_shards, read_chunks
 from kdcli.cache.stored import ENTRY_COUNT, ArraySpec
@@ -46,6 +47,7 @@ class Row:
     guard: bytes  # of boxes, labels and region definition
     geometry: NDArray[np.float64]
     image: NDArray[np.uint8] | None = None  # [3, H, W], the canvas; None: the store has none
+    room: Room | None = None  # that the large dense arrays are in
 
 
 class CacheReader:
@@ -96,8 +98,13 @@ class CacheReader:
             raise StoreError(f"store '{self.place}' has no row for image {key.image_id}: {why}")
         return position * len(self.views) + self.views.index(key.view)
 
-    def read(self, key: RowKey) -> Row:
-        """The row of ``key``. Raises StoreError when it is missing or its bytes fail a checksum."""
+    def read_all(self, keys: Sequence[RowKey], *, shared: bool = False) -> list[Row]:
+        """The rows of a batch, with room in ``shared`` memory or not. Raises StoreError as ``read`` does."""
+        rooms = make_rooms(self.layout.values(), len(keys), shared=shared)
+        return [self.read(key, room) for key, room in zip(keys, rooms, strict=True)]
+
+    def read(self, key: RowKey, room: Room | None = None) -> Row:
+        """The row of ``key``; large dense arrays in ``room``. Raises StoreError when it is missing or fails a checksum."""
         index = self.row_index(key)
         chunks = self._fetch(index) if self.direct else {}
         counts = {}
@@ -108,21 +115,23 @@ class CacheReader:
                     f"store '{self.place}', {key}: impossible {path} {counts[path]}; run `kdcli cache verify`"
                 )
         entries = self._entries(chunks, index, counts[ENTRY_COUNT]) if self.schema.sparse else None
+        flag = None if entries is None else entries.flag.numpy()
         arrays = {}
         for tensor in self.tensors:
             length = None if tensor.count is None else counts[tensor.count]
             if tensor.need.at_entries:
-                assert entries is not None
-                # in numpy: with the two tensors of LD a row of 800x1344 is read in 0.39 ms instead of 0.41
-                length = int(np.count_nonzero(entries.flag.numpy() & flag_bits(tensor.need.region)))
+                assert flag is not None
+                # in numpy: with the two tensors of LD a row of 800x1344 was read in 0.39 ms instead of 0.41
+                length = int(np.count_nonzero(flag & flag_bits(tensor.need.region)))
             for spec in self.schema.tensor_arrays(tensor).values():
-                arrays[spec.path] = self._array(chunks, spec.path, index, length)
+                out = None if room is None else room.raw(spec.path)
+                arrays[spec.path] = self._array(chunks, spec.path, index, length, out)
             if tensor.count == PROPOSAL_COUNT:  # the boxes of each image are counted by its targets, proposals are not
                 arrays[PROPOSAL_COUNT] = np.array([counts[PROPOSAL_COUNT]], np.int32)
         identity = self._array(chunks, "row/identity", index, None).tobytes()
         geometry = self._array(chunks, "row/geometry", index, None)
         image = self._image(chunks, index, geometry) if self.schema.images else None
-        return Row(arrays, entries, identity[:32], identity[32:], geometry, image)
+        return Row(arrays, entries, identity[:32], identity[32:], geometry, image, room)
 
     def shard_of(self, key: RowKey) -> int:
         """The shard that the row of ``key`` is in. Raises StoreError as ``row_index`` does."""
@@ -211,8 +220,10 @@ class CacheReader:
         size = given if tuple(geometry[-2:]) == given else turned
         return decode_pixels(self._array(chunks, PIXELS, index, None), size)
 
-    def _array(self, chunks: _Chunks, path: str, index: int, length: int | None) -> NDArray[Any]:
-        """Row ``index`` of an array, its first ``length`` entries (None: all). A fresh, writable array."""
+    def _array(
+        self, chunks: _Chunks, path: str, index: int, length: int | None, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[Any]:
+        """Row ``index`` of an array, its first ``length`` entries (None: all). Writable: in ``out``, or a fresh one."""
         spec = self.layout[path]
         if length is not None and length > spec.shape[0]:
             raise StoreError(
@@ -228,7 +239,7 @@ class CacheReader:
         file, chunk = chunks[path]
         shape = spec.shape if length is None else (length, *spec.shape[1:])
         size = spec.row_bytes if length is None else math.prod(shape) * spec.numpy_type.itemsize
-        return file.unpack(chunk, size, spec.row_bytes).view(spec.numpy_type).reshape(shape)
+        return file.unpack(chunk, size, spec.row_bytes, out).view(spec.numpy_type).reshape(shape)
 
 
 def compare_manifests(ours: Mapping[str, Any], stored: Mapping[str, Any], prefix: str = "") -> list[str]:

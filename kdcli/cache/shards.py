@@ -7,6 +7,7 @@ reads the same files and is the judge in tests; it needs 26 times as long for th
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -22,16 +23,35 @@ from kdcli.errors import StoreError
 
 _LOCAL = threading.local()
 MISSING = 2**64 - 1  # of a shard index: this chunk was never written
+_WITH_ITSELF = 0x48674BC7  # the crc32c of any bytes that end in their own crc32c, little-endian
+_ZEROS = memoryview(bytes(2**20))
+_PLACE = struct.Struct("<QQ")  # of a chunk in its shard file: offset, length
 
 
 def pack_chunk(value: NDArray[Any], array: ArraySpec) -> bytes:
-    """The chunk of one row of ``array``: ``value`` in its first rows, then zeros, compressed and checksummed."""
-    if len(value) == array.shape[0]:
-        row = np.ascontiguousarray(value, array.numpy_type)
-    else:
-        row = np.zeros(array.shape, array.numpy_type)
-        row[: len(value)] = value
-    frame: bytes = _compressor(array.level).compress(row.data)
+    """The chunk of one row of ``array``: ``value`` in its first rows, then zeros, compressed and checksummed.
+
+    The zeros at its end start a block of their own, so that who wants what is before them decompresses nothing else: a zstd
+    block is up to 128 kB, and an LD row of 800x1344 is read in a tenth less time. Where they start follows from the contents,
+    not from ``value``'s length.
+    """
+    raw = np.ascontiguousarray(value, array.numpy_type)
+    compressor = _compressor(array.level)
+    if not array.sparse:
+        frame: bytes = compressor.compress(raw.data)
+        return frame + _crc(frame)
+    stride = array.row_bytes // array.shape[0]
+    real = -(-len(raw.tobytes().rstrip(b"\0")) // stride)
+    stream = compressor.compressobj(size=array.row_bytes)
+    parts = []
+    if real:
+        parts += [stream.compress(raw[:real].data), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+    left = array.row_bytes - real * stride
+    while left:
+        parts.append(stream.compress(_ZEROS[:left]))
+        left -= min(left, len(_ZEROS))
+    parts.append(stream.flush())
+    frame = b"".join(parts)
     return frame + _crc(frame)
 
 
@@ -55,12 +75,13 @@ class ShardFile:
         self._name = name
         if len(file.tail) != _index_bytes(chunks) or not crc_is_right(file.tail):
             raise _corrupt(name, "has a broken index")
-        self._index = np.frombuffer(file.tail[:-4], dtype="<u8")
 
     def where(self, position: int) -> tuple[int, int]:
         """Offset and length of a chunk. Raises StoreError for one that was never written, or is not behind the one before."""
-        *before, offset, length = self._index[max(0, 2 * position - 2) : 2 * position + 2].tolist()
-        if offset != sum(before) or length < 4 or offset + length > self.file.size - len(self.file.tail):
+        index = self.file.tail
+        offset, length = _PLACE.unpack_from(index, 16 * position)
+        before = sum(_PLACE.unpack_from(index, 16 * position - 16)) if position else 0
+        if offset != before or length < 4 or offset + length > self.file.size - len(index):
             raise _corrupt(self._name, f"has no data for its row {position}")
         return offset, length
 
@@ -70,12 +91,14 @@ class ShardFile:
             raise _corrupt(self._name, f"fails the checksum of its row {position}")
         return chunk
 
-    def unpack(self, chunk: bytes, size: int, full_size: int) -> NDArray[np.uint8]:
+    def unpack(
+        self, chunk: bytes, size: int, full_size: int, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
         """The first ``size`` decompressed bytes of a checked chunk of ``full_size``. Raises StoreError for another."""
         if size == 0:
             return np.empty(0, np.uint8)
         try:
-            return decompress(memoryview(chunk)[:-4], size, full_size)
+            return decompress(memoryview(chunk)[:-4], size, full_size, out)
         except ValueError as error:
             raise _corrupt(self._name, f"holds {error} instead of {full_size} bytes") from error
 
@@ -97,8 +120,10 @@ def read_chunks(place: Place, wanted: Sequence[tuple[ShardFile, int]]) -> list[b
     return [shard.checked(position, chunk) for (shard, position), chunk in zip(wanted, data, strict=True)]
 
 
-def decompress(frame: bytes | memoryview, size: int, full_size: int) -> NDArray[np.uint8]:
-    """The first ``size`` bytes of a zstd frame of ``full_size``, in an array of their own.
+def decompress(
+    frame: bytes | memoryview, size: int, full_size: int, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """The first ``size`` bytes of a zstd frame of ``full_size``: in ``out``, or in an array of their own.
 
     A padded row ends after its real entries: the zeros behind them are most of it. Raises ValueError, saying what the frame
     holds, for another.
@@ -107,7 +132,7 @@ def decompress(frame: bytes | memoryview, size: int, full_size: int) -> NDArray[
         found = zstandard.frame_content_size(frame)
         if found != full_size:  # before any of it is allocated
             raise ValueError(f"{found} bytes")
-        out = np.empty(size, np.uint8)
+        out = np.empty(size, np.uint8) if out is None else out
         with _decompressor().stream_reader(frame) as stream:
             count = stream.readinto(out)
     except zstandard.ZstdError as error:
@@ -119,7 +144,8 @@ def decompress(frame: bytes | memoryview, size: int, full_size: int) -> NDArray[
 
 def crc_is_right(data: bytes) -> bool:
     """Whether bytes end in their own crc32c, as chunks and indices do."""
-    return _crc(data[:-4]) == data[-4:]
+    # of all bytes at once, as cutting four off would copy the others, 2.6 MB of dense features
+    return len(data) >= 4 and google_crc32c.value(data) == _WITH_ITSELF
 
 
 def _compressor(level: int) -> zstandard.ZstdCompressor:

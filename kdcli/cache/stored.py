@@ -73,7 +73,7 @@ class StoredTensor:
             "encoding": self.encoding.to_json(),
         }
 
-    @property
+    @cached_property
     def count(self) -> str | None:
         """Path of the array that counts its rows; None when it is dense."""
         if self.need.dense:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kdcli.cache.places import Where
 from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import collate
+from kdcli.cache.rooms import join
 from kdcli.cache.writer import read_journal
 from kdcli.engine.watch import Watcher
 from kdcli.structures import RowKey
@@ -102,8 +102,8 @@ class _Rows(Dataset[Any]):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Any:
-        rows = [self._reader.read(key) for key in self._batches[index]]
-        return _Batch(collate([r.arrays for r in rows], self._reader.layout.values()), len(rows))
+        rows = self._reader.read_all(self._batches[index], shared=get_worker_info() is not None)
+        return _Batch(join(rows, self._reader.layout.values()), len(rows))
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def _as_tensor(value: Any) -> Tensor:
 def _sample(sample: Sample, change: _Change) -> Sample:
     names = ("image", "boxes", "labels", "assigned", "valid")
     return replace(
-        sample, entries=_entries(sample.entries, change), **{n: change(getattr(sample, n)) for n in names}
+        sample, room=None, entries=_entries(sample.entries, change), **{n: change(getattr(sample, n)) for n in names}
     )  # fmt: skip
 
 

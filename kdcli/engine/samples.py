@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from kdcli.cache.reader import CacheReader, Row
-from kdcli.cache.schema import collate as collate_rows
+from kdcli.cache.rooms import Room, join, make_rooms
 from kdcli.data import coco
 from kdcli.data.images import read_image
 from kdcli.data.views import Geometry, orient, render, to_canvas, view_geometry
@@ -47,6 +48,7 @@ class Sample:
     content_hash: bytes
     entries: Entries | None = None
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    room: Room | None = None  # that large ones of them are in
 
 
 @dataclass(frozen=True)
@@ -106,26 +108,28 @@ class SampleSource:
 
         Errors are values, in the place of what they are of: a process or a thread that raised one would lose its one line.
         """
-        images = [list(views) for _, views in itertools.groupby(items, key=lambda item: item[0])]
-        fetched = list(mapping(functools.partial(_attempt, self.fetch), images))
+        layout = () if self.reader is None else self.reader.layout.values()
+        placed = zip(items, make_rooms(layout, len(items), shared=get_worker_info() is not None), strict=True)
+        images = [list(views) for _, views in itertools.groupby(placed, key=lambda item: item[0][0])]
+        fetched = list(mapping(functools.partial(_attempt, self._fetch), images))
         made: list[Sample | KDError] = []
         for views, found in zip(images, fetched, strict=True):
             if isinstance(found, KDError):
                 made.append(found)
             else:
-                made += [_attempt(self.complete, item, one) for item, one in zip(views, found, strict=True)]
+                made += [_attempt(self.complete, item, one) for (item, _), one in zip(views, found, strict=True)]
         return made
 
-    def fetch(self, items: Sequence[Item]) -> list[Fetched]:
+    def fetch(self, items: Sequence[Item], rooms: Sequence[Room | None] = ()) -> list[Fetched]:
         """What ``load`` reads for views of one image, which is decoded once: large, and outside of Python's lock.
 
-        Raises the same errors.
+        ``rooms``: where their rows go. Raises the same errors.
         """
         found, decoded = [], None
-        for item in items:
+        for item, room in zip(items, rooms or [None] * len(items), strict=True):
             position, view = item
             geometry = self.geometry(item)
-            row = None if self.reader is None else self.reader.read(RowKey(self.dataset.image_id(position), view))
+            row = None if self.reader is None else self.reader.read(RowKey(self.dataset.image_id(position), view), room)
             if row is not None and row.image is not None:
                 found.append(Fetched(geometry, torch.from_numpy(row.image), row.content, row))
                 continue
@@ -134,6 +138,9 @@ class SampleSource:
             pixels, content_hash = decoded
             found.append(Fetched(geometry, render(pixels, geometry), content_hash, row))
         return found
+
+    def _fetch(self, placed: Sequence[tuple[Item, Room]]) -> list[Fetched]:
+        return self.fetch([item for item, _ in placed], [room for _, room in placed])
 
     def complete(self, item: Item, fetched: Fetched) -> Sample:
         """What ``load`` computes: many small steps, which two threads would do more slowly than one. Raises StoreError."""
@@ -158,7 +165,7 @@ class SampleSource:
         if row is not None:
             self.check_row(row, sample)
             entries = row.entries
-            sample = replace(sample, entries=entries, arrays=row.arrays)
+            sample = replace(sample, entries=entries, arrays=row.arrays, room=row.room)
         if entries is not None and self.stored_positives:
             main = entries.select("main")
             found = from_positives(
@@ -212,7 +219,7 @@ def collate(samples: list[Sample], reader: CacheReader | None) -> Batch:
     entries = None
     if samples[0].entries is not None:
         entries = Entries.collate([s.entries for s in samples if s.entries is not None])
-    rows = {} if reader is None else collate_rows([s.arrays for s in samples], reader.layout.values())
+    rows = {} if reader is None else join(samples, reader.layout.values())
     targets = Targets(
         boxes=[s.boxes for s in samples],
         labels=[s.labels for s in samples],

@@ -34,6 +34,8 @@ from kdcli.cache import reader as reader_module
 from kdcli.cache.reader import CacheReader
 from kdcli.cache.schema import CacheSchema, collate
 from kdcli.cache.seal import seal
+from kdcli.cache.shards import decompress, pack_chunk
+from kdcli.cache.stored import ArraySpec
 from kdcli.cache.writer import StoreWriter, read_journal, read_manifest, store_digest
 from kdcli.errors import MissingPathError, StoreError
 from kdcli.structures import RowKey
@@ -173,6 +175,20 @@ def test_a_need_that_is_not_there_is_named(store: Path) -> None:
     with pytest.raises(StoreError, match=r"lacks centerness@all; it has .*features@all"):
         CacheReader(store, [NEEDS[0], Need(CENTERNESS, "all")])
     assert StoreError.exit_code == 4
+
+
+@pytest.mark.parametrize("real", [1, 7, 44])
+def test_the_zeros_behind_a_row_have_blocks_of_their_own(real: int) -> None:
+    array = ArraySpec("a", (40_000, 3), "int32", "entries/count")
+    value = np.random.default_rng(0).integers(-9, 9, (real, 3)).astype(np.int32)
+    chunk = pack_chunk(value, array)
+    padded = np.concatenate([value, np.zeros_like(value, shape=(500, 3))])
+    assert pack_chunk(padded, array) == chunk
+    full = np.zeros(array.shape, np.int32)
+    full[:real] = value
+    assert decompress(chunk[:-4], full.nbytes, full.nbytes).tobytes() == full.tobytes()
+    # 480,000 bytes of zeros are at least three blocks of four bytes, which are not needed for what is before them
+    assert decompress(chunk[:-16], value.nbytes, full.nbytes).tobytes() == value.tobytes()
 
 
 def test_an_all_zero_row_is_stored(tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli.engine import samples
+from kdcli.cache import rooms
+from kdcli.engine import loader, samples
 from kdcli.engine.caching import plan_store
 from kdcli.engine.loader import Loader
+from kdcli.engine.prepare import prepare
 from kdcli.engine.samples import Item, Sample, SampleSource
 from kdcli.engine.watch import Silent
 from kdcli.errors import DataError
-from tests.engine.conftest import cache_options
+from tests.engine.conftest import asked, cache_options
 
 VIEWS = "identity,hflip,crop-2"
 
@@ -52,6 +54,10 @@ def same(one: Any, other: Any) -> bool:
         return torch.equal(one, other)
     if hasattr(one, "__dataclass_fields__"):
         return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     return bool(one == other)
 
 
@@ -76,6 +82,26 @@ def test_neighbours_share_one_reading(source: SampleSource, monkeypatch: pytest.
         source.load_batch(items)
     paths = [source.dataset.image_path(k) for k in (0, 1, 5, 3, 5, 7)]
     assert read == paths
+
+
+@pytest.mark.usefixtures("threads")
+def test_batches_of_large_rows_do_not_depend_on_who_makes_them(
+    shapes: Path, default_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "LEAST_BYTES", 1000)
+    fields = asked("distill", shapes, cache=str(default_store), method="pfi", micro_batch=2)
+    source = prepare(fields.options(), frozenset(fields.fields), Silent()).source
+    assert source.reader is not None
+    plan = [[(k, view) for k in (0, 1)] for view in source.reader.views]
+    here, there = (list(Loader(source, workers).batches(plan)) for workers in (0, 1))
+    for items, one, other in zip(plan, here, there, strict=True):
+        alone = [source.load(item) for item in items]
+        assert same(one, other)
+        assert same(one, samples.collate(alone, source.reader))
+        assert all(s.room is None for s in alone)
+    paths = [path for path, value in there[0].rows.items() if value[0].nbytes >= 1000]
+    assert "tensors/features@all/values" in paths
+    assert all(there[0].rows[path].is_shared() for path in paths if there[0].rows[path].nbytes > loader.PIPE_BYTES)
 
 
 @pytest.mark.usefixtures("threads")

@@ -1,0 +1,92 @@
+"""A batch that was read into one room is the batch that its rows make, without a copy; rows of another batch are copied."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from store_case import keys, make_schema, make_store
+
+from kdcli.cache import rooms
+from kdcli.cache.reader import CacheReader, Row
+from kdcli.cache.rooms import join, make_rooms
+from kdcli.cache.schema import collate
+from kdcli.tensors import Tensors
+
+SCHEMA = make_schema()
+ROOMY = {"tensors/features@all/values", "tensors/cls_logits@all/values"}
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CacheReader:
+    monkeypatch.setattr(rooms, "LEAST_BYTES", 132)  # of 44 cells of 3 features; their affine numbers are 120
+    make_store(tmp_path / "s", SCHEMA)
+    return CacheReader(tmp_path / "s")
+
+
+def expected(reader: CacheReader, batch: slice) -> Tensors:
+    return collate([reader.read(key).arrays for key in keys()[batch]], reader.layout.values())
+
+
+def assert_same(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for path, value in wanted.items():
+        assert found[path].dtype == value.dtype
+        assert torch.equal(found[path], value), path
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_batch_is_there_when_its_rows_are(reader: CacheReader, shared: bool) -> None:
+    rows = reader.read_all(keys()[:5], shared=shared)
+    batch = join(rows, reader.layout.values())
+    assert_same(batch, expected(reader, slice(5)))
+    for path in ROOMY:
+        assert batch[path].data_ptr() == torch.from_numpy(rows[0].arrays[path]).data_ptr()
+        assert batch[path].is_shared() == shared
+    assert rows[0].room is not None
+    assert set(rows[0].room.batch) == ROOMY
+
+
+@pytest.mark.parametrize("change", ["order", "fewer", "none", "two batches"])
+def test_rows_that_are_no_batch_are_copied(reader: CacheReader, change: str) -> None:
+    rows: list[Row] = reader.read_all(keys()[:4])
+    if change == "order":
+        rows = rows[::-1]
+    elif change == "fewer":
+        rows = rows[:3]
+    elif change == "none":
+        rows = [reader.read(key) for key in keys()[:4]]
+    else:
+        rows = rows[:2] + reader.read_all(keys()[:4])[2:]
+    batch = join(rows, reader.layout.values())
+    assert_same(batch, collate([row.arrays for row in rows], reader.layout.values()))
+    assert not {batch[path].data_ptr() for path in ROOMY} & {
+        torch.from_numpy(row.arrays[path]).data_ptr() for row in rows for path in ROOMY
+    }
+
+
+def test_no_room_for_what_is_small_sparse_or_no_tensor(reader: CacheReader) -> None:
+    large = {a.path for a in reader.layout.values() if a.row_bytes >= 132}
+    assert large > ROOMY
+    assert set(make_rooms(reader.layout.values(), 2, shared=False)[0].batch) == ROOMY
+
+
+def _fill(room: rooms.Room) -> None:
+    for path in room.batch:
+        raw = room.raw(path)
+        assert raw is not None
+        raw[:] = room.row + 1
+    os._exit(0)
+
+
+def test_shared_room_is_that_of_all_processes(reader: CacheReader) -> None:
+    made = make_rooms(reader.layout.values(), 2, shared=True)
+    for room in made:
+        process = multiprocessing.get_context("fork").Process(target=_fill, args=(room,))
+        process.start()
+        process.join()
+    for value in made[0].batch.values():
+        assert [row.flatten().view(torch.uint8).unique().tolist() for row in value] == [[1], [2]]
