@@ -16,7 +16,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
-import itertools
 import json
 import shutil
 import statistics
@@ -35,7 +34,7 @@ from common import draw_data, machine, pairwise, part_of, plan_of, random_teache
 from kdcli.detectors.weights import load_detector
 from kdcli.engine import launch
 from kdcli.engine.caching import Plan
-from kdcli.engine.devices import peak_memory_bytes, reset_peak_memory
+from kdcli.engine.devices import keep_freed_memory, peak_memory_bytes, reset_peak_memory
 from kdcli.engine.loader import Loader
 from kdcli.engine.prepare import prepare
 from kdcli.engine.samples import Item
@@ -120,18 +119,28 @@ def stepper(trainer: Trainer, entries: dict[str, Any] | None = None) -> Step:
     return step
 
 
-def forwarder(plan: Plan, trainer: Trainer) -> Step:
-    """Runs the teacher's forward pass alone, on batches in memory, as the live teacher runs it."""
-    images = [b.images.to(trainer.device) for b in Loader(trainer.prepared.source, 0).batches(batches_of(trainer))]
-    rounds, size = itertools.cycle(images), plan.forward.micro_batch
+def timed(trainer: Trainer, spent: list[float]) -> Trainer:
+    """The same run; the seconds of its teacher's pass and of picking what the losses read are added to ``spent``.
 
-    def step() -> float:
-        batch = next(rounds)
-        for start in range(0, len(batch), size):
-            plan.forward.outputs(batch[start : start + size])
-        return 0.0
+    Timed where it happens, beside the data workers and in the memory of a training step: alone it takes another time.
+    """
+    prepared = trainer.prepared
+    assert prepared.teacher is not None
+    real = prepared.teacher.forward
 
-    return step
+    def wait() -> None:
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+
+    def forward(batch: Batch) -> Tensors:
+        wait()
+        started = time.perf_counter()
+        found = real(batch)
+        wait()
+        spent.append(time.perf_counter() - started)
+        return found
+
+    return Trainer(replace(prepared, teacher=replace(prepared.teacher, forward=forward)), Path(), Silent())
 
 
 def seconds_of(step: Step, count: int, device: torch.device) -> tuple[float, float]:
@@ -146,26 +155,30 @@ def seconds_of(step: Step, count: int, device: torch.device) -> tuple[float, flo
 def compare(args: argparse.Namespace, method: str) -> dict[str, Any]:
     """All variants of one method, interleaved."""
     store = args.out / "stores" / method.replace(",", "+")
-    # without a val split: the teacher's AP, which a store keeps, is not what is measured here
-    plan = plan_of(part_of(args.data, args.out, 0, val=False), args.teacher, method, args.canvas, None)
-    write_s = [write(plan, store)]
+    plan = planned(args, method)
+    write_s = [child(args, f"write {method}")["seconds"]]
     cached = make_trainer(args, method, store)
     memory, entries = from_memory(make_trainer(args, method, store))
+    spent: list[float] = []
     steps = {
         "plain": stepper(make_trainer(args, "", None)),
         "cached": stepper(cached),
         "memory": stepper(memory, entries),
     }
     if method in LIVE:
-        steps["live"] = stepper(make_trainer(args, method, None))
-        steps["forward"] = forwarder(plan, cached)
+        steps["live"] = stepper(timed(make_trainer(args, method, None), spent))
     for step in steps.values():  # not counted: the first steps of a process are slower
         seconds_of(step, args.steps, cached.device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    if method in LIVE:
+        seconds["forward"] = []
     for number in range(args.rounds):
         order = list(steps) if number % 2 == 0 else list(steps)[::-1]
         for name in order:
+            spent.clear()
             seconds[name].append(seconds_of(steps[name], args.steps, cached.device)[0] / args.steps)
+            if name == "live":
+                seconds["forward"].append(sum(spent) / args.steps)
     found = {"step_ms": {n: round(1000 * statistics.median(v), 1) for n, v in seconds.items()}}
     found |= ratios(args, method, seconds)
     # one long run: between short turns the workers would fill their queues, and nothing were waited for
@@ -174,9 +187,14 @@ def compare(args: argparse.Namespace, method: str) -> dict[str, Any]:
     found["data_wait_percent"] = verdict(100 * waited / total, WAIT_LIMIT)
     if method in LIVE:
         steps.clear()
-        write_s.append(write(plan, store))
+        write_s.append(child(args, f"write {method}")["seconds"])
         found["payback"] = payback(plan, seconds, statistics.mean(write_s), args.batch)
     return found
+
+
+def planned(args: argparse.Namespace, method: str) -> Plan:
+    """The plan of a store without a val split: the teacher's AP, which a store keeps, is not what is measured here."""
+    return plan_of(part_of(args.data, args.out, 0, val=False), args.teacher, method, args.canvas, None)
 
 
 def write(plan: Plan, store: Path) -> float:
@@ -228,7 +246,7 @@ def peaks(args: argparse.Namespace) -> dict[str, Any]:
     """Peak memory over plain, each variant in a process of its own."""
     names = [("plain", ""), *((f"cached {m}", m) for m in args.methods)]
     names += [(f"live {m}", m) for m in args.methods if m in LIVE]
-    found = {name: peak_of(args, name) for name, _ in names}
+    found = {name: int(child(args, name)["peak"]) for name, _ in names}
     return {
         name: {"mb": round(found[name] / 2**20), **verdict(found[name] / found["plain"], limit_of(name, method))}
         for name, method in names
@@ -240,18 +258,24 @@ def limit_of(name: str, method: str) -> float | None:
     return PEAK_LIMIT if name.startswith("cached") and set(method.split(",")) <= set(SPARSE) else None
 
 
-def peak_of(args: argparse.Namespace, name: str) -> int:
-    """Peak memory of one variant in bytes."""
+def child(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What ``only`` prints of one variant, in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--data", args.data, "--teacher", args.teacher]
     command += ["--out", str(args.out)]
-    return int(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)["peak"])
+    printed: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return printed
 
 
 def only(args: argparse.Namespace) -> None:
-    """Print the peak memory of one variant."""
+    """Print the peak memory of one variant, or the seconds that writing its store takes as the command writes it."""
     reset_peak_memory(torch.device("cpu"))  # a child starts with its parent's peak
     kind, _, method = args.only.partition(" ")
     store = args.out / "stores" / method.replace(",", "+")
+    if kind == "write":
+        plan = planned(args, method)
+        keep_freed_memory(plan.device)
+        print(json.dumps({"seconds": write(plan, store)}))
+        return
     trainer = make_trainer(args, method, None if kind == "live" else store)
     seconds_of(stepper(trainer), 10, trainer.device)
     print(json.dumps({"peak": peak_memory_bytes(trainer.device)}))
