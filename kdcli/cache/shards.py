@@ -38,6 +38,8 @@ def pack_chunk(value: NDArray[Any], array: ArraySpec) -> bytes:
     raw = np.ascontiguousarray(value, array.numpy_type)
     compressor = _compressor(array.level)
     if not array.sparse:
+        if len(raw) < array.shape[0]:
+            raw = np.concatenate([raw, np.zeros_like(raw, shape=(array.shape[0] - len(raw), *array.shape[1:]))])
         frame: bytes = compressor.compress(raw.data)
         return frame + _crc(frame)
     stride = array.row_bytes // array.shape[0]

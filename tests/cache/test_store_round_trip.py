@@ -191,6 +191,14 @@ def test_the_zeros_behind_a_row_have_blocks_of_their_own(real: int) -> None:
     assert decompress(chunk[:-16], value.nbytes, full.nbytes).tobytes() == value.tobytes()
 
 
+@pytest.mark.parametrize("count", [None, "entries/count"])
+def test_nothing_is_packed_as_zeros(count: str | None) -> None:
+    array = ArraySpec("a", (40_000, 3), "int32", count)
+    chunk = pack_chunk(np.zeros((0, 3)), array)
+    assert chunk == pack_chunk(np.zeros(array.shape), array)
+    assert not decompress(chunk[:-4], array.row_bytes, array.row_bytes).any()
+
+
 def test_an_all_zero_row_is_stored(tmp_path: Path) -> None:
     create(tmp_path / "s", SCHEMA)
     writer = StoreWriter(tmp_path / "s", SCHEMA)
