@@ -20,18 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_case import assert_row_equal, create, keys, make_row, make_schema, make_store, write
+from object_case import assert_taken_up_again, assert_that_of_a_folder
 
 from kdcli.cache import remote as remote_module
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import StoreWriter, store_digest
-from kdcli.engine.verify import verify_checksums
-from kdcli.engine.watch import Silent
-from kdcli.errors import StoreError
 
 obstore = pytest.importorskip("obstore")
 
-SCHEMA = make_schema()
 HOST, ACCOUNT, CONTAINER = "127.0.0.1", "devstoreaccount1", "stores"
 # Azurite's own, which its documentation gives: no secret
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -113,26 +107,10 @@ def _azure(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_azure")
 def test_a_store_in_azurite_is_that_of_a_folder(tmp_path: Path) -> None:
-    url = f"az://{CONTAINER}/whole"
-    make_store(url, SCHEMA)
-    make_store(tmp_path / "s", SCHEMA)
-    assert store_digest(url) == store_digest(tmp_path / "s")
-    files, _ = verify_checksums(url, Silent())
-    assert files == SCHEMA.num_shards * len(SCHEMA.layout())
-    for direct in (True, False):
-        reader = CacheReader(url, direct=direct)
-        for index, key in enumerate(keys()):
-            assert_row_equal(reader.read(key), make_row(SCHEMA, index))
+    assert_that_of_a_folder(f"az://{CONTAINER}/whole", tmp_path / "s")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_azure")
 def test_a_store_in_azurite_is_taken_up_again() -> None:
-    url = f"az://{CONTAINER}/parts"
-    create(url, SCHEMA)
-    write(url, SCHEMA, [0])
-    with pytest.raises(StoreError, match="is incomplete: 1 of"):
-        CacheReader(url)
-    assert StoreWriter(url, SCHEMA).done() == {0}
-    write(url, SCHEMA, list(range(1, SCHEMA.num_shards)))
-    assert CacheReader(url).schema.rows == SCHEMA.rows
+    assert_taken_up_again(f"az://{CONTAINER}/parts")

@@ -12,21 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from store_case import assert_row_equal, create, keys, make_row, make_schema, make_store, write
+from object_case import assert_taken_up_again, assert_that_of_a_folder
 
 from kdcli.cache import remote as remote_module
 from kdcli.cache.places import place_of
 from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import StoreWriter, store_digest
-from kdcli.engine.verify import verify_checksums
-from kdcli.engine.watch import Silent
-from kdcli.errors import MissingPathError, StoreError
+from kdcli.errors import MissingPathError
 
 pytest.importorskip("moto")
 pytest.importorskip("obstore")
 from s3_case import BUCKET, HOST, Server
 
-SCHEMA = make_schema()
 # moto looks at no signature, but refuses what has none
 AMAZONS = "AWS4-HMAC-SHA256 Credential=a/20261121/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 
@@ -87,27 +83,11 @@ def _google(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_store_is_that_of_a_folder(tmp_path: Path) -> None:
-    url = f"gs://{BUCKET}/whole"
-    make_store(url, SCHEMA)
-    make_store(tmp_path / "s", SCHEMA)
-    assert store_digest(url) == store_digest(tmp_path / "s")
-    files, _ = verify_checksums(url, Silent())
-    assert files == SCHEMA.num_shards * len(SCHEMA.layout())
-    for direct in (True, False):
-        reader = CacheReader(url, direct=direct)
-        for index, key in enumerate(keys()):
-            assert_row_equal(reader.read(key), make_row(SCHEMA, index))
+    assert_that_of_a_folder(f"gs://{BUCKET}/whole", tmp_path / "s")
 
 
 def test_a_store_is_taken_up_again() -> None:
-    url = f"gs://{BUCKET}/parts"
-    create(url, SCHEMA)
-    write(url, SCHEMA, [0])
-    with pytest.raises(StoreError, match="is incomplete: 1 of"):
-        CacheReader(url)
-    assert StoreWriter(url, SCHEMA).done() == {0}
-    write(url, SCHEMA, list(range(1, SCHEMA.num_shards)))
-    assert CacheReader(url).schema.rows == SCHEMA.rows
+    assert_taken_up_again(f"gs://{BUCKET}/parts")
 
 
 def test_the_first_to_create_an_object_has_made_it() -> None:

@@ -1,0 +1,40 @@
+"""What a store in any object store must do: the same checks for Azure's and Google's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from store_case import assert_row_equal, create, keys, make_row, make_schema, make_store, write
+
+from kdcli.cache.reader import CacheReader
+from kdcli.cache.writer import StoreWriter, store_digest
+from kdcli.engine.verify import verify_checksums
+from kdcli.engine.watch import Silent
+from kdcli.errors import StoreError
+
+SCHEMA = make_schema()
+
+
+def assert_that_of_a_folder(url: str, folder: Path) -> None:
+    """A store at ``url`` is the one that is made in ``folder``, and both readers give its rows."""
+    make_store(url, SCHEMA)
+    make_store(folder, SCHEMA)
+    assert store_digest(url) == store_digest(folder)
+    files, _ = verify_checksums(url, Silent())
+    assert files == SCHEMA.num_shards * len(SCHEMA.layout())
+    for direct in (True, False):
+        reader = CacheReader(url, direct=direct)
+        for index, key in enumerate(keys()):
+            assert_row_equal(reader.read(key), make_row(SCHEMA, index))
+
+
+def assert_taken_up_again(url: str) -> None:
+    """A store at ``url`` that is written in two goes is refused between them, and whole afterwards."""
+    create(url, SCHEMA)
+    write(url, SCHEMA, [0])
+    with pytest.raises(StoreError, match="is incomplete: 1 of"):
+        CacheReader(url)
+    assert StoreWriter(url, SCHEMA).done() == {0}
+    write(url, SCHEMA, list(range(1, SCHEMA.num_shards)))
+    assert CacheReader(url).schema.rows == SCHEMA.rows
