@@ -32,12 +32,10 @@ def info(store: Store, json: f.Json = False) -> int:
     Example: kdcli cache info STORE --json
     """
     from rich.table import Table
-    from rich.text import Text
 
     from kdcli.cache.pixels import PIXELS
     from kdcli.cli.watch import print_json
-    from kdcli.report.console import human_console
-    from kdcli.report.text import plain
+    from kdcli.report.console import human_console, say
 
     found = store_info(store)
     if json:
@@ -56,8 +54,7 @@ def info(store: Store, json: f.Json = False) -> int:
         f"data {found['dataset']['annotations_sha256'][:12]}, {found['dataset']['num_images']} images, canvas "
         f"{found['canvas']}, views {', '.join(found['views'])}",
     ]
-    for line in lines:
-        console.print(Text(plain(line)))
+    say(console, *lines)
     measured = any(tensor["precision_error"] for tensor in found["tensors"].values())
     precision = [f"{found['teacher_run']['precision']} teacher"] if measured else []
     table = Table(

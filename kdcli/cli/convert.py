@@ -48,7 +48,7 @@ def convert(
     from kdcli.detectors.convert.classes import class_list
     from kdcli.detectors.weights import export
     from kdcli.files import atomic_save
-    from kdcli.report.console import human_console
+    from kdcli.report.console import human_console, say
     from kdcli.structures import Canvas
 
     if source not in SOURCES:
@@ -80,7 +80,7 @@ def convert(
             f"{out}: {detector.spec.name}, {len(listed)} classes, {report['parameters']:,} parameters, canvas {size}"
         ]
         lines += [f"{key.replace('_', ' ')}: {value}" for key, value in found.items()]
-        human_console().print("\n".join(lines), markup=False)
+        say(human_console(), *lines)
     return 0
 
 

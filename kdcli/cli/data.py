@@ -30,11 +30,11 @@ def make_shapes(
     """
     from kdcli.cli.outputs import require_folder
     from kdcli.data.shapes import make_shapes as draw
-    from kdcli.report.console import human_console
+    from kdcli.report.console import human_console, say
 
     require_folder(out, "OUT")
     draw(out, num_train=train, num_val=val, seed=seed)
-    human_console().print(f"{out}: {train} training and {val} validation images", markup=False)
+    say(human_console(), f"{out}: {train} training and {val} validation images")
     return 0
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from kdcli.engine.watch import Silent, Watcher
-from kdcli.report.console import human_console
+from kdcli.report.console import human_console, say
 from kdcli.report.text import plain
 
 
@@ -51,8 +50,8 @@ class ConsoleWatcher:
             self._bar.advance(self._task, units)
 
     def note(self, text: str) -> None:
-        """Print a line above the bar; in a pipe it stays one line, for grep."""
-        self.console.print(Text(plain(text)), soft_wrap=not self.console.is_terminal)
+        """Print a line above the bar."""
+        say(self.console, text)
 
 
 @contextmanager

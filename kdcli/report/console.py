@@ -59,6 +59,12 @@ def human_console() -> Console:
     return console
 
 
+def say(console: Console, *lines: str) -> None:
+    """Print plain lines; in a pipe each stays one line, for grep, whatever COLUMNS says."""
+    for line in lines:
+        console.print(Text(plain(line)), soft_wrap=not console.is_terminal)
+
+
 def show_comparison(console: Console, comparison: Comparison) -> None:
     """Print the comparison: the table, what differs in the settings, unfinished runs and notes."""
     if console.width >= _WIDE:

@@ -16,6 +16,7 @@ from kdcli.report.console import (
     error_line,
     human_console,
     progress,
+    say,
     show_comparison,
     table_of_comparison,
     table_of_metrics,
@@ -96,6 +97,18 @@ def test_human_output_goes_to_stderr(capsys: pytest.CaptureFixture[str], monkeyp
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_line_stays_one_line_in_a_pipe(terminal: bool) -> None:
+    """Where COLUMNS is set too, as it is in many jobs that have no terminal."""
+    out = io.StringIO()
+    say(Console(file=out, width=40, force_terminal=terminal, no_color=True), "[b] long " * 9, "[b]")
+    lines = out.getvalue().splitlines()
+    if terminal:
+        assert max(len(line) for line in lines) <= 40
+    else:
+        assert lines == ["[b] long " * 9, "[b]"]
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
