@@ -64,13 +64,15 @@ class ReadCache:
             part.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(chunk)
             os.replace(temporary, file)  # not fsynced: a torn file is found by its checksum
+        except FileNotFoundError:  # another process made room and took it: what nobody keeps is fetched again
+            return
         except OSError as error:
             if error.errno not in FULL or isinstance(error, NoSpaceError):
                 raise
             temporary.unlink(missing_ok=True)
             self._make_room(part)
             return
-        self._written[part] = self._written.get(part, 0) + _on_disk(file.stat().st_size)
+        self._written[part] = self._written.get(part, 0) + _on_disk(len(chunk))
         if self._written[part] > self._share // 8:
             self._make_room(part)
 

@@ -383,6 +383,32 @@ def test_what_was_read_last_stays(tmp_path: Path) -> None:
     assert cache.get("0") is None
 
 
+@pytest.mark.parametrize("when", ["before it has its name", "after"])
+def test_another_process_makes_room_while_a_chunk_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    from kdcli.cache.read_cache import ReadCache
+
+    cache, replace = ReadCache(tmp_path, 2**30), os.replace
+    chunk = b"data" + remote_chunk_crc(b"data")
+
+    def raced(source: Path, target: Path) -> None:
+        if when == "after":
+            replace(source, target)
+        for file in tmp_path.rglob("*"):
+            if file.is_file():
+                file.unlink()
+        if when != "after":
+            replace(source, target)
+
+    monkeypatch.setattr(os, "replace", raced)
+    cache.put("name", chunk)
+    assert cache.get("name") is None
+    monkeypatch.undo()
+    cache.put("name", chunk)
+    assert cache.get("name") == chunk
+
+
 def remote_chunk_crc(data: bytes) -> bytes:
     import google_crc32c
 
