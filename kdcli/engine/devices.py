@@ -83,7 +83,6 @@ def helper_threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
     Each would start as many of torch's own as there are cores, beside those of the others, and ``cache-teacher`` took 1.20
     times the bare teacher's time on two cores instead of 1.10.
     """
-    before = torch.get_num_threads()
     with ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             yield pool
@@ -91,7 +90,9 @@ def helper_threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         finally:
-            torch.set_num_threads(before)  # what later threads start with
+            # what later threads start with. As many as this thread has now, since a generator that is given up ends whenever
+            # Python collects it: what it had at its start would change the bits of whatever runs then
+            torch.set_num_threads(torch.get_num_threads())
 
 
 def usable_cores() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def test_samples_do_not_depend_on_who_makes_them(source: SampleSource, workers: 
     for items, found in zip(batches(), made, strict=True):
         assert all(same(sample, source.load(item)) for item, sample in zip(items, found, strict=True))
     assert torch.get_num_threads() == 3
+
+
+def test_a_loader_that_is_given_up_leaves_the_threads_alone(source: SampleSource) -> None:
+    """It ends when Python collects it, which may be in the middle of something else."""
+    left = Loader(source, 0).samples(batches())
+    next(left)
+    torch.set_num_threads(2)
+    left.close()  # type: ignore[attr-defined]
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
 
 
 def test_neighbours_share_one_reading(source: SampleSource, monkeypatch: pytest.MonkeyPatch) -> None:
