@@ -175,8 +175,7 @@ def _chunks(
         for n, (file, _), chunk in zip(mine, wanted, read_chunks(reader.place, wanted), strict=True):
             found[n] = chunk
             if theirs.shape != array.shape:
-                data = file.unpack(chunk, theirs.row_bytes, theirs.row_bytes)
-                value = data.view(array.numpy_type).reshape(theirs.shape)
+                value = file.unpack(chunk, theirs, theirs.shape)
                 found[n] = pack_chunk(value[: array.shape[0]], array)
     while len(files) > MAX_FILES:
         del files[next(iter(files))]

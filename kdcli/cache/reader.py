@@ -7,7 +7,6 @@ The chunks of a row are asked for together, as an object store answers them side
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -35,6 +34,7 @@ MAX_INDICES = 16384  # of shard files in an object store, 4 kB each
 # zarr-python's faster pipeline, where it is installed: 2.3 times as many LD rows a second (docs/decisions/0001)
 ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if find_spec("zarrs") else {}
 _Chunks = dict[str, tuple[ShardFile, bytes]]  # by array path
+_UNKNOWN = np.uint8(255 - sum(FLAGS.values()))  # bits that no region has
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class CacheReader:
         self._ids = self._read_image_ids()
         self._sorter = np.argsort(self._ids, kind="stable")  # 16 bytes an image; a dict would take 130
         self.layout = self._wanted()
-        self._shards: dict[tuple[str, int], ShardFile] = {}
+        self._shards: dict[int, list[ShardFile]] = {}  # of each shard that is open, in the order of the layout
         self._group: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,23 +114,22 @@ class CacheReader:
                 raise StoreError(
                     f"store '{self.place}', {key}: impossible {path} {counts[path]}; run `kdcli cache verify`"
                 )
-        entries = self._entries(chunks, index, counts[ENTRY_COUNT]) if self.schema.sparse else None
-        flag = None if entries is None else entries.flag.numpy()
+        parts = self._entry_parts(chunks, index, counts[ENTRY_COUNT]) if self.schema.sparse else {}
         arrays = {}
         for tensor in self.tensors:
             length = None if tensor.count is None else counts[tensor.count]
             if tensor.need.at_entries:
-                assert flag is not None
                 # in numpy: with the two tensors of LD a row of 800x1344 was read in 0.39 ms instead of 0.41
-                length = int(np.count_nonzero(flag & flag_bits(tensor.need.region)))
+                length = int(np.count_nonzero(parts["flag"] & flag_bits(tensor.need.region)))
             for spec in self.schema.tensor_arrays(tensor).values():
-                out = None if room is None else room.raw(spec.path)
+                out = None if room is None else room.of(spec.path)
                 arrays[spec.path] = self._array(chunks, spec.path, index, length, out)
             if tensor.count == PROPOSAL_COUNT:  # the boxes of each image are counted by its targets, proposals are not
                 arrays[PROPOSAL_COUNT] = np.array([counts[PROPOSAL_COUNT]], np.int32)
         identity = self._array(chunks, "row/identity", index, None).tobytes()
         geometry = self._array(chunks, "row/geometry", index, None)
         image = self._image(chunks, index, geometry) if self.schema.images else None
+        entries = _entries_of(parts) if parts else None
         return Row(arrays, entries, identity[:32], identity[32:], geometry, image, room)
 
     def shard_of(self, key: RowKey) -> int:
@@ -170,7 +169,8 @@ class CacheReader:
             kind = (document["shape"], document["data_type"], codecs)
             if kind != ([count], "int64", ["bytes", "zstd", "crc32c"]) or not crc_is_right(chunk):
                 raise ValueError("another header, or a wrong checksum")
-            ids: NDArray[np.int64] = decompress(memoryview(chunk)[:-4], 8 * count, 8 * count).view("<i8")
+            array = ArraySpec("image_id", (count,), "int64")
+            ids: NDArray[np.int64] = decompress(memoryview(chunk)[:-4], array, array.shape)
         except (LookupError, ValueError, TypeError, RecursionError, OSError) as error:
             if isinstance(error, KDError):
                 raise
@@ -185,33 +185,25 @@ class CacheReader:
     def _fetch(self, index: int) -> _Chunks:
         """The chunks of row ``index``, one of each array that is wanted, checked."""
         shard, position = divmod(index, self.schema.shard_rows)
-        held = {path: self._shards.get((path, shard)) for path in self.layout}  # other threads open and close files too
-        new = [path for path, file in held.items() if file is None]
-        keys = [shard_key(self.layout[path], shard) for path in new]
-        for path, file in zip(new, open_shards(self.place, keys, self.schema.shard_rows), strict=True):
-            held[path] = self._shards[path, shard] = file
-        files = [file for file in held.values() if file is not None]
-        most = MAX_OPEN_FILES if isinstance(self.place, Folder) else MAX_INDICES
-        for first in list(self._shards)[: max(0, len(self._shards) - most)]:  # opened first; reads are random anyway
-            self._shards.pop(first, None)
+        files = self._shards.get(shard)
+        if files is None:
+            keys = [shard_key(spec, shard) for spec in self.layout.values()]
+            files = self._shards[shard] = open_shards(self.place, keys, self.schema.shard_rows)
+            most = (MAX_OPEN_FILES if isinstance(self.place, Folder) else MAX_INDICES) // len(files)
+            for first in list(self._shards)[: -max(1, most)]:  # opened first; reads are random anyway
+                self._shards.pop(first, None)  # other threads open and close files too
         data = read_chunks(self.place, [(file, position) for file in files])
         return dict(zip(self.layout, zip(files, data, strict=True), strict=True))
 
-    def _entries(self, chunks: _Chunks, index: int, count: int) -> Entries:
+    def _entry_parts(self, chunks: _Chunks, index: int, count: int) -> dict[str, NDArray[Any]]:
+        """``entries/*`` of a row, by name. Raises StoreError for what no row can have."""
         parts = {name: self._array(chunks, f"entries/{name}", index, count) for name in ENTRY_DTYPES}
-        flag = parts["flag"]
-        if count and int((flag & ~np.uint8(sum(FLAGS.values()))).max()):
+        if count and np.bitwise_or.reduce(parts["flag"]) & _UNKNOWN:
             raise StoreError(f"store '{self.place}', row {index}: unknown region flag; it was written by a newer kdcli")
         at, anchors = parts["index"], self.layout["entries/index"].shape[0]
         if count and (at[0] < 0 or at[-1] >= anchors or (at[1:] <= at[:-1]).any()):
             raise StoreError(f"store '{self.place}', row {index}: impossible entries/index; run `kdcli cache verify`")
-        return Entries(
-            index=torch.from_numpy(parts["index"].astype(np.int64)),
-            flag=torch.from_numpy(flag),
-            gt=torch.from_numpy(parts["gt"].astype(np.int64)),
-            weight=torch.from_numpy(parts["weight"]),
-            image=torch.zeros(count, dtype=torch.int64),
-        )
+        return parts
 
     def _image(self, chunks: _Chunks, index: int, geometry: NDArray[np.float64]) -> NDArray[np.uint8]:
         given, turned = self.schema.canvas.size, self.schema.canvas.transposed.size
@@ -221,25 +213,35 @@ class CacheReader:
         return decode_pixels(self._array(chunks, PIXELS, index, None), size)
 
     def _array(
-        self, chunks: _Chunks, path: str, index: int, length: int | None, out: NDArray[np.uint8] | None = None
+        self, chunks: _Chunks, path: str, index: int, length: int | None, out: NDArray[Any] | None = None
     ) -> NDArray[Any]:
-        """Row ``index`` of an array, its first ``length`` entries (None: all). Writable: in ``out``, or a fresh one."""
+        """Row ``index`` of an array, its first ``length`` entries (None: all). Writable: ``out``, or a fresh one."""
         spec = self.layout[path]
-        if length is not None and length > spec.shape[0]:
+        shape = spec.shape if length is None else (length, *spec.shape[1:])
+        if shape[0] > spec.shape[0]:
             raise StoreError(
                 f"store '{self.place}', row {index}: {length} entries, and {path} has room for {spec.shape[0]}; write the "
                 "store again"
             )
-        if not self.direct:
-            if self._group is None:  # a truth test of a group lists all its members
-                self._group = zarr.open_group(self.place.for_zarr(), mode="r")
-            with zarr.config.set(ZARRS if isinstance(self.place, Folder) else {}):
-                value: NDArray[Any] = np.array(self._group[path][index])
-            return value[:length]
-        file, chunk = chunks[path]
-        shape = spec.shape if length is None else (length, *spec.shape[1:])
-        size = spec.row_bytes if length is None else math.prod(shape) * spec.numpy_type.itemsize
-        return file.unpack(chunk, size, spec.row_bytes, out).view(spec.numpy_type).reshape(shape)
+        if self.direct:
+            file, chunk = chunks[path]
+            return file.unpack(chunk, spec, shape, out)
+        if self._group is None:  # a truth test of a group lists all its members
+            self._group = zarr.open_group(self.place.for_zarr(), mode="r")
+        with zarr.config.set(ZARRS if isinstance(self.place, Folder) else {}):
+            value: NDArray[Any] = np.array(self._group[path][index])
+        return value[:length]
+
+
+def _entries_of(parts: Mapping[str, NDArray[Any]]) -> Entries:
+    index, gt = parts["index"].astype(np.int64), parts["gt"].astype(np.int64)
+    return Entries(
+        index=torch.from_numpy(index),
+        flag=torch.from_numpy(parts["flag"]),
+        gt=torch.from_numpy(gt),
+        weight=torch.from_numpy(parts["weight"]),
+        image=torch.from_numpy(np.zeros_like(index)),
+    )
 
 
 def compare_manifests(ours: Mapping[str, Any], stored: Mapping[str, Any], prefix: str = "") -> list[str]:

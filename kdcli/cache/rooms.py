@@ -25,9 +25,9 @@ class Room:
     batch: dict[str, Tensor]  # [rows, ...] by array path; the same one in all rooms of a batch
     row: int
 
-    def raw(self, path: str) -> NDArray[np.uint8] | None:
-        """The bytes of this row; None for an array that has no room."""
-        return self.batch[path][self.row].flatten().numpy().view(np.uint8) if path in self.batch else None
+    def of(self, path: str) -> NDArray[Any] | None:
+        """The place of this row in an array; None for an array that has no room."""
+        return self.batch[path][self.row].numpy() if path in self.batch else None
 
 
 class Placed(Protocol):

@@ -26,6 +26,7 @@ MISSING = 2**64 - 1  # of a shard index: this chunk was never written
 _WITH_ITSELF = 0x48674BC7  # the crc32c of any bytes that end in their own crc32c, little-endian
 _ZEROS = memoryview(bytes(2**20))
 _PLACE = struct.Struct("<QQ")  # of a chunk in its shard file: offset, length
+_TWO_PLACES = struct.Struct("<QQQQ")
 
 
 def pack_chunk(value: NDArray[Any], array: ArraySpec) -> bytes:
@@ -80,10 +81,12 @@ class ShardFile:
 
     def where(self, position: int) -> tuple[int, int]:
         """Offset and length of a chunk. Raises StoreError for one that was never written, or is not behind the one before."""
-        index = self.file.tail
-        offset, length = _PLACE.unpack_from(index, 16 * position)
-        before = sum(_PLACE.unpack_from(index, 16 * position - 16)) if position else 0
-        if offset != before or length < 4 or offset + length > self.file.size - len(index):
+        index, before, before_length = self.file.tail, 0, 0
+        if position:
+            before, before_length, offset, length = _TWO_PLACES.unpack_from(index, 16 * position - 16)
+        else:
+            offset, length = _PLACE.unpack_from(index)
+        if offset != before + before_length or length < 4 or offset + length > self.file.size - len(index):
             raise _corrupt(self._name, f"has no data for its row {position}")
         return offset, length
 
@@ -94,15 +97,16 @@ class ShardFile:
         return chunk
 
     def unpack(
-        self, chunk: bytes, size: int, full_size: int, out: NDArray[np.uint8] | None = None
-    ) -> NDArray[np.uint8]:
-        """The first ``size`` decompressed bytes of a checked chunk of ``full_size``. Raises StoreError for another."""
-        if size == 0:
-            return np.empty(0, np.uint8)
+        self, chunk: bytes, array: ArraySpec, shape: tuple[int, ...], out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """The first values of a checked chunk of ``array``, of ``shape``: ``out``, or a fresh array.
+
+        Raises StoreError for the chunk of another array.
+        """
         try:
-            return decompress(memoryview(chunk)[:-4], size, full_size, out)
+            return decompress(memoryview(chunk)[:-4], array, shape, out)
         except ValueError as error:
-            raise _corrupt(self._name, f"holds {error} instead of {full_size} bytes") from error
+            raise _corrupt(self._name, f"holds {error} instead of {array.row_bytes} bytes") from error
 
 
 def open_shards(place: Place, keys: Sequence[str], chunks: int) -> list[ShardFile]:
@@ -123,25 +127,24 @@ def read_chunks(place: Place, wanted: Sequence[tuple[ShardFile, int]]) -> list[b
 
 
 def decompress(
-    frame: bytes | memoryview, size: int, full_size: int, out: NDArray[np.uint8] | None = None
-) -> NDArray[np.uint8]:
-    """The first ``size`` bytes of a zstd frame of ``full_size``: in ``out``, or in an array of their own.
+    frame: bytes | memoryview, array: ArraySpec, shape: tuple[int, ...], out: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """The first values of the zstd frame of a row of ``array``, of ``shape``: ``out``, or a fresh array.
 
     A padded row ends after its real entries: the zeros behind them are most of it. Raises ValueError, saying what the frame
     holds, for another.
     """
     try:
         found = zstandard.frame_content_size(frame)
-        if found != full_size:  # before any of it is allocated
+        if found != array.row_bytes:  # before any of it is allocated
             raise ValueError(f"{found} bytes")
-        out = np.empty(size, np.uint8) if out is None else out
-        with _decompressor().stream_reader(frame) as stream:
-            count = stream.readinto(out)
+        value: NDArray[Any] = np.empty(shape, array.numpy_type) if out is None else out
+        count = _decompressor().stream_reader(frame).readinto(value) if value.size else 0
     except zstandard.ZstdError as error:
         raise ValueError("no whole zstd frame") from error
-    if count != size:
+    if count != value.nbytes:
         raise ValueError(f"{count} bytes")
-    return out
+    return value
 
 
 def crc_is_right(data: bytes) -> bool:
@@ -160,9 +163,9 @@ def _compressor(level: int) -> zstandard.ZstdCompressor:
 
 def _decompressor() -> zstandard.ZstdDecompressor:
     # likewise: 13 us to make one, 1 us for a chunk of 48 bytes, and an LD row has 10 chunks
-    if not hasattr(_LOCAL, "decompressor"):
-        _LOCAL.decompressor = zstandard.ZstdDecompressor()
-    found: zstandard.ZstdDecompressor = _LOCAL.decompressor
+    found: zstandard.ZstdDecompressor | None = getattr(_LOCAL, "decompressor", None)
+    if found is None:
+        found = _LOCAL.decompressor = zstandard.ZstdDecompressor()
     return found
 
 

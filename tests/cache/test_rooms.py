@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from store_case import keys, make_schema, make_store
@@ -76,9 +77,9 @@ def test_no_room_for_what_is_small_sparse_or_no_tensor(reader: CacheReader) -> N
 
 def _fill(room: rooms.Room) -> None:
     for path in room.batch:
-        raw = room.raw(path)
-        assert raw is not None
-        raw[:] = room.row + 1
+        place = room.of(path)
+        assert place is not None
+        place.view(np.uint8)[:] = room.row + 1
     os._exit(0)
 
 
