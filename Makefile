@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# of the tests, each with one thread: on two cores 14 minutes, where one process with two threads had done 40 % after 20
+# processes of the tests, each with one thread: two cores of an EPYC take 13 to 16 minutes
 JOBS ?= 2
 # the stamp is written last, so an interrupted installation is done again; it is as new as the files it was made from
 STAMP := $(VENV)/.kdcli-installed
