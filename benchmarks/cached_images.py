@@ -25,20 +25,20 @@ import zstandard
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdcli.cache.pixels import PIXELS, decode_pixels, encode_pixels
-from kdcli.cache.stored import ZSTD_LEVEL
 from kdcli.cli.cache import store_info
 from kdcli.data.coco import open_split
 from kdcli.data.images import read_image
 from kdcli.data.views import render, view_geometry
-from kdcli.engine import launch
-from kdcli.engine.caching import plan_store
-from kdcli.engine.loader import Loader
-from kdcli.engine.prepare import prepare
-from kdcli.engine.runs import hardware
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import write_store
+from kdcli.engine.caching.plan import plan_store
+from kdcli.engine.caching.write import write_store
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training import launch
+from kdcli.engine.training.run_folder import hardware
+from kdcli.engine.training.setup import prepare
 from kdcli.options import CacheOptions
+from kdcli.store.arrays import ZSTD_LEVEL
+from kdcli.store.image_codec import PIXELS, decode_pixels, encode_pixels
 from kdcli.structures import Canvas
 
 Pixels = NDArray[np.uint8]

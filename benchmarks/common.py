@@ -20,9 +20,9 @@ from kdcli.data.coco import open_split
 from kdcli.data.shapes import make_shapes
 from kdcli.detectors.build import ModelSpec, build_detector, parse_model_name
 from kdcli.detectors.weights import export
-from kdcli.engine.caching import Plan, plan_store
-from kdcli.engine.runs import hardware
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.plan import Plan, plan_store
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training.run_folder import hardware
 from kdcli.files import atomic_save, atomic_write_text
 from kdcli.options import CacheOptions
 

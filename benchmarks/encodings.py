@@ -23,22 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcli.cache import encodings
-from kdcli.cache.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.schema import collate as collate_rows
-from kdcli.cache.shards import pack_chunk
-from kdcli.cache.stored import StoredTensor
 from kdcli.detectors.build import family_of
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.caching import Plan, encode_row, plan_store, teacher_rows
-from kdcli.engine.joining import spread
-from kdcli.engine.samples import Sample, collate
-from kdcli.engine.step import TrainStep
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.plan import Plan, encode_row, plan_store, teacher_rows
+from kdcli.engine.loading.samples import Sample, collate
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.teacher.binding import spread
+from kdcli.engine.training.step import TrainStep
 from kdcli.methods import METHODS
 from kdcli.methods.base import Pair, resolve_options
 from kdcli.options import CacheOptions
+from kdcli.store import encodings
+from kdcli.store.arrays import StoredTensor
+from kdcli.store.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine
+from kdcli.store.schema import CacheSchema
+from kdcli.store.schema import collate as collate_rows
+from kdcli.store.shards import pack_chunk
 from kdcli.structures import Batch
 from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOXES, CLS_LOGITS, FEATURES, Tensors
 

@@ -29,11 +29,11 @@ import torch
 from common import machine, plan_of, random_teacher
 
 from kdcli.cli.cache import store_info
-from kdcli.engine import probing
-from kdcli.engine.devices import keep_freed_memory
-from kdcli.engine.estimate import estimate
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import write_store
+from kdcli.engine.caching.estimate import probe as probing
+from kdcli.engine.caching.estimate.estimate import estimate
+from kdcli.engine.caching.write import write_store
+from kdcli.engine.runtime.device import keep_freed_memory
+from kdcli.engine.runtime.progress import Silent
 from kdcli.files import atomic_write_text
 
 METHODS = ("ld", "ld,rm,pfi", "bckd")

@@ -27,21 +27,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcli.cache.plan import plan_tensors
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.shards import pack_chunk
 from kdcli.data.coco import has_split, open_split
 from kdcli.detectors.base import BoxBranch, Detector
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.read import read
 from kdcli.detectors.weights import export, load_detector
-from kdcli.engine.caching import Plan, encode_row, plan_store
-from kdcli.engine.samples import Item, Sample, collate, orientation
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.plan import Plan, encode_row, plan_store
+from kdcli.engine.loading.samples import Item, Sample, collate, orientation
+from kdcli.engine.runtime.progress import Silent
 from kdcli.files import atomic_save
 from kdcli.geometry.regions import compute_entries
 from kdcli.options import CacheOptions
+from kdcli.store.encoding_policy import plan_tensors
+from kdcli.store.schema import CacheSchema
+from kdcli.store.shards import pack_chunk
 from kdcli.tensors import BACKBONE, BOXES, CLS_LOGITS, FEATURES, RANK, Need, Tensors
 
 DETECTORS = ("gfl", "atss", "fcos", "retinanet", "faster_rcnn")

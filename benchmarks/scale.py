@@ -80,8 +80,8 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     """``cache-teacher`` on an unfinished store, until the first micro-batch that is missing lies before the teacher."""
     import scale_store
 
-    from kdcli.engine import writing
-    from kdcli.engine.watch import Silent
+    from kdcli.engine.caching import write as writing
+    from kdcli.engine.runtime.progress import Silent
 
     found = {}
 
@@ -112,9 +112,9 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
 
 def journal_role(args: argparse.Namespace) -> dict[str, Any]:
     """What is done with the manifest and the journal, one after the other; errors are recorded already."""
-    from kdcli.cache.editing import record_errors
-    from kdcli.cache.schema import CacheSchema
-    from kdcli.cache.writer import StoreWriter, read_manifest, store_digest
+    from kdcli.store.maintenance import record_errors
+    from kdcli.store.schema import CacheSchema
+    from kdcli.store.writer import StoreWriter, read_manifest, store_digest
 
     store = args.out / "store"
     schema = CacheSchema.from_json(read_manifest(store)["schema"])
@@ -134,7 +134,7 @@ def journal_role(args: argparse.Namespace) -> dict[str, Any]:
 
 def open_role(args: argparse.Namespace) -> dict[str, Any]:
     """Open the store and read one row."""
-    from kdcli.cache.reader import CacheReader
+    from kdcli.store.reader import CacheReader
     from kdcli.structures import RowKey
 
     before, began = rss(), time.perf_counter()
@@ -152,7 +152,7 @@ def read_role(args: argparse.Namespace) -> dict[str, Any]:
     """Random rows one after the other; the same rows each time."""
     import numpy as np
 
-    from kdcli.cache.reader import CacheReader
+    from kdcli.store.reader import CacheReader
     from kdcli.structures import RowKey
 
     reader = CacheReader(args.out / "store")
@@ -187,7 +187,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     """Data, teacher and store, in an empty folder ``args.out``; the writers are killed once."""
     import scale_store
 
-    from kdcli.cache.editing import record_errors
+    from kdcli.store.maintenance import record_errors
 
     store = args.out / "store"
     found: dict[str, Any] = {}

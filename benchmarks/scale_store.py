@@ -24,19 +24,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdcli.cache.fidelity import ErrorMeter
-from kdcli.cache.schema import collate as collate_rows
-from kdcli.cache.schema import row_tensor
-from kdcli.cache.shards import pack_chunk
-from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export
-from kdcli.engine.caching import Plan, encode_row, plan_store
-from kdcli.engine.samples import Sample
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import Packed, Part
+from kdcli.engine.caching.plan import Plan, encode_row, plan_store
+from kdcli.engine.caching.write import Packed, Part
+from kdcli.engine.loading.samples import Sample
+from kdcli.engine.runtime.progress import Silent
 from kdcli.files import atomic_save
 from kdcli.options import CacheOptions
+from kdcli.store.encoding_error import ErrorMeter
+from kdcli.store.schema import collate as collate_rows
+from kdcli.store.schema import row_tensor
+from kdcli.store.shards import pack_chunk
+from kdcli.store.writer import StoreWriter, create_store
 from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS
 
 TRAIN2017_IMAGES = 118_287

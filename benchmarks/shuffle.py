@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from kdcli.cache import reader as reading
-from kdcli.cache.plan import plan_tensors
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.shards import pack_chunk
-from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.detectors.dense.recipes import GFL
-from kdcli.engine.runs import hardware
-from kdcli.engine.samples import Item, SampleSource
-from kdcli.engine.sampling import plan_epoch
+from kdcli.engine.loading.epoch_order import plan_epoch
+from kdcli.engine.loading.samples import Item, SampleSource
+from kdcli.engine.training.run_folder import hardware
 from kdcli.geometry.regions import RegionSpec
+from kdcli.store import reader as reading
+from kdcli.store.encoding_policy import plan_tensors
+from kdcli.store.reader import CacheReader
+from kdcli.store.schema import CacheSchema
+from kdcli.store.shards import pack_chunk
+from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import Canvas, RowKey
 from kdcli.tensors import Need, TensorSpec
 

@@ -32,15 +32,15 @@ import torch
 from common import draw_data, machine, pairwise, part_of, plan_of, random_teacher, verdict
 
 from kdcli.detectors.weights import load_detector
-from kdcli.engine import launch
-from kdcli.engine.caching import Plan
-from kdcli.engine.devices import keep_freed_memory, peak_memory_bytes, reset_peak_memory
-from kdcli.engine.loader import Loader
-from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import Item
-from kdcli.engine.train import Trainer
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import write_store
+from kdcli.engine.caching.plan import Plan
+from kdcli.engine.caching.write import write_store
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import Item
+from kdcli.engine.runtime.device import keep_freed_memory, peak_memory_bytes, reset_peak_memory
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training import launch
+from kdcli.engine.training.setup import prepare
+from kdcli.engine.training.trainer import Trainer
 from kdcli.structures import Batch
 from kdcli.tensors import Tensors
 

@@ -40,16 +40,16 @@ from stores_formats import FORMATS, Dense, DenseRows, dense_shapes, gather
 from stores_steps import compare, endless, make_trainer, median_ratio, steps
 from stores_table import table, targets
 
-from kdcli.cache.plan import plan_tensors
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import StoreWriter, create_store
-from kdcli.engine.caching import Plan, encode_row, plan_store
-from kdcli.engine.devices import peak_memory_bytes, pick_device, reset_peak_memory
-from kdcli.engine.manifest import specs_of
-from kdcli.engine.samples import Sample
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.plan import Plan, encode_row, plan_store
+from kdcli.engine.loading.samples import Sample
+from kdcli.engine.runtime.device import peak_memory_bytes, pick_device, reset_peak_memory
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.teacher.specs import specs_of
 from kdcli.files import atomic_write_text
 from kdcli.options import CacheOptions
+from kdcli.store.encoding_policy import plan_tensors
+from kdcli.store.reader import CacheReader
+from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import RowKey
 
 METHODS = ("ld", "pfi")

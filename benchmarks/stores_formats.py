@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.stored import ArraySpec
+from kdcli.store.arrays import ArraySpec
+from kdcli.store.schema import CacheSchema
 from kdcli.structures import Entries, RowKey
 
 Dense = dict[str, NDArray[np.float32]]  # by tensor name: [P or N, *dims] of one row, every cell of it

@@ -21,10 +21,10 @@ import zarr
 from numpy.typing import NDArray
 from stores_formats import DenseRows, Row
 
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.rooms import join
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.stored import ENTRY_COUNT
+from kdcli.store.arrays import ENTRY_COUNT
+from kdcli.store.batch_buffers import join
+from kdcli.store.reader import CacheReader
+from kdcli.store.schema import CacheSchema
 from kdcli.structures import Entries, RowKey
 from kdcli.tensors import Need, Tensors
 

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from stores_formats import DenseRows
 from stores_reading import now
 
-from kdcli.cache.reader import Room
-from kdcli.engine import launch, teacher
-from kdcli.engine.loader import Loader
-from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import Fetched, Item, Sample, SampleSource
-from kdcli.engine.train import Trainer
-from kdcli.engine.watch import Silent
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import Fetched, Item, Sample, SampleSource
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.teacher import forward as teacher
+from kdcli.engine.training import launch
+from kdcli.engine.training.setup import prepare
+from kdcli.engine.training.trainer import Trainer
+from kdcli.store.reader import Room
 from kdcli.structures import Batch
 
 Endless = Iterator[tuple[Batch, int]]

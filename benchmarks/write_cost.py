@@ -30,16 +30,16 @@ from typing import Any, TypeVar
 import torch
 from common import draw_data, machine, pairwise, part_of, plan_of, random_teacher, verdict
 
-from kdcli.cache.schema import collate as collate_rows
-from kdcli.cache.schema import row_tensor
-from kdcli.cache.shards import pack_chunk
-from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.caching import Plan, encode_row, teacher_rows
-from kdcli.engine.devices import keep_freed_memory
-from kdcli.engine.loader import Loader
-from kdcli.engine.samples import Item, SampleSource, collate
-from kdcli.engine.writing import ErrorMeter, _compare, _micro_batches, write_store
+from kdcli.engine.caching.plan import Plan, encode_row, teacher_rows
+from kdcli.engine.caching.write import ErrorMeter, _compare, _micro_batches, write_store
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import Item, SampleSource, collate
+from kdcli.engine.runtime.device import keep_freed_memory
+from kdcli.store.schema import collate as collate_rows
+from kdcli.store.schema import row_tensor
+from kdcli.store.shards import pack_chunk
+from kdcli.store.writer import StoreWriter, create_store
 
 METHODS = ("ld", "ld,rm", "pfi", "bckd", "defeat")
 LIMIT = 1.10

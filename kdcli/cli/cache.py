@@ -13,7 +13,7 @@ from kdcli.cli.main import app
 from kdcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from kdcli.cache.places import Where
+    from kdcli.store.storage.local import Where
 
 cache = typer.Typer(
     no_args_is_help=True,
@@ -33,9 +33,9 @@ def info(store: Store, json: f.Json = False) -> int:
     """
     from rich.table import Table
 
-    from kdcli.cache.pixels import PIXELS
-    from kdcli.cli.watch import print_json
+    from kdcli.cli.progress import print_json
     from kdcli.report.console import human_console, say
+    from kdcli.store.image_codec import PIXELS
 
     found = store_info(store)
     if json:
@@ -87,9 +87,9 @@ def verify(
 
     Example: kdcli cache verify STORE --teacher runs/teacher --data DATA --rows 32
     """
-    from kdcli.cache.writer import read_manifest
-    from kdcli.cli.watch import ConsoleWatcher, print_json
-    from kdcli.engine.verify import plan_of_store, verify_checksums, verify_teacher
+    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
+    from kdcli.store.writer import read_manifest
 
     with ConsoleWatcher() as watcher:
         files, size = verify_checksums(store, watcher)
@@ -123,10 +123,10 @@ def bench(
     """
     from rich.table import Table
 
-    from kdcli.cli.watch import ConsoleWatcher, print_json
-    from kdcli.engine.benching import bench as run_bench
-    from kdcli.engine.benching import default_workers
-    from kdcli.engine.editing import needs_of
+    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.engine.caching.bench import bench as run_bench
+    from kdcli.engine.caching.bench import default_workers
+    from kdcli.engine.caching.edit import needs_of
     from kdcli.report.console import human_console
 
     try:
@@ -174,7 +174,7 @@ def show(
     Example: kdcli cache show STORE 17 --out row.png
     """
     from kdcli.cli.outputs import require_file
-    from kdcli.engine.showing import read_for_show
+    from kdcli.engine.caching.show import read_for_show
     from kdcli.report.draw import save_png
     from kdcli.report.row import draw_row
 
@@ -187,10 +187,10 @@ def show(
 
 def store_info(store: Where) -> dict[str, Any]:
     """The manifest of a store with its sizes and measured errors, as JSON."""
-    from kdcli.cache.fidelity import summarise
-    from kdcli.cache.pixels import PIXEL_ENCODING, PIXELS
-    from kdcli.cache.schema import CacheSchema
-    from kdcli.cache.writer import read_journal, read_manifest, store_digest
+    from kdcli.store.encoding_error import summarise
+    from kdcli.store.image_codec import PIXEL_ENCODING, PIXELS
+    from kdcli.store.schema import CacheSchema
+    from kdcli.store.writer import read_journal, read_manifest, store_digest
 
     manifest = read_manifest(store)
     schema = CacheSchema.from_json(manifest["schema"])

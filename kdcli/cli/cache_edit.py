@@ -29,9 +29,9 @@ def add(
 
     Example: kdcli cache add STORE --method bckd
     """
-    from kdcli.cli.watch import ConsoleWatcher, print_json
-    from kdcli.engine.devices import keep_freed_memory, pick_device
-    from kdcli.engine.editing import add as add_tensors
+    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.engine.caching.edit import add as add_tensors
+    from kdcli.engine.runtime.device import keep_freed_memory, pick_device
     from kdcli.methods import find_methods
     from kdcli.options import parse_assignments
 
@@ -66,8 +66,8 @@ def prune(
 
     Example: kdcli cache prune STORE --tensor features@all
     """
-    from kdcli.cli.watch import ConsoleWatcher, print_json
-    from kdcli.engine.editing import prune_tensors, prune_views
+    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.engine.caching.edit import prune_tensors, prune_views
 
     if bool(tensor) == bool(view):
         raise UsageError("prune takes either --tensor KEY (in place) or --view VIEW with --out COPY")
@@ -100,8 +100,8 @@ def merge(
 
     Example: kdcli cache merge store-identity store-hflip --out store
     """
-    from kdcli.cli.watch import ConsoleWatcher, print_json
-    from kdcli.engine.editing import merge as merge_stores
+    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.engine.caching.edit import merge as merge_stores
 
     if len(stores) < 2:
         raise UsageError("merge needs at least two stores")

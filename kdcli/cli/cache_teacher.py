@@ -15,12 +15,12 @@ from kdcli.cli.main import app
 from kdcli.errors import NoSpaceError, OptionError, UsageError, nearest
 
 if TYPE_CHECKING:
-    from kdcli.cache.places import Place
-    from kdcli.engine.caching import Plan
-    from kdcli.engine.estimate import BreakEven, Estimate
-    from kdcli.engine.watch import Watcher
-    from kdcli.engine.writing import Part
+    from kdcli.engine.caching.estimate.estimate import BreakEven, Estimate
+    from kdcli.engine.caching.plan import Plan
+    from kdcli.engine.caching.write import Part
+    from kdcli.engine.runtime.progress import Watcher
     from kdcli.options import CacheOptions
+    from kdcli.store.storage.local import Place
 
 SLOWEST = {  # of engine.estimate.stage_seconds
     "teacher": "as fast as the teacher",
@@ -65,13 +65,13 @@ def cache_teacher(
 
     Example: kdcli cache-teacher --data DATA --teacher runs/teacher --method ld,pfi --views identity,hflip --out STORE
     """
-    from kdcli.cache.places import Folder, place_of
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.watch import print_json, watching
-    from kdcli.engine.caching import plan_store
-    from kdcli.engine.devices import keep_freed_memory
-    from kdcli.engine.estimate import estimate as make_estimate
+    from kdcli.cli.progress import print_json, watching
+    from kdcli.engine.caching.estimate.estimate import estimate as make_estimate
+    from kdcli.engine.caching.plan import plan_store
+    from kdcli.engine.runtime.device import keep_freed_memory
     from kdcli.options import layer, read_toml
+    from kdcli.store.storage.local import Folder, place_of
 
     given = f.collect(
         data=data, teacher=teacher, method=method, split=split, canvas=canvas, views=views, encoding=encoding,
@@ -99,8 +99,8 @@ def cache_teacher(
 
 def _write(plan: Plan, place: Place, part: Part | None, watcher: Watcher) -> dict[str, Any]:
     """Write the store, or go on with it; what it holds then. Raises NoSpaceError before anything is written."""
-    from kdcli.engine.estimate import estimate
-    from kdcli.engine.writing import write_store
+    from kdcli.engine.caching.estimate.estimate import estimate
+    from kdcli.engine.caching.write import write_store
     from kdcli.report.text import size
 
     if not place.exists():
@@ -133,7 +133,7 @@ def _options(fields: dict[str, Any], set_: list[str]) -> CacheOptions:
 
 def _part(shard: str | None) -> Part | None:
     """What ``--shard`` says, or torchrun; None for a process that writes alone."""
-    from kdcli.engine.writing import Part
+    from kdcli.engine.caching.write import Part
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if shard is None:
@@ -148,7 +148,7 @@ def _part(shard: str | None) -> Part | None:
 
 def require_room(found: Estimate, out: str) -> None:
     """Raises NoSpaceError (exit 5) when the disk of ``out`` cannot hold the store; nothing has been written then."""
-    from kdcli.engine.estimate import MARGIN
+    from kdcli.engine.caching.estimate.estimate import MARGIN
     from kdcli.report.text import size
 
     wanted = found.bytes_total * MARGIN
@@ -182,7 +182,7 @@ def _paid_back(found: BreakEven) -> str:
 
 
 def _report_estimate(found: Estimate, watcher: Watcher, as_json: bool) -> int:
-    from kdcli.cli.watch import print_json
+    from kdcli.cli.progress import print_json
     from kdcli.report.text import size
 
     watcher.note(_priced(found))

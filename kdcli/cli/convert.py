@@ -43,7 +43,7 @@ def convert(
 
     Example: kdcli convert gfl_r101.pth --from mmdet --classes coco --out teacher.pt
     """
-    from kdcli.cli.watch import print_json
+    from kdcli.cli.progress import print_json
     from kdcli.detectors.base import count_parameters
     from kdcli.detectors.convert.classes import class_list
     from kdcli.detectors.weights import export

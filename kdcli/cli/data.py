@@ -50,7 +50,7 @@ def check(
 
     Example: kdcli data check DATA
     """
-    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleWatcher, print_json
     from kdcli.data.check import category_fault, check_dataset, missing_report, open_splits
 
     found = {}

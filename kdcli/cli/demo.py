@@ -42,7 +42,7 @@ def demo(
     import shutil
     import time
 
-    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleWatcher, print_json
     from kdcli.data.shapes import make_shapes
     from kdcli.report.compare import compare, load_runs
     from kdcli.report.console import show_comparison
@@ -97,7 +97,7 @@ def _teacher_amp() -> str:
 
 
 def _train(out: Path, name: str, model: dict[str, Any], epochs: int, quick: bool, watcher: Any, **options: str) -> None:
-    from kdcli.engine import launch
+    from kdcli.engine.training import launch
     from kdcli.report.plots import plot_run
     from kdcli.report.runs import load_run
 
@@ -113,8 +113,8 @@ def _train(out: Path, name: str, model: dict[str, Any], epochs: int, quick: bool
 
 
 def _cache(out: Path, watcher: Any) -> None:
-    from kdcli.engine.caching import plan_store
-    from kdcli.engine.writing import write_store
+    from kdcli.engine.caching.plan import plan_store
+    from kdcli.engine.caching.write import write_store
     from kdcli.options import CacheOptions
 
     options = CacheOptions(data=str(out / "shapes"), teacher=str(out / "runs" / "teacher"), method=",".join(
@@ -131,9 +131,9 @@ def _pictures(out: Path, watcher: Any) -> None:
     from kdcli.data.coco import open_split
     from kdcli.data.images import decode_image
     from kdcli.detectors.weights import load_detector
-    from kdcli.engine.devices import pick_device
-    from kdcli.engine.predicting import predict_files
-    from kdcli.engine.showing import read_for_show
+    from kdcli.engine.caching.show import read_for_show
+    from kdcli.engine.evaluation.predict import predict_files
+    from kdcli.engine.runtime.device import pick_device
     from kdcli.report.draw import draw_detections, save_png, side_by_side
     from kdcli.report.row import draw_row
     from kdcli.structures import Canvas

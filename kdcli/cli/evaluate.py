@@ -32,16 +32,16 @@ def evaluate(
     Example: kdcli eval runs/student --data DATA --out scores
     """
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleWatcher, print_json
     from kdcli.data.coco import open_split
     from kdcli.detectors.weights import load_detector
-    from kdcli.engine.coco_eval import write_detections
-    from kdcli.engine.devices import keep_freed_memory, pick_amp, pick_device, pick_workers
-    from kdcli.engine.evaluate import evaluate as run_evaluation
-    from kdcli.engine.evaluate import plain_forward, require_same_classes, validation_source
-    from kdcli.engine.loader import Loader
-    from kdcli.engine.prepare import usable
-    from kdcli.engine.runs import write_metrics
+    from kdcli.engine.evaluation.coco_metrics import write_detections
+    from kdcli.engine.evaluation.evaluate import evaluate as run_evaluation
+    from kdcli.engine.evaluation.evaluate import plain_forward, require_same_classes, validation_source
+    from kdcli.engine.loading.loader import Loader
+    from kdcli.engine.runtime.device import keep_freed_memory, pick_amp, pick_device, pick_workers
+    from kdcli.engine.training.run_folder import write_metrics
+    from kdcli.engine.training.setup import usable
     from kdcli.report.console import human_console, table_of_metrics
     from kdcli.structures import Canvas
 
@@ -96,10 +96,10 @@ def predict(
     Example: kdcli predict runs/student photos --out drawn --score 0.4
     """
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.watch import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleWatcher, print_json
     from kdcli.detectors.weights import load_detector
-    from kdcli.engine.devices import keep_freed_memory, pick_device
-    from kdcli.engine.predicting import image_files, predict_files, require_images
+    from kdcli.engine.evaluation.predict import image_files, predict_files, require_images
+    from kdcli.engine.runtime.device import keep_freed_memory, pick_device
     from kdcli.report.draw import draw_detections, save_png
     from kdcli.structures import Canvas
 

@@ -42,7 +42,7 @@ def methods(canvas: Size = "800x1344", classes: Classes = 80, json: f.Json = Fal
 
     Example: kdcli methods --canvas 640 --classes 20
     """
-    from kdcli.cli.watch import print_json
+    from kdcli.cli.progress import print_json
     from kdcli.report.console import human_console
     from kdcli.structures import Canvas
 
@@ -81,8 +81,8 @@ def _method_rows(canvas: Canvas, classes: int) -> list[dict[str, Any]]:
 
 def _on_detector(name: str, method: type[Method], detector: str, canvas: Canvas, classes: int) -> dict[str, Any]:
     """What ``method`` is on ``detector``: ``missing`` is empty where it works; ``set``: the --set that it takes."""
-    from kdcli.engine.manifest import region_spec
-    from kdcli.engine.pricing import missing, row_bytes, specs_at
+    from kdcli.engine.caching.row_sizes import missing, row_bytes, specs_at
+    from kdcli.engine.teacher.specs import region_spec
     from kdcli.methods.base import method_options, resolve_options
     from kdcli.tensors import BOX_DISTRIBUTION, BOX_REGRESSION
 
@@ -117,8 +117,8 @@ def _other_needs(
 
     ``set``: the --set of each option that does the same; ``adds``: the needs on top; ``bytes``: of the whole row.
     """
-    from kdcli.engine.manifest import region_spec
-    from kdcli.engine.pricing import missing, row_bytes, specs_at
+    from kdcli.engine.caching.row_sizes import missing, row_bytes, specs_at
+    from kdcli.engine.teacher.specs import region_spec
 
     plain = set(method.reads(options))
     found: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -228,7 +228,7 @@ def models(json: f.Json = False) -> int:
 
     Example: kdcli models
     """
-    from kdcli.cli.watch import print_json
+    from kdcli.cli.progress import print_json
     from kdcli.detectors.build import model_names
     from kdcli.report.console import human_console
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from kdcli.engine.watch import Silent, Watcher
+from kdcli.engine.runtime.progress import Silent, Watcher
 from kdcli.report.console import human_console, say
 from kdcli.report.text import plain
 

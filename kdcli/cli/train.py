@@ -64,8 +64,9 @@ def _launch(
     command: str, given: dict[str, Any], model: str | None, config: Path | None, assignments: list[str] | None,
     seeds: str | None, out: Path | None, resume: Path | None, overwrite: bool, as_json: bool,
 ) -> int:  # fmt: skip
-    from kdcli.cli.watch import print_json, watching
-    from kdcli.engine import distributed, launch
+    from kdcli.cli.progress import print_json, watching
+    from kdcli.engine.runtime import distributed
+    from kdcli.engine.training import launch
     from kdcli.options import parse_assignments, read_toml
 
     fields = read_toml(config) if config else {}

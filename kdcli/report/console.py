@@ -20,7 +20,7 @@ from kdcli.report.compare import Comparison, Group
 from kdcli.report.text import duration, millions, number, plain, signed, size, spelled, with_interval
 
 if TYPE_CHECKING:
-    from kdcli.engine.coco_eval import Metrics
+    from kdcli.engine.evaluation.coco_metrics import Metrics
 
 _WIDE = (
     132  # columns that the whole comparison table needs; narrower terminals get quality and cost one below the other

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from kdcli.engine.showing import ShownRow
+from kdcli.engine.caching.show import ShownRow
 from kdcli.report.colours import colour_of
 from kdcli.report.draw import draw_detections, side_by_side
 

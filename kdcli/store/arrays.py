@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from kdcli.cache import encodings
-from kdcli.cache.encodings import Encoding
 from kdcli.errors import StoreError
+from kdcli.store import encodings
+from kdcli.store.encodings import Encoding
 from kdcli.structures import FLAGS
 from kdcli.tensors import PROPOSAL_COUNT, Need
 

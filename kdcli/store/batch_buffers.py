@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcli.cache.schema import collate
-from kdcli.cache.stored import ArraySpec
+from kdcli.store.arrays import ArraySpec
+from kdcli.store.schema import collate
 from kdcli.tensors import Tensors
 
 LEAST_BYTES = 2**16  # of a row: a smaller array is copied in 5 us

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from kdcli.cache.schema import digest
 from kdcli.errors import StoreError
+from kdcli.store.schema import digest
 
 SEAL = "sha256"
 CAPITAL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[0-9a-f]{0,3}[A-F]")  # of "\u00E9"; a backslash may be escaped itself

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from kdcli.cache import encodings
-from kdcli.cache.encodings import Encoding
-from kdcli.cache.schema import MAX_SHARD_ROWS, SHARD_BYTES
-from kdcli.cache.stored import StoredTensor
+from kdcli.store import encodings
+from kdcli.store.arrays import StoredTensor
+from kdcli.store.encodings import Encoding
+from kdcli.store.schema import MAX_SHARD_ROWS, SHARD_BYTES
 from kdcli.tensors import (
     BACKBONE,
     BOX_DISTRIBUTION,

@@ -14,15 +14,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from kdcli.cache.fidelity import ErrorMeter, summarise
-from kdcli.cache.locks import hold_file
-from kdcli.cache.places import Folder, Where, place_of
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.seal import seal
-from kdcli.cache.shards import ShardFile, open_shards, pack_chunk, read_chunks
-from kdcli.cache.stored import ArraySpec
-from kdcli.cache.writer import (
+from kdcli.errors import StoreError
+from kdcli.files import fsync_folder
+from kdcli.store.arrays import ArraySpec
+from kdcli.store.checksummed_json import seal
+from kdcli.store.encoding_error import ErrorMeter, summarise
+from kdcli.store.locks import hold_file
+from kdcli.store.reader import CacheReader
+from kdcli.store.schema import CacheSchema
+from kdcli.store.shards import ShardFile, open_shards, pack_chunk, read_chunks
+from kdcli.store.storage.local import Folder, Where, place_of
+from kdcli.store.writer import (
     ATTRIBUTE,
     StoreWriter,
     journal_bytes,
@@ -31,8 +33,6 @@ from kdcli.cache.writer import (
     read_manifest,
     shard_key,
 )
-from kdcli.errors import StoreError
-from kdcli.files import fsync_folder
 
 Advance = Callable[[int], None]
 MAX_FILES = 128  # open at a time, of all sources; the rows of a shard come from a few files of each array

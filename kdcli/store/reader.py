@@ -17,15 +17,15 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from kdcli.cache.checks import check_readable
-from kdcli.cache.pixels import PIXELS, decode_pixels
-from kdcli.cache.places import Folder, Where, place_of
-from kdcli.cache.rooms import Room, make_rooms
-from kdcli.cache.schema import ENTRY_DTYPES, CacheSchema
-from kdcli.cache.shards import ShardFile, crc_is_right, decompress, open_shards, read_chunks
-from kdcli.cache.stored import ENTRY_COUNT, ArraySpec
-from kdcli.cache.writer import read_journal, read_manifest, shard_key
 from kdcli.errors import KDError, StoreError
+from kdcli.store.arrays import ENTRY_COUNT, ArraySpec
+from kdcli.store.batch_buffers import Room, make_rooms
+from kdcli.store.image_codec import PIXELS, decode_pixels
+from kdcli.store.schema import ENTRY_DTYPES, CacheSchema
+from kdcli.store.shards import ShardFile, crc_is_right, decompress, open_shards, read_chunks
+from kdcli.store.storage.local import Folder, Where, place_of
+from kdcli.store.validation import check_readable
+from kdcli.store.writer import read_journal, read_manifest, shard_key
 from kdcli.structures import FLAGS, Entries, RowKey, flag_bits
 from kdcli.tensors import PROPOSAL_COUNT, Need
 

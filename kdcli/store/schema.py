@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcli.cache.encodings import ChannelAffine
-from kdcli.cache.pixels import PIXEL_ENCODING, PIXELS
-from kdcli.cache.stored import (
+from kdcli.errors import GateError, StoreError
+from kdcli.geometry.grid import Grid
+from kdcli.store.arrays import (
     BOX_COUNT,
     ENTRY_COUNT,
     ZSTD_FAST,
@@ -32,8 +32,8 @@ from kdcli.cache.stored import (
     path_of,
     whole,
 )
-from kdcli.errors import GateError, StoreError
-from kdcli.geometry.grid import Grid
+from kdcli.store.encodings import ChannelAffine
+from kdcli.store.image_codec import PIXEL_ENCODING, PIXELS
 from kdcli.structures import Canvas, Entries
 from kdcli.tensors import PROPOSAL_COUNT, Need, Tensors
 

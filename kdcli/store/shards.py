@@ -17,9 +17,9 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from kdcli.cache.places import OpenFile, Place
-from kdcli.cache.stored import ArraySpec
 from kdcli.errors import StoreError
+from kdcli.store.arrays import ArraySpec
+from kdcli.store.storage.local import OpenFile, Place
 
 MISSING = 2**64 - 1  # of a shard index: this chunk was never written
 _WITH_ITSELF = 0x48674BC7  # the crc32c of any bytes that end in their own crc32c, little-endian

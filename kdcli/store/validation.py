@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from kdcli.cache.encodings import Box16, ChannelAffine
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.stored import MAX_DIMS
 from kdcli.errors import OptionError
 from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.regions import RegionSpec
+from kdcli.store.arrays import MAX_DIMS
+from kdcli.store.encodings import Box16, ChannelAffine
+from kdcli.store.schema import CacheSchema
 from kdcli.tensors import Need
 
 T = TypeVar("T")

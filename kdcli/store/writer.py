@@ -24,15 +24,15 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from kdcli.cache.checks import check_entry, check_manifest
-from kdcli.cache.locks import hold_file, remove_free
-from kdcli.cache.places import Folder, Place, Where, place_of
-from kdcli.cache.schema import FORMAT_VERSION, CacheSchema, digest
-from kdcli.cache.seal import parse, seal, unseal
-from kdcli.cache.shards import pack_chunk, pack_shard
-from kdcli.cache.stored import ZSTD_LEVEL, ArraySpec
 from kdcli.errors import KDError, MissingPathError, NoSpaceError, StoreError
 from kdcli.files import fsync_folder
+from kdcli.store.arrays import ZSTD_LEVEL, ArraySpec
+from kdcli.store.checksummed_json import parse, seal, unseal
+from kdcli.store.locks import hold_file, remove_free
+from kdcli.store.schema import FORMAT_VERSION, CacheSchema, digest
+from kdcli.store.shards import pack_chunk, pack_shard
+from kdcli.store.storage.local import Folder, Place, Where, place_of
+from kdcli.store.validation import check_entry, check_manifest
 
 ATTRIBUTE = "kdcli"
 

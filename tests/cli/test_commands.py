@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from kdcli.cli.main import run
-from tests.engine.conftest import CANVAS
+from tests.support.small_runs import CANVAS
 
 STUDENT = [
     "--model", "gfl_shufflenet_v2_x0_5", "--canvas", CANVAS, "--epochs", "1", "--batch", "4", "--workers", "0",
@@ -184,7 +184,7 @@ def test_methods_and_models(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
 
 def test_retinanet_distils_with_rm_and_pfi(shapes: Path, tmp_path: Path) -> None:
-    from tests.engine.conftest import cache_options, make_teacher, write
+    from tests.support.small_runs import cache_options, make_teacher, write
 
     teacher = make_teacher(tmp_path / "retina.pt", detector="retinanet", scale=3.0)
     store = write(cache_options(shapes, teacher, method="rm,pfi"), tmp_path / "store")

@@ -13,7 +13,7 @@ import torchvision
 from kdcli.cli.main import run
 from kdcli.detectors.convert.coco import COCO_CLASSES
 from kdcli.detectors.weights import load_detector
-from tests.detectors.mmdet_case import config_text, weights
+from tests.support.mmdet_case import config_text, weights
 
 NAMES = ("disk", "box", "star")
 

@@ -23,7 +23,7 @@ from kdcli.detectors.base import Detector, ModelSpec
 from kdcli.detectors.build import DETECTORS, build_detector
 from kdcli.errors import OptionError
 from kdcli.methods import METHODS
-from tests.engine.conftest import CANVAS
+from tests.support.small_runs import CANVAS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "extending"

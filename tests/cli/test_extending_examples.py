@@ -14,7 +14,7 @@ from kdcli.methods.base import Pair
 from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
 from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, TensorSpec
 from tests.cli.test_extending import MY_DETECTOR, MY_METHOD
-from tests.engine.conftest import CANVAS
+from tests.support.small_runs import CANVAS
 
 
 def module_of(path: Path) -> Any:

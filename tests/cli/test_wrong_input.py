@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kdcli.cache import places
 from kdcli.cli.main import run
-from tests.engine.conftest import CANVAS, CLASSES, cache_options, make_teacher, write
+from kdcli.store.storage import local as places
+from tests.support.small_runs import CANVAS, CLASSES, cache_options, make_teacher, write
 
 SMALL = [
     "--canvas", CANVAS, "--epochs", "1", "--batch", "4", "--workers", "0", "--threads", "1",

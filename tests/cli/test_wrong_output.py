@@ -23,12 +23,12 @@ from kdcli.cli.main import run, show_warning
 from kdcli.data import shapes as shapes_module
 from kdcli.detectors.backbones import Backbone, load_backbone_weights
 from kdcli.detectors.dense.head import group_count
-from kdcli.engine import launch
-from kdcli.engine.estimate import Estimate, break_even
+from kdcli.engine.caching.estimate.estimate import Estimate, break_even
+from kdcli.engine.training import launch
 from kdcli.errors import NoSpaceError
 from kdcli.files import atomic_write_bytes
 from tests.cli.test_wrong_input import refused
-from tests.engine.conftest import CANVAS
+from tests.support.small_runs import CANVAS
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from mmdet_case import canvas_of, case, config_text, images_of, weights
 from torch import Tensor
 
 from kdcli.detectors.base import IMAGE_MEAN, IMAGE_STD, Detector, ModelSpec
@@ -27,6 +26,7 @@ from kdcli.errors import OptionError
 from kdcli.files import atomic_save
 from kdcli.structures import Canvas
 from kdcli.tensors import CENTERNESS, CLS_LOGITS, Tensors, flatten_levels
+from tests.support.mmdet_case import canvas_of, case, config_text, images_of, weights
 
 CLASSES = [{"id": k, "name": str(k)} for k in (1, 2, 3)]
 NAMES = {

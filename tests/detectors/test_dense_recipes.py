@@ -11,7 +11,7 @@ from kdcli.detectors.build import DETECTORS, build_detector, recipe_of
 from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.dense.head import DenseHead
 from kdcli.detectors.dense.recipes import ATSS, FCOS, FCOS_PLAIN, GFL, RETINANET, with_distribution
-from kdcli.engine.prepare import make_student
+from kdcli.engine.training.setup import make_student
 from kdcli.errors import OptionError
 from kdcli.geometry.assign import assign
 from kdcli.geometry.boxes import encode_deltas, encode_distances

@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 import typer
 
-from kdcli.cache.plan import plan_tensors
-from kdcli.cache.schema import CacheSchema, collate
-from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.cli import commands
 from kdcli.cli.main import app
 from kdcli.detectors.base import BoxBranch, ModelSpec
@@ -24,6 +21,9 @@ from kdcli.detectors.dense.recipes import GFL
 from kdcli.methods import METHODS
 from kdcli.methods.base import method_options
 from kdcli.options import ModelOptions, OptimOptions, TrainOptions
+from kdcli.store.encoding_policy import plan_tensors
+from kdcli.store.schema import CacheSchema, collate
+from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import Canvas
 from kdcli.tensors import DERIVED, Need, TensorSpec
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import CANVAS
+from tests.support.small_runs import CANVAS
 
 # columns of results.csv that a clock or the operating system decides
 MEASURED = {"images_per_s", "data_wait_percent", "teacher_percent", "epoch_s", "peak_memory_bytes"}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_case import Arrays, Case, load
-from golden_checks import CHECKS
 from torch import Tensor
+
+from tests.support.golden.case import Arrays, Case, load
+from tests.support.golden.checks import CHECKS
 
 
 def kind_of(name: str) -> tuple[str, str]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_case import ANCHOR_GRID, ATSS, Arrays, Case, canvas_of, flat, leaves, make_targets
 
 from kdcli.detectors.dense.losses import gfl_loss
 from kdcli.geometry.defeat_mask import box_levels, defeat_cells
@@ -16,6 +15,7 @@ from kdcli.methods.decoupled import decoupled_imitation
 from kdcli.methods.defeat import decoupled_kl
 from kdcli.methods.divergence import kl_rows
 from kdcli.structures import Canvas
+from tests.support.golden.case import ANCHOR_GRID, ATSS, Arrays, Case, canvas_of, flat, leaves, make_targets
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(1.0, 0.10544483), (10.0, 0.65834272)])

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from method_case import NONE, ONE, TWO, detector_of, inputs, make_batch, many_boxes, pair_of, take
-from process_case import on_two_processes
 from torch import Tensor
 
 from kdcli.errors import OptionError
@@ -18,6 +16,8 @@ from kdcli.methods.base import Pair, resolve_options
 from kdcli.methods.bckd import BCKD, BOX, CLASSES, bckd_cls, bckd_loc, level_gate, positives, score_gap
 from kdcli.structures import IGNORED, Batch
 from kdcli.tensors import BOXES, CLS_LOGITS, Tensors
+from tests.support.method_case import NONE, ONE, TWO, detector_of, inputs, make_batch, many_boxes, pair_of, take
+from tests.support.process_case import on_two_processes
 
 GFL, RETINANET = detector_of("gfl"), detector_of("retinanet")
 DETECTORS = pytest.mark.parametrize("detector", [GFL, RETINANET], ids=["gfl", "retinanet"])

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from feature_case import GRID, TWO, check_common, make_batch, make_pair, maps, number, run
 
 from kdcli.methods.cwd import CWD, channel_divergence
+from tests.support.feature_case import GRID, TWO, check_common, make_batch, make_pair, maps, number, run
 
 
 def test_cwd_does_what_every_method_must() -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from defeat_case import GFL, SCENE, SIZES, data, halved, warm
-from method_case import CANVAS, NONE, ONE, TWO, detector_of, make_batch, pair_of
 
 from kdcli.errors import OptionError
 from kdcli.geometry.defeat_mask import defeat_cells, stage_cells
@@ -17,6 +15,8 @@ from kdcli.methods.decoupled import INIT_SCALE, adapter, decoupled_imitation
 from kdcli.methods.defeat import PROPOSALS, STAGES, DeFeat, decoupled_kl
 from kdcli.methods.maps import MAPS
 from kdcli.tensors import PROPOSAL_BOXES, PROPOSAL_LABELS, PROPOSAL_LOGITS, TensorSpec
+from tests.support.defeat_case import GFL, SCENE, SIZES, data, halved, warm
+from tests.support.method_case import CANVAS, NONE, ONE, TWO, detector_of, make_batch, pair_of
 
 TEACHER = detector_of("gfl", 64)
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from defeat_case import GFL, SCENE, data, halved, warm
-from method_case import CANVAS, CONTENT, NONE, detector_of, make_batch, pair_of
 from torch import Tensor
 
 from kdcli.geometry.defeat_mask import defeat_cells
@@ -19,6 +17,8 @@ from kdcli.methods.defeat import DeFeat
 from kdcli.methods.defeat_thin import ROWS, DeFeatThin
 from kdcli.methods.maps import MAPS
 from kdcli.structures import OBJECT, SAMPLE, Batch, Entries
+from tests.support.defeat_case import GFL, SCENE, data, halved, warm
+from tests.support.method_case import CANVAS, CONTENT, NONE, detector_of, make_batch, pair_of
 
 RETINANET = detector_of("retinanet")
 

@@ -7,14 +7,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from feature_case import CANVAS, GRID, KEY, NONE, ONE, TWO, check_common, grad, make_batch, make_pair, maps, number, run
-from test_relation import relation_by_hand
 from torch import Tensor, nn
 
 from kdcli.geometry.rois import gt_rois
 from kdcli.methods.base import method_options, resolve_options
 from kdcli.methods.drkd import DRKD, DRKDLite, InstanceRelation, PixelRelation, batch_norms, image_norms
 from kdcli.methods.reduce import safe_sqrt
+from tests.methods.test_relation import relation_by_hand
+from tests.support.feature_case import (
+    CANVAS,
+    GRID,
+    KEY,
+    NONE,
+    ONE,
+    TWO,
+    check_common,
+    grad,
+    make_batch,
+    make_pair,
+    maps,
+    number,
+    run,
+)
 
 ROI_KEY = "gt_rois@gt"
 

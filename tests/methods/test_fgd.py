@@ -6,12 +6,24 @@ import math
 
 import pytest
 import torch
-from feature_case import CANVAS, GRID, NONE, ONE, TWO, check_common, make_batch, make_pair, maps, number, run
 from torch import Tensor
 
 from kdcli.methods.base import resolve_options
 from kdcli.methods.fgd import FGD, ContextBlock, attentions, focal_losses, foreground_mask, relation_loss
 from kdcli.structures import Canvas
+from tests.support.feature_case import (
+    CANVAS,
+    GRID,
+    NONE,
+    ONE,
+    TWO,
+    check_common,
+    make_batch,
+    make_pair,
+    maps,
+    number,
+    run,
+)
 
 SHAPES = GRID.level_shapes(CANVAS)
 

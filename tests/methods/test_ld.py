@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from method_case import NONE, ONE, TWO, detector_of, inputs, make_batch, make_outputs, many_boxes, pair_of
 
 from kdcli.methods.base import resolve_options
 from kdcli.methods.divergence import kl_rows
@@ -23,6 +22,17 @@ from kdcli.methods.ld import (
 )
 from kdcli.structures import Batch
 from kdcli.tensors import Tensors
+from tests.support.method_case import (
+    NONE,
+    ONE,
+    TWO,
+    detector_of,
+    inputs,
+    make_batch,
+    make_outputs,
+    many_boxes,
+    pair_of,
+)
 
 EXACT = 1e-6  # relative, of the values below
 GFL = detector_of("gfl")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_case import (
+from torch import nn
+
+from kdcli.detectors.base import Detector
+from kdcli.methods.defeat_thin import ROWS
+from kdcli.structures import Batch
+from kdcli.tensors import FEATURES, GT_ROIS
+from tests.support.method_case import (
     CANVAS,
     EVERY,
     ONE,
@@ -21,12 +27,6 @@ from method_case import (
     resolved,
     total,
 )
-from torch import nn
-
-from kdcli.detectors.base import Detector
-from kdcli.methods.defeat_thin import ROWS
-from kdcli.structures import Batch
-from kdcli.tensors import FEATURES, GT_ROIS
 
 PARAMETERS = {"drkd", "drkd_lite", "defeat", "defeat_thin", "fgd"}  # whatever the channels
 

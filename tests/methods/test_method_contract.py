@@ -4,7 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_case import (
+from torch import Tensor
+
+from kdcli.errors import OptionError
+from kdcli.methods import METHODS
+from kdcli.methods.base import Method, method_options, resolve_options
+from kdcli.methods.defeat import WEIGHT_OPTIONS
+from kdcli.tensors import (
+    BOXES,
+    CLS_LOGITS,
+    FEATURES,
+    GT_ROIS,
+    PROPOSAL_BOXES,
+    PROPOSAL_LABELS,
+    PROPOSAL_LOGITS,
+    RANK,
+    Need,
+)
+from tests.support.method_case import (
     CANVAS,
     CASES,
     EVERY,
@@ -28,23 +45,6 @@ from method_case import (
     take,
     terms_of,
     total,
-)
-from torch import Tensor
-
-from kdcli.errors import OptionError
-from kdcli.methods import METHODS
-from kdcli.methods.base import Method, method_options, resolve_options
-from kdcli.methods.defeat import WEIGHT_OPTIONS
-from kdcli.tensors import (
-    BOXES,
-    CLS_LOGITS,
-    FEATURES,
-    GT_ROIS,
-    PROPOSAL_BOXES,
-    PROPOSAL_LABELS,
-    PROPOSAL_LOGITS,
-    RANK,
-    Need,
 )
 
 SCENES = {

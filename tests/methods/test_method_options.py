@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from method_case import TWO, detector_of, inputs, make_batch, make_outputs, pair_of
 
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.geometry.regions import RegionSpec
@@ -16,6 +15,7 @@ from kdcli.methods.base import Pair, check_pair, method_options, resolve_options
 from kdcli.methods.ld import LD
 from kdcli.methods.pfi import PFI
 from kdcli.methods.rm import RM
+from tests.support.method_case import TWO, detector_of, inputs, make_batch, make_outputs, pair_of
 
 MINE = '''
 """A user's method."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from feature_case import GRID, TWO, check_common, grad, make_batch, make_pair, maps, number, run
 
 from kdcli.errors import OptionError
 from kdcli.methods.base import resolve_options
 from kdcli.methods.pkd import PKD, pearson_loss, standardise
+from tests.support.feature_case import GRID, TWO, check_common, grad, make_batch, make_pair, maps, number, run
 
 
 def test_pkd_does_what_every_method_must() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from feature_case import KEY, NONE, ONE, TWO, make_batch, make_pair, maps
 from torch import Tensor, nn
 
 from kdcli.methods.cwd import CWD
@@ -17,6 +16,7 @@ from kdcli.methods.drkd import DRKD
 from kdcli.methods.fgd import FGD
 from kdcli.methods.pkd import PKD
 from kdcli.methods.reduce import world_moments, world_sum_grad
+from tests.support.feature_case import KEY, NONE, ONE, TWO, make_batch, make_pair, maps
 
 OURS, THEIRS = 6, 8
 BOXES = [TWO, ONE, NONE]  # the second process has an image without boxes and no other

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from feature_case import grad
 from torch import Tensor, nn
 
 from kdcli.methods.glore import GloRe, WorldBatchNorm
 from kdcli.methods.relation import RelationBlock, random_filter
+from tests.support.feature_case import grad
 
 
 def count(module: nn.Module) -> int:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from method_case import NONE, ONE, TWO, detector_of, inputs, make_batch, make_outputs, many_boxes, pair_of
 from torch import Tensor
 
 from kdcli.methods.base import Method
@@ -14,6 +13,17 @@ from kdcli.methods.pfi import CLASSES, MAPS, PFI, Form, imitation_loss, predicti
 from kdcli.methods.rm import RANKS, RM, rank_loss
 from kdcli.structures import Batch
 from kdcli.tensors import Tensors
+from tests.support.method_case import (
+    NONE,
+    ONE,
+    TWO,
+    detector_of,
+    inputs,
+    make_batch,
+    make_outputs,
+    many_boxes,
+    pair_of,
+)
 
 EXACT = 1e-6  # relative
 GFL = detector_of("gfl")

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from kdcli.engine.coco_eval import Metrics
+from kdcli.engine.evaluation.coco_metrics import Metrics
 from kdcli.report.compare import compare, load_runs
 from kdcli.report.console import (
     error_line,

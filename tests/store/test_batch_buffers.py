@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from store_case import keys, make_schema, make_store
 
-from kdcli.cache import rooms
-from kdcli.cache.reader import CacheReader, Row
-from kdcli.cache.rooms import join, make_rooms
-from kdcli.cache.schema import collate
+from kdcli.store import batch_buffers as rooms
+from kdcli.store.batch_buffers import join, make_rooms
+from kdcli.store.reader import CacheReader, Row
+from kdcli.store.schema import collate
 from kdcli.tensors import Tensors
+from tests.support.store_case import keys, make_schema, make_store
 
 SCHEMA = make_schema()
 ROOMY = {"tensors/features@all/values", "tensors/cls_logits@all/values"}

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile_case import SCHEMA, make
-from store_case import SHARD_ROWS, assert_row_equal, keys, make_row
 
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import shard_key
-from kdcli.engine.verify import verify_checksums
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.verify import verify_checksums
+from kdcli.engine.runtime.progress import Silent
 from kdcli.errors import StoreError
+from kdcli.store.reader import CacheReader
+from kdcli.store.writer import shard_key
+from tests.support.hostile_case import SCHEMA, make
+from tests.support.store_case import SHARD_ROWS, assert_row_equal, keys, make_row
 
 INDEX_BYTES = 16 * SHARD_ROWS + 4
 SHARDS = [shard_key(array, shard) for array in SCHEMA.layout() for shard in range(SCHEMA.num_shards)]

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from kdcli.cache.fidelity import ErrorMeter, summarise
+from kdcli.store.encoding_error import ErrorMeter, summarise
 
 RNG = np.random.default_rng(0)
 EXACT = [RNG.normal(-3, 2, (n, 4)).astype(np.float32) for n in (7, 1, 0, 30, 12)]

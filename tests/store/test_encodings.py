@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from kdcli.cache import encodings
-from kdcli.cache.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine, from_json
 from kdcli.errors import StoreError
+from kdcli.store import encodings
+from kdcli.store.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine, from_json
 
 ALL: list[Encoding] = [
     Float("float32"),

@@ -14,13 +14,21 @@ import google_crc32c
 import numpy as np
 import pytest
 import zstandard
-from hostile_case import SCHEMA, Change, attempts, make, manifest_file, require_harmless, require_refused
-from store_case import SHARD_ROWS, keys
 
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.shards import MISSING, pack_chunk, pack_shard
-from kdcli.cache.writer import create_store, journal_bytes, read_journal, read_manifest, shard_key
 from kdcli.errors import StoreError
+from kdcli.store.reader import CacheReader
+from kdcli.store.shards import MISSING, pack_chunk, pack_shard
+from kdcli.store.writer import create_store, journal_bytes, read_journal, read_manifest, shard_key
+from tests.support.hostile_case import (
+    SCHEMA,
+    Change,
+    attempts,
+    make,
+    manifest_file,
+    require_harmless,
+    require_refused,
+)
+from tests.support.store_case import SHARD_ROWS, keys
 
 INDEX_BYTES = 16 * SHARD_ROWS + 4
 LAST = 2**64 - 1

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_case import Change, attempts, make, manifest_file, require_harmless, require_refused, set_at
 
-from kdcli.cache.editing import write_manifest
-from kdcli.cache.seal import seal
-from kdcli.cache.writer import journal_bytes, read_journal, read_manifest
+from kdcli.store.checksummed_json import seal
+from kdcli.store.maintenance import write_manifest
+from kdcli.store.writer import journal_bytes, read_journal, read_manifest
+from tests.support.hostile_case import (
+    Change,
+    attempts,
+    make,
+    manifest_file,
+    require_harmless,
+    require_refused,
+    set_at,
+)
 
 
 @pytest.fixture(scope="module")

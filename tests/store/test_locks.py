@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kdcli.cache.locks import hold_file, hold_store, remove_free
 from kdcli.errors import StoreError
+from kdcli.store.locks import hold_file, hold_store, remove_free
 
 
 @pytest.mark.parametrize(("first", "second"), [(False, False), (False, True), (True, False)])

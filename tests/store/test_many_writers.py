@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from store_case import assert_row_equal, contents, create, keys, make_row, make_schema, make_store
 
-from kdcli.cache.editing import record_errors, write_manifest
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import StoreWriter, read_manifest
+from kdcli.store.maintenance import record_errors, write_manifest
+from kdcli.store.reader import CacheReader
+from kdcli.store.writer import StoreWriter, read_manifest
+from tests.support.store_case import assert_row_equal, contents, create, keys, make_row, make_schema, make_store
 
 SCHEMA = make_schema()
 

@@ -15,23 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_case import GRID, NEEDS, SPECS, make_row, make_schema
 
-from kdcli.cache import schema as schema_module
-from kdcli.cache.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine
-from kdcli.cache.plan import plan_tensors, shard_rows_for
-from kdcli.cache.schema import (
-    MAX_SHARD_ROWS,
-    SHARD_BYTES,
-    CacheSchema,
-    collate,
-    digest,
-    regions_of,
-    row_tensor,
-)
-from kdcli.cache.stored import StoredTensor
 from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid
+from kdcli.store import schema as schema_module
+from kdcli.store.arrays import StoredTensor
+from kdcli.store.encoding_policy import plan_tensors, shard_rows_for
+from kdcli.store.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine
+from kdcli.store.schema import MAX_SHARD_ROWS, SHARD_BYTES, CacheSchema, collate, digest, regions_of, row_tensor
 from kdcli.structures import Canvas
 from kdcli.tensors import (
     BOX_DISTRIBUTION,
@@ -43,6 +34,7 @@ from kdcli.tensors import (
     Need,
     TensorSpec,
 )
+from tests.support.store_case import GRID, NEEDS, SPECS, make_row, make_schema
 
 RETINA = Grid(base_scale=4.0, scales=(1.0, 2 ** (1 / 3), 2 ** (2 / 3)), ratios=(0.5, 1.0, 2.0))
 

@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_case import (
+
+from kdcli.errors import StoreError
+from kdcli.store.checksummed_json import seal
+from kdcli.store.reader import CacheReader
+from kdcli.store.writer import StoreWriter, create_store, read_manifest, shard_key
+from tests.support.store_case import (
     IMAGE_IDS,
     MANIFEST,
     SHARD_ROWS,
@@ -21,11 +26,6 @@ from store_case import (
     make_schema,
     make_store,
 )
-
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.seal import seal
-from kdcli.cache.writer import StoreWriter, create_store, read_manifest, shard_key
-from kdcli.errors import StoreError
 
 SCHEMA = make_schema()
 PATHS = [a.path for a in SCHEMA.layout()]

@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from store_case import (
+from zarrs import ZarrsCodecPipeline
+
+from kdcli.errors import MissingPathError, StoreError
+from kdcli.store import reader as reader_module
+from kdcli.store.arrays import ArraySpec
+from kdcli.store.checksummed_json import seal
+from kdcli.store.reader import CacheReader
+from kdcli.store.schema import CacheSchema, collate
+from kdcli.store.shards import decompress, pack_chunk
+from kdcli.store.writer import StoreWriter, read_journal, read_manifest, store_digest
+from kdcli.structures import RowKey
+from kdcli.tensors import CENTERNESS, FEATURES, Need
+from tests.support.store_case import (
     CANVAS,
     GRID,
     IMAGE_IDS,
@@ -28,18 +40,6 @@ from store_case import (
     make_store,
     write,
 )
-from zarrs import ZarrsCodecPipeline
-
-from kdcli.cache import reader as reader_module
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import CacheSchema, collate
-from kdcli.cache.seal import seal
-from kdcli.cache.shards import decompress, pack_chunk
-from kdcli.cache.stored import ArraySpec
-from kdcli.cache.writer import StoreWriter, read_journal, read_manifest, store_digest
-from kdcli.errors import MissingPathError, StoreError
-from kdcli.structures import RowKey
-from kdcli.tensors import CENTERNESS, FEATURES, Need
 
 SCHEMA = make_schema()
 

@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import pytest
-from hostile_case import set_at
 
-from kdcli.cache.checks import check_manifest
 from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.regions import RegionSpec
+from kdcli.store.validation import check_manifest
+from tests.support.hostile_case import set_at
 
 MANIFEST: dict[str, Any] = {
     "views": ["identity"],

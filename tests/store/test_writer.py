@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from store_case import (
+
+from kdcli import files
+from kdcli.errors import KDError, MissingPathError, NoSpaceError, StoreError
+from kdcli.store.reader import CacheReader
+from kdcli.store.storage import local as places
+from kdcli.store.writer import StoreWriter, create_store, read_manifest, shard_key
+from tests.support.store_case import (
     IMAGE_IDS,
     MANIFEST,
     SHARD_ROWS,
@@ -28,12 +34,6 @@ from store_case import (
     make_store,
     write,
 )
-
-from kdcli import files
-from kdcli.cache import places
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import StoreWriter, create_store, read_manifest, shard_key
-from kdcli.errors import KDError, MissingPathError, NoSpaceError, StoreError
 
 SCHEMA = make_schema()
 ARRAYS = len(SCHEMA.layout())

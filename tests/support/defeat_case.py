@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from method_case import CANVAS, NONE, ONE, TWO, detector_of, many_boxes, take
-from process_case import on_two_processes
 from torch import Tensor
 
 from kdcli.methods.base import Method
@@ -12,6 +10,8 @@ from kdcli.methods.defeat_thin import ROWS
 from kdcli.methods.maps import MAPS
 from kdcli.structures import Batch
 from kdcli.tensors import Tensors
+from tests.support.method_case import CANVAS, NONE, ONE, TWO, detector_of, many_boxes, take
+from tests.support.process_case import on_two_processes
 
 GFL = detector_of("gfl")
 SIZES = [h * w for h, w in GFL.grid.level_shapes(CANVAS)]

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import zarr
-from store_case import IMAGE_IDS, MANIFEST, keys, make_schema, write
 
-from kdcli.cache.editing import write_manifest
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import digest
-from kdcli.cache.seal import seal
-from kdcli.cache.writer import create_store, read_manifest
-from kdcli.engine.verify import verify_checksums
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.verify import verify_checksums
+from kdcli.engine.runtime.progress import Silent
 from kdcli.errors import KDError, StoreError
+from kdcli.store.checksummed_json import seal
+from kdcli.store.maintenance import write_manifest
+from kdcli.store.reader import CacheReader
+from kdcli.store.schema import digest
+from kdcli.store.writer import create_store, read_manifest
+from tests.support.store_case import IMAGE_IDS, MANIFEST, keys, make_schema, write
 
 SCHEMA = make_schema()
 MEGABYTE = 2**20

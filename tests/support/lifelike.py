@@ -28,7 +28,7 @@ from kdcli.detectors.weights import export
 from kdcli.files import atomic_save
 from kdcli.structures import Canvas
 from kdcli.tensors import BOX_DISTRIBUTION
-from tests.engine.conftest import CLASSES
+from tests.support.small_runs import CLASSES
 
 SMALL, LARGE = Canvas(64, 96), Canvas(192, 256)
 CROWD = 300  # boxes

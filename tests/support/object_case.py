@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from store_case import assert_row_equal, create, keys, make_row, make_schema, make_store, write
 
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import StoreWriter, store_digest
-from kdcli.engine.verify import verify_checksums
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.verify import verify_checksums
+from kdcli.engine.runtime.progress import Silent
 from kdcli.errors import StoreError
+from kdcli.store.reader import CacheReader
+from kdcli.store.writer import StoreWriter, store_digest
+from tests.support.store_case import assert_row_equal, create, keys, make_row, make_schema, make_store, write
 
 SCHEMA = make_schema()
 

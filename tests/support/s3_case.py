@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kdcli.cache.remote import stop_carrier
+from kdcli.store.storage.object_store import stop_carrier
 
 BUCKET = "stores"
 HOST = "127.0.0.1"

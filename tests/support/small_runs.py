@@ -11,10 +11,10 @@ import torch
 from kdcli.data.shapes import make_shapes
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export
-from kdcli.engine import launch
-from kdcli.engine.caching import plan_store
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import write_store
+from kdcli.engine.caching.plan import plan_store
+from kdcli.engine.caching.write import write_store
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training import launch
 from kdcli.files import atomic_save
 from kdcli.options import CacheOptions, build, layer
 

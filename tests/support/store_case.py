@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcli.cache.plan import plan_tensors
-from kdcli.cache.reader import Row
-from kdcli.cache.schema import GEOMETRY_LENGTH, CacheSchema
-from kdcli.cache.writer import StoreWriter, create_store
 from kdcli.geometry.grid import Grid
+from kdcli.store.encoding_policy import plan_tensors
+from kdcli.store.reader import Row
+from kdcli.store.schema import GEOMETRY_LENGTH, CacheSchema
+from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import MAIN, VLR, Canvas, RowKey
 from kdcli.tensors import (
     BOX_DISTRIBUTION,

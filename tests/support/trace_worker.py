@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.engine import distributed
-from kdcli.engine.loader import Loader
-from kdcli.engine.prepare import prepare
-from kdcli.engine.sampling import plan_epoch
-from kdcli.engine.train import Trainer
-from kdcli.engine.watch import Silent
+from kdcli.engine.loading.epoch_order import plan_epoch
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.runtime import distributed
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training.setup import prepare
+from kdcli.engine.training.trainer import Trainer
 from kdcli.tensors import world_size
-from tests.engine.conftest import asked
+from tests.support.small_runs import asked
 
 
 def trace(shapes: Path, steps: int, changes: dict[str, Any]) -> list[dict[str, float]]:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from kdcli.cache.places import Where
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.rooms import join
-from kdcli.cache.writer import read_journal
-from kdcli.engine.watch import Watcher
+from kdcli.engine.runtime.progress import Watcher
+from kdcli.store.batch_buffers import join
+from kdcli.store.reader import CacheReader
+from kdcli.store.storage.local import Where
+from kdcli.store.writer import read_journal
 from kdcli.structures import RowKey
 from kdcli.tensors import Need, Tensors
 

@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcli.cache.editing import copy_rows, drop_tensors, orphans, record_errors, take_in
-from kdcli.cache.locks import hold_store
-from kdcli.cache.pixels import PIXELS
-from kdcli.cache.places import Folder, Where, place_of
-from kdcli.cache.reader import CacheReader, compare_manifests
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.writer import create_store, read_manifest
 from kdcli.data.coco import open_split
-from kdcli.engine.caching import Plan
-from kdcli.engine.prepare import absolute_methods
-from kdcli.engine.verify import plan_of_store
-from kdcli.engine.watch import Watcher
-from kdcli.engine.writing import MANIFEST_IDENTITY, write_store
+from kdcli.engine.caching.plan import Plan
+from kdcli.engine.caching.verify import plan_of_store
+from kdcli.engine.caching.write import MANIFEST_IDENTITY, write_store
+from kdcli.engine.runtime.progress import Watcher
+from kdcli.engine.training.setup import absolute_methods
 from kdcli.errors import OptionError, StoreError
 from kdcli.methods import find_methods
+from kdcli.store.image_codec import PIXELS
+from kdcli.store.locks import hold_store
+from kdcli.store.maintenance import copy_rows, drop_tensors, orphans, record_errors, take_in
+from kdcli.store.reader import CacheReader, compare_manifests
+from kdcli.store.schema import CacheSchema
+from kdcli.store.storage.local import Folder, Where, place_of
+from kdcli.store.writer import create_store, read_manifest
 from kdcli.structures import RowKey
 from kdcli.tensors import Need
 

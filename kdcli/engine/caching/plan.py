@@ -13,27 +13,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcli.cache.pixels import PIXELS, encode_pixels
-from kdcli.cache.plan import plan_tensors, served_by_dense, shard_rows_for
-from kdcli.cache.schema import CacheSchema, regions_of, row_tensor
 from kdcli.data.coco import Dataset, has_split, open_split
 from kdcli.data.views import parse_views
 from kdcli.detectors.build import lineage_of
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.devices import pick_device, pick_teacher_workers, set_threads
-from kdcli.engine.distributed import take_local_gpu
-from kdcli.engine.evaluate import evaluate, validation_source
-from kdcli.engine.loader import Loader
-from kdcli.engine.manifest import make_manifest, region_spec, teacher_entry, with_classes
-from kdcli.engine.prepare import absolute_methods, usable
-from kdcli.engine.samples import Item, Sample, SampleSource, collate
-from kdcli.engine.teacher import TeacherForward, class_order, compiled
-from kdcli.engine.watch import Watcher
+from kdcli.engine.evaluation.evaluate import evaluate, validation_source
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
+from kdcli.engine.runtime.device import pick_device, pick_teacher_workers, set_threads
+from kdcli.engine.runtime.distributed import take_local_gpu
+from kdcli.engine.runtime.progress import Watcher
+from kdcli.engine.teacher.forward import TeacherForward, class_order, compiled
+from kdcli.engine.teacher.specs import make_manifest, region_spec, teacher_entry, with_classes
+from kdcli.engine.training.setup import absolute_methods, usable
 from kdcli.errors import GateError, OptionError, nearest
 from kdcli.geometry.regions import guard
 from kdcli.methods import find_methods
 from kdcli.methods.base import Pair, check_pair, resolve_options
 from kdcli.options import CacheOptions
+from kdcli.store.encoding_policy import plan_tensors, served_by_dense, shard_rows_for
+from kdcli.store.image_codec import PIXELS, encode_pixels
+from kdcli.store.schema import CacheSchema, regions_of, row_tensor
 from kdcli.structures import Canvas
 from kdcli.tensors import Need
 

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from kdcli.cache.plan import plan_tensors, served_by_dense
-from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema
-from kdcli.cache.stored import StoredTensor
 from kdcli.detectors.base import Detector
-from kdcli.engine.manifest import with_classes
+from kdcli.engine.teacher.specs import with_classes
 from kdcli.geometry.assign import assign
 from kdcli.geometry.regions import RegionSpec, compute_entries
+from kdcli.store.arrays import StoredTensor
+from kdcli.store.encoding_policy import plan_tensors, served_by_dense
+from kdcli.store.schema import MAX_PROPOSALS, CacheSchema
 from kdcli.structures import Canvas, Entries
 from kdcli.tensors import DERIVED, FEATURES, Need, TensorSpec
 

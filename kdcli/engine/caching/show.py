@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdcli.cache.places import Where
-from kdcli.cache.reader import CacheReader, compare_manifests
-from kdcli.cache.schema import collate
 from kdcli.data.coco import open_split
 from kdcli.data.images import read_image
 from kdcli.data.views import Geometry, render, to_canvas
 from kdcli.errors import StoreError
 from kdcli.geometry.derive import decode_distribution
+from kdcli.store.reader import CacheReader, compare_manifests
+from kdcli.store.schema import collate
+from kdcli.store.storage.local import Where
 from kdcli.structures import Entries, RowKey
 from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, RANK, Need
 

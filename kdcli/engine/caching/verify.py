@@ -13,19 +13,19 @@ import zarr
 from zarr.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from kdcli.cache.fidelity import ErrorMeter, summarise
-from kdcli.cache.places import Place, Where
-from kdcli.cache.reader import CacheReader, compare_manifests
-from kdcli.cache.schema import CacheSchema, row_tensor
-from kdcli.cache.schema import collate as collate_rows
-from kdcli.cache.writer import journal_key, make_arrays, read_journal, read_manifest, shard_key
 from kdcli.data.views import format_views
 from kdcli.detectors.read import AT_PROPOSALS
-from kdcli.engine.caching import Plan, plan_store, teacher_rows
-from kdcli.engine.joining import recheck_regions, spread
-from kdcli.engine.watch import Watcher
+from kdcli.engine.caching.plan import Plan, plan_store, teacher_rows
+from kdcli.engine.runtime.progress import Watcher
+from kdcli.engine.teacher.binding import recheck_regions, spread
 from kdcli.errors import KDError, StoreError
 from kdcli.options import CacheOptions, build, layer
+from kdcli.store.encoding_error import ErrorMeter, summarise
+from kdcli.store.reader import CacheReader, compare_manifests
+from kdcli.store.schema import CacheSchema, row_tensor
+from kdcli.store.schema import collate as collate_rows
+from kdcli.store.storage.local import Place, Where
+from kdcli.store.writer import journal_key, make_arrays, read_journal, read_manifest, shard_key
 from kdcli.structures import RowKey
 
 

@@ -23,22 +23,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcli.cache.editing import record_errors
-from kdcli.cache.fidelity import ErrorMeter
-from kdcli.cache.locks import hold_file, hold_store
-from kdcli.cache.places import Folder, Place, Where, place_of
-from kdcli.cache.reader import compare_manifests
-from kdcli.cache.schema import collate as collate_rows
-from kdcli.cache.schema import row_tensor
-from kdcli.cache.shards import pack_chunk
-from kdcli.cache.writer import StoreWriter, create_store, read_manifest
 from kdcli.detectors.read import AT_PROPOSALS
-from kdcli.engine.caching import Plan, encode_row, measure_teacher, require_able, teacher_rows
-from kdcli.engine.devices import Here, helper_threads, usable_cores
-from kdcli.engine.loader import Loader
-from kdcli.engine.samples import Item, Sample, orientation
-from kdcli.engine.watch import Watcher
+from kdcli.engine.caching.plan import Plan, encode_row, measure_teacher, require_able, teacher_rows
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import Item, Sample, orientation
+from kdcli.engine.runtime.device import Here, helper_threads, usable_cores
+from kdcli.engine.runtime.progress import Watcher
 from kdcli.errors import StoreError
+from kdcli.store.encoding_error import ErrorMeter
+from kdcli.store.locks import hold_file, hold_store
+from kdcli.store.maintenance import record_errors
+from kdcli.store.reader import compare_manifests
+from kdcli.store.schema import collate as collate_rows
+from kdcli.store.schema import row_tensor
+from kdcli.store.shards import pack_chunk
+from kdcli.store.storage.local import Folder, Place, Where, place_of
+from kdcli.store.writer import StoreWriter, create_store, read_manifest
 
 MANIFEST_IDENTITY = (
     "teacher",

@@ -14,10 +14,10 @@ from torch import Tensor
 from kdcli.data import coco
 from kdcli.data.views import to_image
 from kdcli.detectors.base import Detector, count_parameters
-from kdcli.engine.coco_eval import Metrics, coco_results, evaluate_detections
-from kdcli.engine.distributed import gathered, world_rank
-from kdcli.engine.loader import Loader
-from kdcli.engine.samples import Item, Sample, SampleSource, orientation
+from kdcli.engine.evaluation.coco_metrics import Metrics, coco_results, evaluate_detections
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import Item, Sample, SampleSource, orientation
+from kdcli.engine.runtime.distributed import gathered, world_rank
 from kdcli.errors import DataError
 from kdcli.structures import Canvas
 from kdcli.tensors import BACKBONE, Tensors, world_size

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from kdcli.data.images import decode_image
 from kdcli.data.views import render, to_image, view_geometry
 from kdcli.detectors.base import Detector
-from kdcli.engine.coco_eval import coco_results, write_detections
+from kdcli.engine.evaluation.coco_metrics import coco_results, write_detections
 from kdcli.errors import DataError, MissingPathError
 from kdcli.structures import Canvas
 

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcli.cache.reader import CacheReader
-from kdcli.engine.samples import Item, SampleSource, orientation
+from kdcli.engine.loading.samples import Item, SampleSource, orientation
+from kdcli.store.reader import CacheReader
 from kdcli.structures import RowKey
 
 # of a shard-local shuffle: 16 shards of ten arrays are fewer files than a reader keeps open, and put 6 % of the pairs of a

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdcli.cache.reader import CacheReader
-from kdcli.engine.devices import helper_threads
-from kdcli.engine.samples import Item, Sample, SampleSource, collate
+from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
+from kdcli.engine.runtime.device import helper_threads
 from kdcli.errors import KDError
+from kdcli.store.reader import CacheReader
 from kdcli.structures import Batch, Entries
 
 PIPE_BYTES = 2**16  # of 240 kB an array takes longer than a tensor

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from kdcli.cache.reader import CacheReader, Row
-from kdcli.cache.rooms import Room, join, make_rooms
 from kdcli.data import coco
 from kdcli.data.images import read_image
 from kdcli.data.views import Geometry, orient, render, to_canvas, view_geometry
@@ -27,6 +25,8 @@ from kdcli.errors import KDError, StoreError
 from kdcli.geometry.assign import AssignerSpec, assign, from_positives
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec, compute_entries, guard
+from kdcli.store.batch_buffers import Room, join, make_rooms
+from kdcli.store.reader import CacheReader, Row
 from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
 
 T = TypeVar("T")

@@ -10,24 +10,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcli.cache.plan import plan_tensors
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import CacheSchema, regions_of
-from kdcli.cache.writer import store_digest
 from kdcli.data.coco import Dataset
 from kdcli.data.views import to_canvas
 from kdcli.detectors.base import Detector
 from kdcli.detectors.build import family_of, lineage_of
 from kdcli.detectors.weights import CheckpointMeta, load_detector
-from kdcli.engine import teacher as teachers
-from kdcli.engine.manifest import region_spec, require_match, specs_of, with_classes
-from kdcli.engine.samples import SampleSource, region_definition
+from kdcli.engine.loading.samples import SampleSource, region_definition
+from kdcli.engine.teacher import forward as teachers
+from kdcli.engine.teacher.specs import region_spec, require_match, specs_of, with_classes
 from kdcli.errors import OptionError, StoreError
 from kdcli.geometry.assign import AssignerSpec, assign, follows_from_positives
 from kdcli.geometry.regions import RegionSpec, compute_entries
 from kdcli.methods import find_methods
 from kdcli.methods.base import Method, Pair, check_pair, resolve_options
 from kdcli.options import TrainOptions
+from kdcli.store.encoding_policy import plan_tensors
+from kdcli.store.reader import CacheReader
+from kdcli.store.schema import CacheSchema, regions_of
+from kdcli.store.writer import store_digest
 from kdcli.structures import Canvas, RowKey
 from kdcli.tensors import Need, TensorSpec
 

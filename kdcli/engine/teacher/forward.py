@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema
 from kdcli.detectors.base import Detector
 from kdcli.detectors.read import read
 from kdcli.errors import DataError, OptionError
+from kdcli.store.schema import MAX_PROPOSALS, CacheSchema
 from kdcli.structures import Batch, Canvas, Entries, Targets
 from kdcli.tensors import CLS_LOGITS, PROPOSAL_BOXES, PROPOSAL_COUNT, PROPOSAL_LOGITS, Need, Tensors
 

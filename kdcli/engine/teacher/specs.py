@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from kdcli.cache.reader import CacheReader, compare_manifests
-from kdcli.cache.schema import FORMAT_VERSION
 from kdcli.data.coco import Dataset
 from kdcli.detectors.base import Detector
-from kdcli.engine.samples import SampleSource
+from kdcli.engine.loading.samples import SampleSource
 from kdcli.errors import StoreError
 from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec
 from kdcli.methods.base import Method
+from kdcli.store.reader import CacheReader, compare_manifests
+from kdcli.store.schema import FORMAT_VERSION
 from kdcli.structures import Canvas
 from kdcli.tensors import CLS_LOGITS, PROPOSAL_LOGITS, TensorSpec
 

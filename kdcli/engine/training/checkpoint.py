@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from kdcli.engine.optim import WeightAverage
-from kdcli.engine.step import TrainStep, ZeroGuard
+from kdcli.engine.training.optim import WeightAverage
+from kdcli.engine.training.step import TrainStep, ZeroGuard
 from kdcli.errors import OptionError
 from kdcli.files import atomic_save, load_torch
 

@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdcli.cache.places import absolute
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.build import lineage_of, parse_model_name
-from kdcli.engine import distributed, runs
-from kdcli.engine.devices import reset_peak_memory
-from kdcli.engine.prepare import Prepared, absolute_methods, absolute_weights, prepare
-from kdcli.engine.train import Trainer
-from kdcli.engine.watch import Watcher
+from kdcli.engine.runtime import distributed
+from kdcli.engine.runtime.device import reset_peak_memory
+from kdcli.engine.runtime.progress import Watcher
+from kdcli.engine.training import run_folder
+from kdcli.engine.training.setup import Prepared, absolute_methods, absolute_weights, prepare
+from kdcli.engine.training.trainer import Trainer
 from kdcli.errors import OptionError, UsageError, nearest
 from kdcli.methods import find_methods
 from kdcli.methods.base import resolve_options
 from kdcli.options import TrainOptions, build, layer, to_plain
+from kdcli.store.storage.local import absolute
 from kdcli.structures import Canvas
 
 PATH_FIELDS = ("data", "teacher", "init_from")
@@ -78,10 +79,10 @@ def require_known(tables: Mapping[str, object], methods: str) -> None:
 def start(asked: Asked, out: Path, watcher: Watcher, *, overwrite: bool) -> tuple[Path, dict[str, Any]]:
     """A new run in ``out``. Everything is checked before the folder is made."""
     if distributed.is_main():
-        runs.require_free(out, overwrite=overwrite)
+        run_folder.require_free(out, overwrite=overwrite)
     prepared = prepare(asked.options(), frozenset(asked.fields), watcher)
     if distributed.is_main():
-        runs.create_run(out, prepared.options, _environment(prepared), overwrite=overwrite)
+        run_folder.create_run(out, prepared.options, _environment(prepared), overwrite=overwrite)
     reset_peak_memory(prepared.device)
     return out, Trainer(prepared, out, watcher).fit()
 
@@ -91,24 +92,24 @@ def resume(run: Path, asked: Asked, watcher: Watcher) -> tuple[Path, dict[str, A
 
     Data set, store and teacher may have moved: what is in them is compared, not where they are.
     """
-    stored = began = runs.read_config(run)
+    stored = began = run_folder.read_config(run)
     if stored.command != asked.command:
         raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
     fields = _resolved(asked.fields, stored)
     moved = {name: fields[name] for name in PLACES if fields.get(name) and getattr(began, name)}
     stored = build(TrainOptions, layer(to_plain(began), moved))
-    runs.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))
-    metrics = runs.read_metrics(run)
+    run_folder.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))
+    metrics = run_folder.read_metrics(run)
     if metrics is not None:
         watcher.note(f"{run} is finished")
         return run, metrics
     prepared = prepare(stored, frozenset(to_plain(stored)), watcher)
-    before, now = runs.read_env(run), _environment(prepared)
+    before, now = run_folder.read_env(run), _environment(prepared)
     changed = [k for k in ("data_sha256", "store", "teacher_sha256") if before.get(k) != now.get(k)]
     if changed:
         raise OptionError(f"--resume {run}: {', '.join(changed)} changed since the run began; start a new run")
     if stored != began and distributed.is_main():
-        runs.write_config(run, stored)
+        run_folder.write_config(run, stored)
     reset_peak_memory(prepared.device)
     return run, Trainer(prepared, run, watcher).fit()
 
@@ -156,7 +157,7 @@ def _resolved(fields: Mapping[str, Any], stored: TrainOptions) -> dict[str, Any]
 
 def _environment(prepared: Prepared) -> dict[str, Any]:
     data = prepared.train.annotations.sha256 + prepared.val.annotations.sha256
-    return runs.environment(
+    return run_folder.environment(
         prepared.options,
         data_sha256=hashlib.sha256(data.encode()).hexdigest(),
         store=prepared.teacher and prepared.teacher.store_hash,

@@ -9,22 +9,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcli.cache.places import absolute
-from kdcli.cache.reader import CacheReader
 from kdcli.data.check import check_dataset
 from kdcli.data.coco import Dataset, open_split
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.base import Detector, ModelSpec
 from kdcli.detectors.build import build_detector, family_of, lineage_of, parse_model_name
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.devices import make_deterministic, pick_amp, pick_device, pick_workers, set_threads
-from kdcli.engine.joining import JoinedTeacher, inherit_regions, join_teacher, open_teacher
-from kdcli.engine.samples import SampleSource
-from kdcli.engine.watch import Watcher
+from kdcli.engine.loading.samples import SampleSource
+from kdcli.engine.runtime.device import make_deterministic, pick_amp, pick_device, pick_workers, set_threads
+from kdcli.engine.runtime.progress import Watcher
+from kdcli.engine.teacher.binding import JoinedTeacher, inherit_regions, join_teacher, open_teacher
 from kdcli.errors import DataError, OptionError, UsageError, counted
 from kdcli.methods import find_methods
 from kdcli.methods.base import Method, resolve_options
 from kdcli.options import TrainOptions
+from kdcli.store.reader import CacheReader
+from kdcli.store.storage.local import absolute
 from kdcli.structures import Canvas
 from kdcli.tensors import world_size
 

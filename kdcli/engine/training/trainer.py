@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from kdcli.detectors.base import Detector
 from kdcli.detectors.weights import export, load_detector
-from kdcli.engine import distributed, runs
-from kdcli.engine.devices import peak_memory_bytes
-from kdcli.engine.evaluate import evaluate, plain_forward, validation_source
-from kdcli.engine.loader import Loader
-from kdcli.engine.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
-from kdcli.engine.prepare import Prepared
-from kdcli.engine.sampling import image_draws, plan_epoch
-from kdcli.engine.state import STATE_FILE, Progress, load_state, save_state
-from kdcli.engine.step import TrainStep, ZeroGuard, gradient_norms, require_finite, require_sane_gradients
-from kdcli.engine.watch import Watcher
+from kdcli.engine.evaluation.evaluate import evaluate, plain_forward, validation_source
+from kdcli.engine.loading.epoch_order import image_draws, plan_epoch
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.runtime import distributed
+from kdcli.engine.runtime.device import peak_memory_bytes
+from kdcli.engine.runtime.progress import Watcher
+from kdcli.engine.training import run_folder
+from kdcli.engine.training.checkpoint import STATE_FILE, Progress, load_state, save_state
+from kdcli.engine.training.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
+from kdcli.engine.training.setup import Prepared
+from kdcli.engine.training.step import TrainStep, ZeroGuard, gradient_norms, require_finite, require_sane_gradients
 from kdcli.files import atomic_save, remove_leftovers
 from kdcli.structures import Batch
 from kdcli.tensors import world_mean, world_size
@@ -225,7 +226,7 @@ class Trainer:
             checkpoint = self._checkpoint(evaluation)
             for name in files:
                 atomic_save(checkpoint, self.run / "weights" / f"{name}.pt")
-            runs.write_results(self.run, progress.history)
+            run_folder.write_results(self.run, progress.history)
         progress.epoch += 1
         progress.batch = 0
         self._save()
@@ -271,7 +272,7 @@ class Trainer:
             "weights_sha256": {n: load_detector(f)[1].weights_sha256 for n, f in self._weights() if f.is_file()},
         }
         if distributed.is_main():
-            runs.write_metrics(self.run, metrics)
+            run_folder.write_metrics(self.run, metrics)
             (self.run / STATE_FILE).unlink(missing_ok=True)
         distributed.barrier()  # the next run of a queue looks at these files
         return metrics

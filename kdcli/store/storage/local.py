@@ -104,7 +104,7 @@ def place_of(where: Where) -> Place:
         return Folder(where)
     if not is_url(text):
         return Folder(Path(text))
-    from kdcli.cache.remote import Remote
+    from kdcli.store.storage.object_store import Remote
 
     return Remote(text.rstrip("/"))
 

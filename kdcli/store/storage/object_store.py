@@ -19,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from kdcli.cache.places import OpenFile
-from kdcli.cache.read_cache import ReadCache
 from kdcli.errors import KDError, MissingPathError, OptionError, StoreError
+from kdcli.store.storage.local import OpenFile
+from kdcli.store.storage.read_cache import ReadCache
 
 PATIENCE = "KDCLI_REMOTE_PATIENCE"  # seconds that a request is tried again for
 PATIENCE_S = 60.0
@@ -112,7 +112,7 @@ class Remote:
         """See Place. In this process, and therefore not in one that forks."""
         from zarr.storage import ObjectStore
 
-        from kdcli.cache.carrier import connect
+        from kdcli.store.storage.object_store_worker import connect
 
         return ObjectStore(connect(self.url), read_only=True)
 

@@ -11,9 +11,9 @@ import os
 import threading
 from pathlib import Path
 
-from kdcli.cache.shards import crc_is_right
 from kdcli.errors import NoSpaceError, OptionError
 from kdcli.files import FULL
+from kdcli.store.shards import crc_is_right
 
 FOLDER, SIZE = "KDCLI_READ_CACHE", "KDCLI_READ_CACHE_GB"
 SIZE_GB = 20.0

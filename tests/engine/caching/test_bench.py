@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdcli.cli.main import run
-from kdcli.engine.benching import Speed
+from kdcli.engine.caching.bench import Speed
 
 
 def test_bench_reads_what_it_is_told(default_store: Path, capsys: pytest.CaptureFixture[str]) -> None:

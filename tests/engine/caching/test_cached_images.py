@@ -15,28 +15,30 @@ import pytest
 import torch
 from PIL import Image
 
-from kdcli.cache.pixels import PIXELS, decode_pixels, encode_pixels
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.writer import read_manifest, shard_key
 from kdcli.cli.cache import store_info
 from kdcli.cli.main import run
 from kdcli.data.shapes import make_shapes
 from kdcli.data.views import PAD_RGB
-from kdcli.engine import caching, editing, launch
-from kdcli.engine.caching import plan_store
-from kdcli.engine.estimate import estimate
-from kdcli.engine.loader import Loader
-from kdcli.engine.prepare import prepare
-from kdcli.engine.teacher import TeacherForward
-from kdcli.engine.verify import plan_of_store, verify_checksums, verify_teacher
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import write_store
+from kdcli.engine.caching import edit as editing
+from kdcli.engine.caching import plan as caching
+from kdcli.engine.caching.estimate.estimate import estimate
+from kdcli.engine.caching.plan import plan_store
+from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
+from kdcli.engine.caching.write import write_store
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.teacher.forward import TeacherForward
+from kdcli.engine.training import launch
+from kdcli.engine.training.setup import prepare
 from kdcli.errors import DataError, OptionError, StoreError
+from kdcli.store.image_codec import PIXELS, decode_pixels, encode_pixels
+from kdcli.store.reader import CacheReader
+from kdcli.store.schema import CacheSchema
+from kdcli.store.writer import read_manifest, shard_key
 from kdcli.structures import Batch, RowKey
-from tests.engine.conftest import asked, cache_options, write
-from tests.engine.test_cached_equals_live import prepared, trace
 from tests.engine.test_kills import contents
+from tests.engine.training.test_cached_equals_live import prepared, trace
+from tests.support.small_runs import asked, cache_options, write
 
 
 @pytest.fixture(scope="module")

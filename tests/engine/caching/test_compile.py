@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from kdcli.cache.editing import write_manifest
-from kdcli.cache.writer import read_manifest
 from kdcli.cli.main import run
-from kdcli.engine.caching import plan_store
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import Part, write_store
+from kdcli.engine.caching.plan import plan_store
+from kdcli.engine.caching.write import Part, write_store
+from kdcli.engine.runtime.progress import Silent
 from kdcli.errors import StoreError
-from tests.engine.conftest import cache_options, make_teacher
+from kdcli.store.maintenance import write_manifest
+from kdcli.store.writer import read_manifest
 from tests.engine.test_kills import contents
+from tests.support.small_runs import cache_options, make_teacher
 
 REAL = torch.compile
 

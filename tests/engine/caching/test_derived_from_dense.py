@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import CacheSchema, collate
-from kdcli.engine.caching import plan_store
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.plan import plan_store
+from kdcli.engine.runtime.progress import Silent
 from kdcli.errors import StoreError
+from kdcli.store.reader import CacheReader
+from kdcli.store.schema import CacheSchema, collate
 from kdcli.structures import Entries, RowKey
 from kdcli.tensors import Need, Tensors
-from tests.engine.conftest import cache_options, write
+from tests.support.small_runs import cache_options, write
 
 THIN, FINE = Need("features", "object+sample"), Need("features", "fine_grained")
 IMITATION = {"ld": {"imitation": "fine_grained", "imitation_weight": 1.0}}

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from kdcli.cache import editing as mechanics
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.writer import read_manifest
-from kdcli.engine import editing
-from kdcli.engine.verify import verify_checksums
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching import edit as editing
+from kdcli.engine.caching.verify import verify_checksums
+from kdcli.engine.runtime.progress import Silent
 from kdcli.errors import OptionError, StoreError
+from kdcli.store import maintenance as mechanics
+from kdcli.store.reader import CacheReader
+from kdcli.store.writer import read_manifest
 from kdcli.structures import RowKey
-from tests.engine.conftest import cache_options, make_teacher, write
 from tests.engine.test_kills import contents
+from tests.support.small_runs import cache_options, make_teacher, write
 
 
 def add(store: Path, methods: str) -> list[str]:

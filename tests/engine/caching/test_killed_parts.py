@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.writer import read_manifest
-from kdcli.engine import writing
-from kdcli.engine.caching import Plan, plan_store
-from kdcli.engine.teacher import single
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import Part, write_store
+from kdcli.engine.caching import write as writing
+from kdcli.engine.caching.plan import Plan, plan_store
+from kdcli.engine.caching.write import Part, write_store
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.teacher.forward import single
+from kdcli.store.schema import CacheSchema
+from kdcli.store.writer import read_manifest
 from kdcli.structures import Entries, Targets
 from kdcli.tensors import Need
-from tests.engine.conftest import cache_options
 from tests.engine.test_kills import contents
+from tests.support.small_runs import cache_options
 
 
 @dataclass(frozen=True)

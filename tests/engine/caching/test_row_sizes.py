@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli.cache.plan import plan_tensors, served_by_dense
-from kdcli.cache.schema import MAX_PROPOSALS, CacheSchema, regions_of
 from kdcli.detectors.base import Detector
 from kdcli.detectors.build import ModelSpec, build_detector
-from kdcli.engine.pricing import TYPICAL_BOXES, missing, row_bytes, specs_at, typical_boxes
+from kdcli.engine.caching.row_sizes import TYPICAL_BOXES, missing, row_bytes, specs_at, typical_boxes
 from kdcli.geometry.assign import assign
 from kdcli.geometry.regions import RegionSpec, compute_entries
 from kdcli.methods import METHODS
 from kdcli.methods.base import resolve_options
+from kdcli.store.encoding_policy import plan_tensors, served_by_dense
+from kdcli.store.schema import MAX_PROPOSALS, CacheSchema, regions_of
 from kdcli.structures import Canvas
 from kdcli.tensors import Need
 

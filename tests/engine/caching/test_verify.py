@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kdcli.cli.main import run
-from kdcli.engine.verify import verify_checksums
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.verify import verify_checksums
+from kdcli.engine.runtime.progress import Silent
 from kdcli.errors import StoreError
 
 

@@ -14,21 +14,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kdcli.cache.editing import write_manifest
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.schema import CacheSchema, collate, row_tensor
-from kdcli.cache.writer import StoreWriter, read_manifest, store_digest
 from kdcli.cli.main import run
-from kdcli.engine import writing
-from kdcli.engine.caching import Plan, plan_store
-from kdcli.engine.devices import pick_teacher_workers, pick_workers
-from kdcli.engine.samples import Sample
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import Part, takes_turns, write_store
+from kdcli.engine.caching import write as writing
+from kdcli.engine.caching.plan import Plan, plan_store
+from kdcli.engine.caching.write import Part, takes_turns, write_store
+from kdcli.engine.loading.samples import Sample
+from kdcli.engine.runtime.device import pick_teacher_workers, pick_workers
+from kdcli.engine.runtime.progress import Silent
 from kdcli.errors import GateError, StoreError
+from kdcli.store.maintenance import write_manifest
+from kdcli.store.reader import CacheReader
+from kdcli.store.schema import CacheSchema, collate, row_tensor
+from kdcli.store.writer import StoreWriter, read_manifest, store_digest
 from kdcli.structures import RowKey
-from tests.engine.conftest import cache_options
 from tests.engine.test_kills import contents
+from tests.support.small_runs import cache_options
 
 
 def test_parts_make_the_store_of_one_process(shapes: Path, teacher: Path, default_store: Path, tmp_path: Path) -> None:

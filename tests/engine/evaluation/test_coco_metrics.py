@@ -15,7 +15,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from kdcli.engine.coco_eval import Metrics, coco_results, evaluate_detections, write_detections
+from kdcli.engine.evaluation.coco_metrics import Metrics, coco_results, evaluate_detections, write_detections
 from kdcli.errors import DataError
 
 
@@ -73,7 +73,7 @@ def _direct(truth: dict[str, Any], file: Path, folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_written_file_scores_identically(tmp_path: Path, seed: int) -> None:
-    from kdcli.engine.coco_eval import _pycocotools
+    from kdcli.engine.evaluation.coco_metrics import _pycocotools
 
     truth = _truth(seed)
     results = _noisy(truth, seed)

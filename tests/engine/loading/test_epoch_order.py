@@ -14,16 +14,17 @@ import pytest
 
 from kdcli.cli.main import run
 from kdcli.detectors.dense.recipes import GFL
-from kdcli.engine import launch, sampling
-from kdcli.engine.samples import Item, SampleSource
-from kdcli.engine.sampling import plan_epoch, shard_windows
-from kdcli.engine.watch import Silent
+from kdcli.engine.loading import epoch_order as sampling
+from kdcli.engine.loading.epoch_order import plan_epoch, shard_windows
+from kdcli.engine.loading.samples import Item, SampleSource
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training import launch
 from kdcli.errors import OptionError
 from kdcli.geometry.regions import RegionSpec
 from kdcli.options import TrainOptions
 from kdcli.structures import Canvas, RowKey
-from tests.engine.conftest import asked
-from tests.engine.test_runs import Stop, Stopping, weights
+from tests.engine.training.test_run_folder import Stop, Stopping, weights
+from tests.support.small_runs import asked
 
 VIEWS = ("identity", "hflip")
 SHARD_ROWS = 64  # 32 images

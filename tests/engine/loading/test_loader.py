@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli.cache import rooms
-from kdcli.engine import loader, samples
-from kdcli.engine.caching import plan_store
-from kdcli.engine.loader import Loader
-from kdcli.engine.prepare import prepare
-from kdcli.engine.samples import Item, Sample, SampleSource
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.plan import plan_store
+from kdcli.engine.loading import loader, samples
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import Item, Sample, SampleSource
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training.setup import prepare
 from kdcli.errors import DataError
-from tests.engine.conftest import asked, cache_options
+from kdcli.store import batch_buffers as rooms
+from tests.support.small_runs import asked, cache_options
 
 VIEWS = "identity,hflip,crop-2"
 

@@ -16,13 +16,13 @@ import torch
 from torch import multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
-from kdcli.cache.reader import CacheReader, Row
-from kdcli.engine.caching import plan_store
-from kdcli.engine.loader import Loader
-from kdcli.engine.samples import Item, SampleSource
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.plan import plan_store
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import Item, SampleSource
+from kdcli.engine.runtime.progress import Silent
+from kdcli.store.reader import CacheReader, Row
 from kdcli.structures import RowKey
-from tests.engine.conftest import cache_options
+from tests.support.small_runs import cache_options
 
 STARTS = ("fork", "spawn", "forkserver")
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from kdcli.detectors.weights import export, load_detector
-from kdcli.engine.caching import measure_teacher, plan_store
-from kdcli.engine.evaluate import evaluate, validation_source
-from kdcli.engine.loader import Loader
-from kdcli.engine.samples import collate
-from kdcli.engine.sampling import plan_epoch
-from kdcli.engine.teacher import TeacherForward
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.plan import measure_teacher, plan_store
+from kdcli.engine.evaluation.evaluate import evaluate, validation_source
+from kdcli.engine.loading.epoch_order import plan_epoch
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import collate
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.teacher.forward import TeacherForward
 from kdcli.files import atomic_save
 from kdcli.tensors import PROPOSAL_BOXES, PROPOSAL_LOGITS, Need
-from tests.engine.conftest import CANVAS, CLASSES, cache_options, make_teacher
+from tests.support.small_runs import CANVAS, CLASSES, cache_options, make_teacher
 
 BOTH = Need(PROPOSAL_BOXES, "proposals"), Need(PROPOSAL_LOGITS, "proposals")
 DEFEAT = {"defeat": {"obj_cls_weight": 2.0, "bg_cls_weight": 2.0}}

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from kdcli.cache.reader import CacheReader
-from kdcli.engine import samples
-from kdcli.engine.loader import Loader
-from kdcli.engine.prepare import Prepared, prepare
-from kdcli.engine.samples import collate
-from kdcli.engine.sampling import plan_epoch
-from kdcli.engine.step import TrainStep
-from kdcli.engine.train import Trainer
-from kdcli.engine.watch import Silent
+from kdcli.engine.loading import samples
+from kdcli.engine.loading.epoch_order import plan_epoch
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import collate
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training.setup import Prepared, prepare
+from kdcli.engine.training.step import TrainStep
+from kdcli.engine.training.trainer import Trainer
+from kdcli.store.reader import CacheReader
 from kdcli.structures import RowKey
-from tests.engine.conftest import asked
+from tests.support.small_runs import asked
 
 STEPS = 20
 METHODS = ("ld", "rm", "pfi", "ld,rm,pfi")

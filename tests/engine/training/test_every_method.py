@@ -15,20 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli.cache.reader import CacheReader
 from kdcli.detectors.build import DETECTORS, ModelSpec, build_detector
-from kdcli.engine.loader import Loader
-from kdcli.engine.prepare import Prepared, prepare
-from kdcli.engine.sampling import image_draws, plan_epoch
-from kdcli.engine.step import TrainStep
-from kdcli.engine.train import Trainer
-from kdcli.engine.watch import Silent
+from kdcli.engine.loading.epoch_order import image_draws, plan_epoch
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training.setup import Prepared, prepare
+from kdcli.engine.training.step import TrainStep
+from kdcli.engine.training.trainer import Trainer
 from kdcli.errors import OptionError
 from kdcli.methods import METHODS
 from kdcli.methods.base import Pair, check_pair, resolve_options
+from kdcli.store.reader import CacheReader
 from kdcli.structures import Batch
-from tests.engine.conftest import asked, cache_options, make_teacher, write
-from tests.engine.lifelike import CROWD, LARGE, SMALL, lifelike_teacher, make_crowd
+from tests.support.lifelike import CROWD, LARGE, SMALL, lifelike_teacher, make_crowd
+from tests.support.small_runs import asked, cache_options, make_teacher, write
 
 Options = dict[str, dict[str, Any]]
 

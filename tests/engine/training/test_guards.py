@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from kdcli.engine import launch
-from kdcli.engine.loader import Loader
-from kdcli.engine.optim import check_ownership
-from kdcli.engine.prepare import prepare
-from kdcli.engine.state import STATE_FILE
-from kdcli.engine.step import ZERO_STEPS, ZeroGuard, gradient_norms, require_finite
-from kdcli.engine.watch import Silent
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training import launch
+from kdcli.engine.training.checkpoint import STATE_FILE
+from kdcli.engine.training.optim import check_ownership
+from kdcli.engine.training.setup import prepare
+from kdcli.engine.training.step import ZERO_STEPS, ZeroGuard, gradient_norms, require_finite
 from kdcli.errors import GateError, NoSpaceError, OptionError
 from kdcli.files import atomic_save
 from kdcli.geometry.grid import Grid
@@ -23,7 +23,7 @@ from kdcli.methods.base import Pair
 from kdcli.options import TrainOptions, build
 from kdcli.structures import Canvas
 from kdcli.tensors import TensorSpec
-from tests.engine.conftest import asked
+from tests.support.small_runs import asked
 
 METHOD = """
 import torch

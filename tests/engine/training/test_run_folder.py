@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from kdcli.detectors.weights import load_detector
-from kdcli.engine import launch
-from kdcli.engine.optim import WeightAverage, lr_factor, make_optimizer, scaled_lr
-from kdcli.engine.prepare import prepare
-from kdcli.engine.sampling import plan_epoch
-from kdcli.engine.train import Trainer
-from kdcli.engine.watch import Silent
+from kdcli.engine.loading.epoch_order import plan_epoch
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training import launch
+from kdcli.engine.training.optim import WeightAverage, lr_factor, make_optimizer, scaled_lr
+from kdcli.engine.training.setup import prepare
+from kdcli.engine.training.trainer import Trainer
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.options import OptimOptions, read_toml
-from tests.engine.conftest import CANVAS, STUDENT, asked
+from tests.support.small_runs import CANVAS, STUDENT, asked
 
 FILES = {"config.toml", "env.json", "results.csv", "metrics.json", "weights/best.pt", "weights/last.pt"}
 

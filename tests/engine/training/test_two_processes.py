@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import make_teacher
+from tests.support.small_runs import make_teacher
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3

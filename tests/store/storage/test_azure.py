@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from object_case import assert_taken_up_again, assert_that_of_a_folder
 
-from kdcli.cache import remote as remote_module
+from kdcli.store.storage import object_store as remote_module
+from tests.support.object_case import assert_taken_up_again, assert_that_of_a_folder
 
 obstore = pytest.importorskip("obstore")
 
@@ -36,7 +36,7 @@ def test_the_end_of_an_object_without_ranges_from_the_end(length: int, monkeypat
     from obstore.exceptions import NotSupportedError
     from obstore.store import MemoryStore
 
-    from kdcli.cache.carrier import carry
+    from kdcli.store.storage.object_store_worker import carry
 
     store, job = MemoryStore(), {"do": "tail", "key": "a", "length": length}
     obstore.put(store, "a", b"0123456789")

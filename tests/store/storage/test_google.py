@@ -12,16 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from object_case import assert_taken_up_again, assert_that_of_a_folder
 
-from kdcli.cache import remote as remote_module
-from kdcli.cache.places import place_of
-from kdcli.cache.reader import CacheReader
 from kdcli.errors import MissingPathError
+from kdcli.store.reader import CacheReader
+from kdcli.store.storage import object_store as remote_module
+from kdcli.store.storage.local import place_of
+from tests.support.object_case import assert_taken_up_again, assert_that_of_a_folder
 
 pytest.importorskip("moto")
 pytest.importorskip("obstore")
-from s3_case import BUCKET, HOST, Server
+from tests.support.s3_case import BUCKET, HOST, Server
 
 # moto looks at no signature, but refuses what has none
 AMAZONS = "AWS4-HMAC-SHA256 Credential=a/20261121/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"

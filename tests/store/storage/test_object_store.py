@@ -19,28 +19,38 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_case import IMAGE_IDS, MANIFEST, assert_row_equal, contents, create, keys, make_row, make_schema, make_store
-from store_case import write as write_shards
-from test_many_writers import fill, forked
 from torch.utils.data import DataLoader
 
-from kdcli.cache import remote as remote_module
-from kdcli.cache.places import place_of
-from kdcli.cache.reader import CacheReader
-from kdcli.cache.remote import Remote
-from kdcli.cache.writer import StoreWriter, create_store, read_journal, store_digest
 from kdcli.cli.main import run
-from kdcli.engine import launch
-from kdcli.engine.editing import merge
-from kdcli.engine.verify import verify_checksums
-from kdcli.engine.watch import Silent
+from kdcli.engine.caching.edit import merge
+from kdcli.engine.caching.verify import verify_checksums
+from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.training import launch
 from kdcli.errors import MissingPathError, OptionError, StoreError
-from tests.engine.conftest import asked, cache_options
-from tests.engine.conftest import write as write_real
+from kdcli.store.reader import CacheReader
+from kdcli.store.storage import object_store as remote_module
+from kdcli.store.storage.local import place_of
+from kdcli.store.storage.object_store import Remote
+from kdcli.store.writer import StoreWriter, create_store, read_journal, store_digest
+from tests.store.test_many_writers import fill, forked
+from tests.support.small_runs import asked, cache_options
+from tests.support.small_runs import write as write_real
+from tests.support.store_case import (
+    IMAGE_IDS,
+    MANIFEST,
+    assert_row_equal,
+    contents,
+    create,
+    keys,
+    make_row,
+    make_schema,
+    make_store,
+)
+from tests.support.store_case import write as write_shards
 
 pytest.importorskip("moto")
 pytest.importorskip("obstore")
-from s3_case import BUCKET, Proxy, Server, use
+from tests.support.s3_case import BUCKET, Proxy, Server, use
 
 SCHEMA = make_schema()
 ROWS = range(SCHEMA.rows)
@@ -371,7 +381,7 @@ def test_the_read_cache_is_bounded_with_several_processes(
 
 
 def test_what_was_read_last_stays(tmp_path: Path) -> None:
-    from kdcli.cache.read_cache import PARTS, ReadCache
+    from kdcli.store.storage.read_cache import PARTS, ReadCache
 
     cache = ReadCache(tmp_path, PARTS * 64 * 4096)
     chunk = b"data" + remote_chunk_crc(b"data")
@@ -387,7 +397,7 @@ def test_what_was_read_last_stays(tmp_path: Path) -> None:
 def test_another_process_makes_room_while_a_chunk_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    from kdcli.cache.read_cache import ReadCache
+    from kdcli.store.storage.read_cache import ReadCache
 
     cache, replace = ReadCache(tmp_path, 2**30), os.replace
     chunk = b"data" + remote_chunk_crc(b"data")

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from golden_case import (
+from torch import Tensor
+
+from kdcli.geometry.derive import decode_distribution
+from kdcli.geometry.regions import RegionSpec, vlr_weights
+from kdcli.methods.base import Pair
+from kdcli.methods.bckd import BCKD, BOX, CLASSES, Overlap, bckd_cls, bckd_loc, level_gate, positives, score_gap
+from kdcli.structures import IGNORED, Targets
+from kdcli.tensors import TensorSpec
+from tests.support.golden.case import (
     ANCHOR_GRID,
     ATSS,
     LEVELS,
@@ -18,15 +26,7 @@ from golden_case import (
     make_targets,
     number,
 )
-from golden_ld import batch_of
-from torch import Tensor
-
-from kdcli.geometry.derive import decode_distribution
-from kdcli.geometry.regions import RegionSpec, vlr_weights
-from kdcli.methods.base import Pair
-from kdcli.methods.bckd import BCKD, BOX, CLASSES, Overlap, bckd_cls, bckd_loc, level_gate, positives, score_gap
-from kdcli.structures import IGNORED, Targets
-from kdcli.tensors import TensorSpec
+from tests.support.golden.ld import batch_of
 
 NUM_CLASSES = 20
 FORMS: dict[str, Overlap] = {"giou": "giou", "iou_linear": "iou", "iou_log": "log_iou"}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from golden_bckd import BCKDCase, bckd_case, check_forms, check_single_levels, levels_with_positives
-from golden_case import ANCHOR_GRID, LEVELS, Case, assert_near, check_losses
-from golden_ld import features_of, gfl_of, imitation_loss, ld_case
 from torch import Tensor
 
 from kdcli.detectors.dense.losses import DFL_MARGIN, DFL_WEIGHT, GIOU_WEIGHT, distribution_focal, gather_positives
 from kdcli.geometry.boxes import aligned_giou, encode_distances
 from kdcli.methods.divergence import kl_rows
 from kdcli.methods.ld import MAIN_DIVISOR, VLR_DIVISOR
+from tests.support.golden.bckd import BCKDCase, bckd_case, check_forms, check_single_levels, levels_with_positives
+from tests.support.golden.case import ANCHOR_GRID, LEVELS, Case, assert_near, check_losses
+from tests.support.golden.ld import features_of, gfl_of, imitation_loss, ld_case
 
 BOX_WEIGHT_EXTRA = 2e-4  # the repository adds 1e-4 to the scores and 1e-4 to the best of them
 

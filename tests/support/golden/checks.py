@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from golden_bckd import check_bckd_cls, check_bckd_loc
-from golden_bckd_head import check_bckd_head
-from golden_case import (
+from torch import Tensor
+
+from kdcli.detectors.dense.decode import candidates, decode
+from kdcli.detectors.dense.losses import atss_loss, centerness_target, gather_positives, retinanet_loss
+from kdcli.geometry.assign import assign
+from kdcli.geometry.boxes import encode_deltas, pairwise_iou
+from kdcli.geometry.derive import decode_distribution, integral
+from kdcli.geometry.grid import Grid
+from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, vlr_metric, vlr_weights
+from kdcli.methods.divergence import kl_rows
+from kdcli.structures import IGNORED, VLR, Canvas, Targets
+from tests.support.golden.bckd import check_bckd_cls, check_bckd_loc
+from tests.support.golden.bckd_head import check_bckd_head
+from tests.support.golden.case import (
     ANCHOR_GRID,
     ATSS,
     LEVELS,
@@ -24,20 +35,9 @@ from golden_case import (
     leaves,
     make_targets,
 )
-from golden_defeat import check_defeat_cls, check_defeat_inputs, check_defeat_neck
-from golden_fcos import check_fcos, check_fcosplus
-from golden_ld import check_general_instances, check_ld_mmdet3, check_ld_repo, gfl_of
-from torch import Tensor
-
-from kdcli.detectors.dense.decode import candidates, decode
-from kdcli.detectors.dense.losses import atss_loss, centerness_target, gather_positives, retinanet_loss
-from kdcli.geometry.assign import assign
-from kdcli.geometry.boxes import encode_deltas, pairwise_iou
-from kdcli.geometry.derive import decode_distribution, integral
-from kdcli.geometry.grid import Grid
-from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, vlr_metric, vlr_weights
-from kdcli.methods.divergence import kl_rows
-from kdcli.structures import IGNORED, VLR, Canvas, Targets
+from tests.support.golden.defeat import check_defeat_cls, check_defeat_inputs, check_defeat_neck
+from tests.support.golden.fcos import check_fcos, check_fcosplus
+from tests.support.golden.ld import check_general_instances, check_ld_mmdet3, check_ld_repo, gfl_of
 
 NUM_CLASSES = 20
 KL_INPUTS = ("pred", "soft_label", "weight", "T", "loss_weight", "avg_factor")

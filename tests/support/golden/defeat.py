@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from golden_case import LEVELS, Case, assert_near, images, number
 from torch import Tensor, nn
 
 from kdcli.geometry.defeat_mask import defeat_cells
@@ -12,6 +11,7 @@ from kdcli.methods.decoupled import adapt, decoupled_imitation
 from kdcli.methods.defeat import decoupled_kl
 from kdcli.structures import Canvas
 from kdcli.tensors import flatten_levels
+from tests.support.golden.case import LEVELS, Case, assert_near, images, number
 
 STRIDES = {"s4": (4, 8, 16, 32, 64), "s8": (8, 16, 32, 64, 128)}
 FG_WEIGHT, BG_WEIGHT = 3.0, 12.0  # the released weights, of VOC

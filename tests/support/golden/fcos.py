@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from golden_case import Case, assert_near, canvas_of, check_losses, flat, leaves, make_targets
 from torch import Tensor
 
 from kdcli.detectors.dense.losses import centerness_target, fcos_loss, gather_positives
@@ -11,6 +10,7 @@ from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.boxes import encode_distances
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Targets
+from tests.support.golden.case import Case, assert_near, canvas_of, check_losses, flat, leaves, make_targets
 
 NUM_CLASSES = 20
 POINTS = Grid(offset=0.5)

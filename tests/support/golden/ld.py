@@ -6,7 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from golden_case import (
+from torch import Tensor
+
+from kdcli.detectors.dense.losses import gather_positives, gfl_loss
+from kdcli.geometry.derive import decode_distribution
+from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, vlr_weights
+from kdcli.methods.divergence import kl_rows
+from kdcli.methods.ld import MAIN_DIVISOR, VLR_DIVISOR, class_kd, level_of, weighted_sum
+from kdcli.methods.ld_imitation import general_instances, level_mean_square, levels_with_positives
+from kdcli.structures import Batch, Entries, RowKey, Targets
+from tests.support.golden.case import (
     ANCHOR_GRID,
     ATSS,
     LEVELS,
@@ -18,15 +27,6 @@ from golden_case import (
     leaves,
     make_targets,
 )
-from torch import Tensor
-
-from kdcli.detectors.dense.losses import gather_positives, gfl_loss
-from kdcli.geometry.derive import decode_distribution
-from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, vlr_weights
-from kdcli.methods.divergence import kl_rows
-from kdcli.methods.ld import MAIN_DIVISOR, VLR_DIVISOR, class_kd, level_of, weighted_sum
-from kdcli.methods.ld_imitation import general_instances, level_mean_square, levels_with_positives
-from kdcli.structures import Batch, Entries, RowKey, Targets
 
 NUM_CLASSES = 20
 Terms = dict[str, Tensor]

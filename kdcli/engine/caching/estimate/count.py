@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcli.cache.pixels import PIXELS
-from kdcli.cache.stored import ArraySpec, StoredTensor
 from kdcli.data.views import to_canvas
-from kdcli.engine.caching import Plan
-from kdcli.engine.samples import Item, orientation
+from kdcli.engine.caching.plan import Plan
+from kdcli.engine.loading.samples import Item, orientation
 from kdcli.geometry.assign import assign
 from kdcli.geometry.regions import compute_entries
+from kdcli.store.arrays import ArraySpec, StoredTensor
+from kdcli.store.image_codec import PIXELS
 from kdcli.structures import Entries, RowKey
 
 COUNT_ROWS = 2000  # at most: with entries that vary as much as their mean, 2 % of error

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcli.cache.pixels import PIXELS
-from kdcli.cache.places import Folder, Where, place_of
-from kdcli.cache.schema import CacheSchema
-from kdcli.cache.shards import pack_chunk
 from kdcli.data.coco import has_split, open_split
-from kdcli.engine.caching import Plan
-from kdcli.engine.counting import Counted, count_micro_batches, count_units, element_bytes, rows_of
-from kdcli.engine.devices import usable_cores
-from kdcli.engine.evaluate import evaluation_batches, validation_source
-from kdcli.engine.probing import Pace, Probe, run_probe
-from kdcli.engine.samples import Item
-from kdcli.engine.writing import Part
+from kdcli.engine.caching.estimate.count import Counted, count_micro_batches, count_units, element_bytes, rows_of
+from kdcli.engine.caching.estimate.probe import Pace, Probe, run_probe
+from kdcli.engine.caching.plan import Plan
+from kdcli.engine.caching.write import Part
+from kdcli.engine.evaluation.evaluate import evaluation_batches, validation_source
+from kdcli.engine.loading.samples import Item
+from kdcli.engine.runtime.device import usable_cores
+from kdcli.store.image_codec import PIXELS
+from kdcli.store.schema import CacheSchema
+from kdcli.store.shards import pack_chunk
+from kdcli.store.storage.local import Folder, Where, place_of
 
 EPOCHS = 12  # of a usual student
 MARGIN = 1.1  # bytes are known to 10 %: ask for that much more room

@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcli.cache.places import Folder, Place
-from kdcli.cache.writer import create_store, shard_key
 from kdcli.data.coco import has_split
-from kdcli.engine.caching import Plan, teacher_rows
-from kdcli.engine.counting import Counted, element_bytes
-from kdcli.engine.devices import usable_cores
-from kdcli.engine.loader import Loader
-from kdcli.engine.samples import Item, Sample, SampleSource, orientation
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import takes_turns, write_store
+from kdcli.engine.caching.estimate.count import Counted, element_bytes
+from kdcli.engine.caching.plan import Plan, teacher_rows
+from kdcli.engine.caching.write import takes_turns, write_store
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import Item, Sample, SampleSource, orientation
+from kdcli.engine.runtime.device import usable_cores
+from kdcli.engine.runtime.progress import Silent
 from kdcli.errors import KDError
+from kdcli.store.storage.local import Folder, Place
+from kdcli.store.writer import create_store, shard_key
 
 LEAST_BATCHES, MOST_BATCHES = 2, 16
 SHARE = 8  # at most one in so many micro-batches of the store is run as a probe

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcli.cache.places import Place
-from kdcli.cache.writer import read_journal
 from kdcli.cli.main import run
-from kdcli.engine import counting
-from kdcli.engine.caching import Plan, plan_store
-from kdcli.engine.counting import count_micro_batches, count_units, mean_at, scattered, units_of
-from kdcli.engine.estimate import Estimate, Work, break_even, estimate, run_seconds, stage_seconds
-from kdcli.engine.probing import Pace
-from kdcli.engine.watch import Silent
-from kdcli.engine.writing import Part, write_store
-from tests.engine.conftest import cache_options
+from kdcli.engine.caching.estimate import count as counting
+from kdcli.engine.caching.estimate.count import count_micro_batches, count_units, mean_at, scattered, units_of
+from kdcli.engine.caching.estimate.estimate import Estimate, Work, break_even, estimate, run_seconds, stage_seconds
+from kdcli.engine.caching.estimate.probe import Pace
+from kdcli.engine.caching.plan import Plan, plan_store
+from kdcli.engine.caching.write import Part, write_store
+from kdcli.engine.runtime.progress import Silent
+from kdcli.store.storage.local import Place
+from kdcli.store.writer import read_journal
+from tests.support.small_runs import cache_options
 
 STAGES = {"teacher", "loading", "encoding", "disk", "cores"}
 
