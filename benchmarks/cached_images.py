@@ -25,20 +25,20 @@ import zstandard
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdcli.cli.cache import store_info
 from kdcli.data.coco import open_split
 from kdcli.data.images import read_image
 from kdcli.data.views import render, view_geometry
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.caching.write import write_store
 from kdcli.engine.loading.loader import Loader
-from kdcli.engine.runtime.progress import Silent
-from kdcli.engine.training import launch
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.training import run_config
 from kdcli.engine.training.run_folder import hardware
 from kdcli.engine.training.setup import prepare
 from kdcli.options import CacheOptions
 from kdcli.store.arrays import ZSTD_LEVEL
 from kdcli.store.image_codec import PIXELS, decode_pixels, encode_pixels
+from kdcli.store.info import store_info
 from kdcli.structures import Canvas
 
 Pixels = NDArray[np.uint8]
@@ -143,11 +143,11 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
         )
         started = time.perf_counter()
         if not store.exists():
-            write_store(plan_store(options, Silent()), store, Silent())
+            write_store(plan_store(options, NullReporter()), store, NullReporter())
         written[name] = round(time.perf_counter() - started, 1)
         fields = {"data": args.data, "cache": str(store), "method": args.method, "model": {"name": args.model}}
-        asked = launch.from_flags("distill", fields, {}, None, {})
-        runs[name] = prepare(asked.options(), frozenset(fields), Silent())
+        asked = run_config.from_flags("distill", fields, {}, None, {})
+        runs[name] = prepare(asked.options(), frozenset(fields), NullReporter())
     made = next(iter(runs.values()))
     items = [(int(p), v) for p in made.positions for v in made.views]
     groups: dict[tuple[int, int], list[tuple[int, str]]] = {}

@@ -26,18 +26,19 @@ from torch import Tensor
 from kdcli.detectors.build import family_of
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.caching.plan import Plan, encode_row, plan_store, teacher_rows
+from kdcli.engine.loading.region_check import spread
 from kdcli.engine.loading.samples import Sample, collate
-from kdcli.engine.runtime.progress import Silent
-from kdcli.engine.teacher.binding import spread
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training.step import TrainStep
 from kdcli.methods import METHODS
-from kdcli.methods.base import Pair, resolve_options
+from kdcli.methods.base import Pair
+from kdcli.methods.resolve import resolve_options
 from kdcli.options import CacheOptions
 from kdcli.store import encodings
 from kdcli.store.arrays import StoredTensor
+from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine
-from kdcli.store.schema import CacheSchema
-from kdcli.store.schema import collate as collate_rows
+from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import pack_chunk
 from kdcli.structures import Batch
 from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOXES, CLS_LOGITS, FEATURES, Tensors
@@ -73,7 +74,7 @@ def batches(plan: Plan, rows: int) -> list[tuple[list[Sample], list[dict[str, An
 
 
 def through(
-    plan: Plan, schema: CacheSchema, samples: list[Sample], values: list[dict[str, Any]]
+    plan: Plan, schema: StoreSchema, samples: list[Sample], values: list[dict[str, Any]]
 ) -> tuple[Tensors, dict[str, int]]:
     """Teacher tensors after encoding and decoding with ``schema``, and the compressed bytes of each tensor."""
     coded = replace(plan, schema=schema)
@@ -82,7 +83,7 @@ def through(
         t.need.key: sum(len(pack_chunk(r[a.path], a)) for a in schema.tensor_arrays(t).values() for r in rows)
         for t in schema.tensors
     }
-    return schema.decode(collate_rows(rows, schema.layout()), plan.needs), size
+    return schema.decode(collate_arrays(rows, schema.layout()), plan.needs), size
 
 
 def gradients(step: TrainStep, batch: Batch, teacher: Tensors) -> tuple[dict[str, float], Tensor]:
@@ -100,7 +101,7 @@ def measure(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     options = CacheOptions(
         data=args.data, teacher=args.teacher, method=name, canvas=args.canvas, encoding="lossless", split=args.split
     )
-    plan = plan_store(options, Silent())
+    plan = plan_store(options, NullReporter())
     student = load_detector(args.student)[0].train()
     detector = plan.forward.detector
     pair = Pair(student.specs(), detector.specs(), student.grid, plan.source.canvas, family_of(student.spec.detector))

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from common import machine, plan_of, random_teacher
 
-from kdcli.cli.cache import store_info
 from kdcli.engine.caching.estimate import probe as probing
 from kdcli.engine.caching.estimate.estimate import estimate
 from kdcli.engine.caching.write import write_store
-from kdcli.engine.runtime.device import keep_freed_memory
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.memory import keep_freed_memory
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.files import atomic_write_text
+from kdcli.store.info import store_info
 
 METHODS = ("ld", "ld,rm,pfi", "bckd")
 LIMITS = {"bytes": 0.10, "seconds": 0.25}
@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace, data: str, teacher: str, method: str, scra
         started = clock()
         found = estimate(plan, out)
         estimated = clock()
-        write_store(plan, out, Silent())
+        write_store(plan, out, NullReporter())
         written = clock() - estimated
         real = store_info(out)
         by_array = {

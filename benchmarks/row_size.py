@@ -35,12 +35,12 @@ from kdcli.detectors.read import read
 from kdcli.detectors.weights import export, load_detector
 from kdcli.engine.caching.plan import Plan, encode_row, plan_store
 from kdcli.engine.loading.samples import Item, Sample, collate, orientation
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.files import atomic_save
 from kdcli.geometry.regions import compute_entries
 from kdcli.options import CacheOptions
 from kdcli.store.encoding_policy import plan_tensors
-from kdcli.store.schema import CacheSchema
+from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import pack_chunk
 from kdcli.tensors import BACKBONE, BOXES, CLS_LOGITS, FEATURES, RANK, Need, Tensors
 
@@ -99,7 +99,9 @@ def make_teacher(args: argparse.Namespace, detector: str, method: str, split: st
     )  # fmt: skip
     made = build_detector(spec)
     atomic_save(export(made, classes, args.canvas, {}), file)
-    plan = plan_store(CacheOptions(data=str(args.data), teacher=str(file), method="drkd_lite", split=split), Silent())
+    plan = plan_store(
+        CacheOptions(data=str(args.data), teacher=str(file), method="drkd_lite", split=split), NullReporter()
+    )
     images = torch.stack([s.image for s in next(batches(plan, 2, 4))])
     for module in made.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -171,7 +173,7 @@ def check_saved(plan: Plan, outputs: Tensors, sample: Sample, needs: tuple[Need,
     assert total == computed, f"{needs} take {total} bytes saved, {computed} computed"
 
 
-def packed(schema: CacheSchema, arrays: Mapping[str, Any]) -> dict[str, int]:
+def packed(schema: StoreSchema, arrays: Mapping[str, Any]) -> dict[str, int]:
     """Bytes on the disk of each array of a row."""
     return {a.path: len(pack_chunk(arrays[a.path], a)) + INDEX_BYTES for a in schema.layout()}
 
@@ -206,7 +208,7 @@ def measure(args: argparse.Namespace, detector: str, methods: tuple[str, ...]) -
             options = CacheOptions(
                 data=str(args.data), teacher=teacher, split=split, canvas=args.canvas, micro_batch=MICRO_BATCH
             )
-            plans = [plan_store(replace(options, method=m), Silent()) for m in methods]
+            plans = [plan_store(replace(options, method=m), NullReporter()) for m in methods]
             for samples in batches(plans[0], MICRO_BATCH, args.rows):
                 outputs = plans[0].forward.outputs(torch.stack([s.image for s in samples]))
                 for k, sample in enumerate(samples):

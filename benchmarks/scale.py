@@ -81,14 +81,14 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     import scale_store
 
     from kdcli.engine.caching import write as writing
-    from kdcli.engine.runtime.progress import Silent
+    from kdcli.engine.runtime.progress import NullReporter
 
     found = {}
 
     def reached(name: str) -> None:
         found[f"{name}_s"], found[f"{name}_cpu_s"] = time.perf_counter() - STARTED, time.process_time()
 
-    class Journal(Silent):
+    class Journal(NullReporter):
         def stage(self, label: str, total: int) -> None:
             reached("journal_read")
 
@@ -112,12 +112,14 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
 
 def journal_role(args: argparse.Namespace) -> dict[str, Any]:
     """What is done with the manifest and the journal, one after the other; errors are recorded already."""
+    from kdcli.store.journal import store_digest
     from kdcli.store.maintenance import record_errors
-    from kdcli.store.schema import CacheSchema
-    from kdcli.store.writer import StoreWriter, read_manifest, store_digest
+    from kdcli.store.manifest import read_manifest
+    from kdcli.store.schema import StoreSchema
+    from kdcli.store.writer import StoreWriter
 
     store = args.out / "store"
-    schema = CacheSchema.from_json(read_manifest(store)["schema"])
+    schema = StoreSchema.from_json(read_manifest(store)["schema"])
     work: dict[str, Callable[[], object]] = {
         "read_manifest_s": lambda: read_manifest(store),
         "done_s": lambda: StoreWriter(store, schema).done(),
@@ -134,11 +136,11 @@ def journal_role(args: argparse.Namespace) -> dict[str, Any]:
 
 def open_role(args: argparse.Namespace) -> dict[str, Any]:
     """Open the store and read one row."""
-    from kdcli.store.reader import CacheReader
+    from kdcli.store.reader import StoreReader
     from kdcli.structures import RowKey
 
     before, began = rss(), time.perf_counter()
-    reader = CacheReader(args.out / "store")
+    reader = StoreReader(args.out / "store")
     opened, memory = time.perf_counter(), rss() - before
     reader.read(RowKey(reader.image_ids[len(reader.image_ids) // 2], reader.views[0]))
     first = time.perf_counter() - opened
@@ -152,10 +154,10 @@ def read_role(args: argparse.Namespace) -> dict[str, Any]:
     """Random rows one after the other; the same rows each time."""
     import numpy as np
 
-    from kdcli.store.reader import CacheReader
+    from kdcli.store.reader import StoreReader
     from kdcli.structures import RowKey
 
-    reader = CacheReader(args.out / "store")
+    reader = StoreReader(args.out / "store")
     images, views = reader.image_ids, reader.views
     rows = np.random.default_rng(0).integers(0, reader.schema.rows, args.reads).tolist()
     seconds, memory, files = [], [], []

@@ -29,11 +29,11 @@ from kdcli.detectors.weights import export
 from kdcli.engine.caching.plan import Plan, encode_row, plan_store
 from kdcli.engine.caching.write import Packed, Part
 from kdcli.engine.loading.samples import Sample
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.files import atomic_save
 from kdcli.options import CacheOptions
+from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.encoding_error import ErrorMeter
-from kdcli.store.schema import collate as collate_rows
 from kdcli.store.schema import row_tensor
 from kdcli.store.shards import pack_chunk
 from kdcli.store.writer import StoreWriter, create_store
@@ -120,7 +120,7 @@ def make_plan(folder: Path, method: str, shard_rows: int | None) -> Plan:
         device="cpu",
         threads=1,  # part of what a store is: the same in every process
     )
-    return plan_store(options, Silent())
+    return plan_store(options, NullReporter())
 
 
 def random_values(plan: Plan, sample: Sample, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
@@ -148,7 +148,7 @@ def make_pool(plan: Plan, size: int) -> tuple[list[Packed], dict[str, float]]:
         value = random_values(plan, sample, np.random.default_rng([2, row]))
         arrays = encode_row(plan, sample, value)
         meter = ErrorMeter()
-        decoded = plan.schema.decode(collate_rows([arrays], layout), plan.needs)
+        decoded = plan.schema.decode(collate_arrays([arrays], layout), plan.needs)
         for key, exact in value.items():
             meter.add(key, exact, row_tensor(decoded[key]))
         chunks = {a.path: pack_chunk(arrays[a.path], a) for a in layout}

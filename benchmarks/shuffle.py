@@ -27,8 +27,8 @@ from kdcli.engine.training.run_folder import hardware
 from kdcli.geometry.regions import RegionSpec
 from kdcli.store import reader as reading
 from kdcli.store.encoding_policy import plan_tensors
-from kdcli.store.reader import CacheReader
-from kdcli.store.schema import CacheSchema
+from kdcli.store.reader import StoreReader
+from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import pack_chunk
 from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import Canvas, RowKey
@@ -80,10 +80,10 @@ def randomness(images: int, shard_rows: int, batch: int) -> dict[str, Any]:
         same = pairs = far = 0.0
         for items in batches:
             shard = np.array([reader.shard_of(RowKey(p + 1, view)) for p, view in items])
-            place = np.array([p for p, _ in items])
+            storage = np.array([p for p, _ in items])
             above = np.triu_indices(len(items), 1)
             same += (shard[:, None] == shard)[above].sum()
-            far += np.abs(place[:, None] - place)[above].sum() / images
+            far += np.abs(storage[:, None] - storage)[above].sum() / images
             pairs += len(above[0])
         found[order] = {
             "pairs_in_one_shard_percent": round(100 * same / pairs, 3),
@@ -98,7 +98,7 @@ def make_store(path: Path, images: int, shard_rows: int) -> None:
     needs = (Need("features", "all"), Need("cls_logits", "main"))
     specs = {"features": TensorSpec("cell", (128,)), "cls_logits": TensorSpec("anchor", (20,))}
     canvas = Canvas(96, 128)
-    schema = CacheSchema(GFL.grid, canvas, images * len(VIEWS), shard_rows, plan_tensors(needs, specs))
+    schema = StoreSchema(GFL.grid, canvas, images * len(VIEWS), shard_rows, plan_tensors(needs, specs))
     manifest = {"format": "kdcli.store", "version": 1, "views": list(VIEWS)}
     create_store(path, schema, manifest, np.arange(1, images + 1))
     draw = np.random.default_rng(0)
@@ -138,14 +138,14 @@ def reads(store: Path, images: int, batch: int, turns: int, cold: bool) -> dict[
     opened = 0
     real = reading.open_shards
 
-    def counting(place: Any, keys: Any, chunks: int) -> Any:
+    def counting(storage: Any, keys: Any, chunks: int) -> Any:
         nonlocal opened
         opened += len(keys)
-        return real(place, keys, chunks)
+        return real(storage, keys, chunks)
 
     reading.open_shards = counting
     files = [f for f in store.rglob("*") if f.is_file()]
-    readers = {order: CacheReader(store) for order in ORDERS}
+    readers = {order: StoreReader(store) for order in ORDERS}
     plans = {order: plan(images, readers[order], order, batch) for order in ORDERS}
     rows = dict.fromkeys(ORDERS, 0)
     sums = {order: np.zeros(3) for order in ORDERS}

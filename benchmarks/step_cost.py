@@ -36,9 +36,9 @@ from kdcli.engine.caching.plan import Plan
 from kdcli.engine.caching.write import write_store
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item
-from kdcli.engine.runtime.device import keep_freed_memory, peak_memory_bytes, reset_peak_memory
-from kdcli.engine.runtime.progress import Silent
-from kdcli.engine.training import launch
+from kdcli.engine.runtime.memory import keep_freed_memory, peak_memory_bytes, reset_peak_memory
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.training import run_config
 from kdcli.engine.training.setup import prepare
 from kdcli.engine.training.trainer import Trainer
 from kdcli.structures import Batch
@@ -70,8 +70,8 @@ def make_trainer(args: argparse.Namespace, method: str, store: Path | None) -> T
         "workers": args.workers, "model": {"name": args.model, "fpn_channels": args.channels, "tower_convs": args.towers},
         **({"method": method, **side} if method else {}),
     }  # fmt: skip
-    asked = launch.from_flags("distill" if method else "train", fields, {}, None, {})
-    return Trainer(prepare(asked.options(), frozenset(fields), Silent()), Path(), Silent())
+    asked = run_config.from_flags("distill" if method else "train", fields, {}, None, {})
+    return Trainer(prepare(asked.options(), frozenset(fields), NullReporter()), Path(), NullReporter())
 
 
 def from_memory(trainer: Trainer) -> tuple[Trainer, dict[str, Any]]:
@@ -87,7 +87,7 @@ def from_memory(trainer: Trainer) -> tuple[Trainer, dict[str, Any]]:
         kept[str(batch.keys)] = (batch.entries, prepared.teacher.forward(batch.to(trainer.device)))
     source = replace(prepared.source, reader=None, row_definition=None, regions=frozenset())
     teacher = replace(prepared.teacher, forward=lambda batch: kept[str(batch.keys)][1], source=source)
-    again = Trainer(replace(prepared, source=source, teacher=teacher), Path(), Silent())
+    again = Trainer(replace(prepared, source=source, teacher=teacher), Path(), NullReporter())
     return again, {keys: entries for keys, (entries, _) in kept.items()}
 
 
@@ -140,7 +140,7 @@ def timed(trainer: Trainer, spent: list[float]) -> Trainer:
         spent.append(time.perf_counter() - started)
         return found
 
-    return Trainer(replace(prepared, teacher=replace(prepared.teacher, forward=forward)), Path(), Silent())
+    return Trainer(replace(prepared, teacher=replace(prepared.teacher, forward=forward)), Path(), NullReporter())
 
 
 def seconds_of(step: Step, count: int, device: torch.device) -> tuple[float, float]:
@@ -203,7 +203,7 @@ def write(plan: Plan, store: Path) -> float:
     plan.source.load(plan.item(0))
     plan.forward.outputs(torch.zeros(1, 3, *plan.source.canvas.size, dtype=torch.uint8, device=plan.device))
     started = time.perf_counter()
-    write_store(plan, store, Silent())
+    write_store(plan, store, NullReporter())
     return time.perf_counter() - started
 
 

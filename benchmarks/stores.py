@@ -42,13 +42,14 @@ from stores_table import table, targets
 
 from kdcli.engine.caching.plan import Plan, encode_row, plan_store
 from kdcli.engine.loading.samples import Sample
-from kdcli.engine.runtime.device import peak_memory_bytes, pick_device, reset_peak_memory
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.device import pick_device
+from kdcli.engine.runtime.memory import peak_memory_bytes, reset_peak_memory
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.teacher.specs import specs_of
 from kdcli.files import atomic_write_text
 from kdcli.options import CacheOptions
 from kdcli.store.encoding_policy import plan_tensors
-from kdcli.store.reader import CacheReader
+from kdcli.store.reader import StoreReader
 from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import RowKey
 
@@ -137,7 +138,7 @@ def folder_of(args: argparse.Namespace, method: str, kind: str) -> Path:
 
 def dense_rows(args: argparse.Namespace, method: str, kind: str) -> DenseRows:
     """The dense files of a method, with what the store beside them says of its rows."""
-    reader = CacheReader(folder_of(args, method, "kdcli"))
+    reader = StoreReader(folder_of(args, method, "kdcli"))
     needs = [t.need for t in reader.schema.tensors]
     schema = replace(reader.schema, tensors=plan_tensors(needs, specs_of(reader.manifest), "lossless"))
     numbers = {k: reader.row_index(k) for i in reader.image_ids for k in (RowKey(i, v) for v in reader.views)}
@@ -158,7 +159,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
         CacheOptions(
             data=args.data, teacher=args.teacher, method=method, canvas=args.canvas, device=args.device, micro_batch=1
         ),
-        Silent(),
+        NullReporter(),
     )
     items = [plan.item(r) for r in range(plan.schema.rows)]
     samples = [plan.source.load(item) for item in items]

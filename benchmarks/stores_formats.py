@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcli.store.arrays import ArraySpec
-from kdcli.store.schema import CacheSchema
+from kdcli.store.schema import StoreSchema
 from kdcli.structures import Entries, RowKey
 
 Dense = dict[str, NDArray[np.float32]]  # by tensor name: [P or N, *dims] of one row, every cell of it
@@ -138,13 +138,13 @@ class Row:
 
     arrays: dict[str, NDArray[Any]]
     entries: Entries | None
-    room: None = None  # its arrays are where the format put them
+    slot: None = None  # its arrays are where the format put them
 
 
 class DenseRows:
     """Rows of ``folder`` as a lossless store of ``schema`` would give them. Opened by the process that reads."""
 
-    def __init__(self, kind: str, folder: Path, schema: CacheSchema, numbers: Mapping[RowKey, int]) -> None:
+    def __init__(self, kind: str, folder: Path, schema: StoreSchema, numbers: Mapping[RowKey, int]) -> None:
         self.kind, self.folder, self.schema, self.numbers = kind, folder, schema, numbers
         # what collating goes by, as in CacheReader
         self.layout: dict[str, ArraySpec] = {
@@ -165,12 +165,12 @@ class DenseRows:
         return Row({path: picked[tensor.need.key] for tensor, path in self._places.items()}, entries)
 
 
-def dense_shapes(schema: CacheSchema) -> dict[str, tuple[int, ...]]:
+def dense_shapes(schema: StoreSchema) -> dict[str, tuple[int, ...]]:
     """Shapes of the dense tensors that a method's needs come from."""
     return {t.need.name: (schema.count(t), *t.dims) for t in schema.tensors}
 
 
-def gather(schema: CacheSchema, dense: Dense, entries: Entries | None) -> Dense:
+def gather(schema: StoreSchema, dense: Dense, entries: Entries | None) -> Dense:
     """Tensors by ``Need.key``: dense needs whole, the others at the entries of their region."""
     values = {}
     for tensor in schema.tensors:

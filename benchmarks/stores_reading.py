@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from stores_formats import DenseRows, Row
 
 from kdcli.store.arrays import ENTRY_COUNT
-from kdcli.store.batch_buffers import join
-from kdcli.store.reader import CacheReader
-from kdcli.store.schema import CacheSchema
+from kdcli.store.batch_buffers import collate_rows
+from kdcli.store.reader import StoreReader
+from kdcli.store.schema import StoreSchema
 from kdcli.structures import Entries, RowKey
 from kdcli.tensors import Need, Tensors
 
@@ -41,7 +41,7 @@ class Reading:
     """One way to read rows: ``open`` makes a fresh reader; ``schema`` decodes what it gives. ``folder``: its files."""
 
     open: Callable[[], Read]
-    schema: CacheSchema
+    schema: StoreSchema
     layout: Sequence[Any]
     needs: tuple[Need, ...]
     folder: Path
@@ -51,7 +51,7 @@ class Reading:
         rows, and of copying and decoding them there."""
         began = now()
         rows = read(keys)
-        arrays = join(rows, self.layout)
+        arrays = collate_rows(rows, self.layout)
         entries = None if rows[0].entries is None else Entries.collate([r.entries for r in rows])
         joined = now()
         there = None if entries is None else entries.to(device)
@@ -68,15 +68,15 @@ def now() -> NDArray[np.float64]:
 
 def by_kdcli(store: Path, needs: tuple[Need, ...]) -> Reading:
     """The store through kdcli's reader."""
-    reader = CacheReader(store, needs)
+    reader = StoreReader(store, needs)
     return Reading(
-        lambda: CacheReader(store, needs).read_all, reader.schema, tuple(reader.layout.values()), needs, store
+        lambda: StoreReader(store, needs).read_all, reader.schema, tuple(reader.layout.values()), needs, store
     )  # fmt: skip
 
 
 def by_zarr(store: Path, needs: tuple[Need, ...]) -> Reading:
     """The same arrays of the same store through zarr-python, each opened once."""
-    reader = CacheReader(store, needs)
+    reader = StoreReader(store, needs)
     schema, layout = reader.schema, reader.layout
 
     def fresh() -> Read:
@@ -106,7 +106,7 @@ def by_zarr(store: Path, needs: tuple[Need, ...]) -> Reading:
 
 
 def by_format(
-    kind: str, folder: Path, schema: CacheSchema, numbers: Mapping[RowKey, int],
+    kind: str, folder: Path, schema: StoreSchema, numbers: Mapping[RowKey, int],
     entries: Mapping[RowKey, Entries | None], needs: tuple[Need, ...],
 ) -> Reading:  # fmt: skip
     """Dense files. Where the sparse tensors are is in memory already; a training loader computes it."""

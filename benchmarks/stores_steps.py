@@ -17,13 +17,13 @@ from stores_formats import DenseRows
 from stores_reading import now
 
 from kdcli.engine.loading.loader import Loader
-from kdcli.engine.loading.samples import Fetched, Item, Sample, SampleSource
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.loading.samples import Item, LoadedImage, Sample, SampleSource
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.teacher import forward as teacher
-from kdcli.engine.training import launch
+from kdcli.engine.training import run_config
 from kdcli.engine.training.setup import prepare
 from kdcli.engine.training.trainer import Trainer
-from kdcli.store.reader import Room
+from kdcli.store.reader import BatchSlot
 from kdcli.structures import Batch
 
 Endless = Iterator[tuple[Batch, int]]
@@ -33,11 +33,11 @@ Endless = Iterator[tuple[Batch, int]]
 class FileSource(SampleSource):
     """Samples whose teacher arrays come from dense files. The regions are computed here: the files do not have them."""
 
-    def fetch(self, items: Sequence[Item], rooms: Sequence[Room | None] | None = None) -> list[Fetched]:
+    def fetch(self, items: Sequence[Item], slots: Sequence[BatchSlot | None] | None = None) -> list[LoadedImage]:
         """See SampleSource; the teacher's rows are read when the entries are known."""
         return SampleSource.fetch(replace(self, reader=None), items)
 
-    def complete(self, item: Item, fetched: Fetched) -> Sample:
+    def complete(self, item: Item, fetched: LoadedImage) -> Sample:
         """See SampleSource."""
         rows: Any = self.reader
         sample = super().complete(item, fetched)
@@ -55,8 +55,8 @@ def make_trainer(
         "model": {"name": args.model, "fpn_channels": args.channels, "tower_convs": args.towers},
         **({} if kind == "plain" else {"method": method, **side}),
     }  # fmt: skip
-    asked = launch.from_flags("train" if kind == "plain" else "distill", given, {}, None, {})
-    prepared = prepare(asked.options(), frozenset(given), Silent())
+    asked = run_config.from_flags("train" if kind == "plain" else "distill", given, {}, None, {})
+    prepared = prepare(asked.options(), frozenset(given), NullReporter())
     if rows is not None:
         assert prepared.teacher is not None
         parts: dict[str, Any] = {f.name: getattr(prepared.source, f.name) for f in fields(SampleSource)}
@@ -65,7 +65,7 @@ def make_trainer(
             prepared, source=FileSource(**{**parts, "reader": rows}),
             teacher=replace(prepared.teacher, forward=forward),
         )  # fmt: skip
-    return Trainer(prepared, Path(), Silent())
+    return Trainer(prepared, Path(), NullReporter())
 
 
 def endless(trainer: Trainer) -> Endless:

@@ -35,8 +35,8 @@ from kdcli.engine.caching.plan import Plan, encode_row, teacher_rows
 from kdcli.engine.caching.write import ErrorMeter, _compare, _micro_batches, write_store
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, SampleSource, collate
-from kdcli.engine.runtime.device import keep_freed_memory
-from kdcli.store.schema import collate as collate_rows
+from kdcli.engine.runtime.memory import keep_freed_memory
+from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.schema import row_tensor
 from kdcli.store.shards import pack_chunk
 from kdcli.store.writer import StoreWriter, create_store
@@ -82,7 +82,7 @@ class Bar:
         """A step of the bar."""
         self.info = info or self.info
 
-    def note(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Ignored."""
 
 
@@ -176,7 +176,7 @@ def profile(plan: Plan, out: Path) -> dict[str, Any]:
         for item, sample, value in zip(items, samples, values, strict=True):
             row = stages.run("encode", lambda sample=sample, value=value: encode_row(plan, sample, value))
             decoded = stages.run(
-                "check: decode", lambda row=row: plan.schema.decode(collate_rows([row], layout), plan.needs)
+                "check: decode", lambda row=row: plan.schema.decode(collate_arrays([row], layout), plan.needs)
             )
             read = {key: row_tensor(tensor) for key, tensor in decoded.items()}
             stages.run("check: compare", lambda s=sample, v=value, r=read: _compare(plan, s, ErrorMeter(), v, r))

@@ -66,12 +66,12 @@ class GateError(KDError, RuntimeError):
     exit_code = 6
 
 
-def counted(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """``1 fault``, ``2 faults``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of ``known``, or what there is to choose from."""
     choices = sorted(known)
     match = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from kdcli.errors import MissingPathError, OptionError, nearest
+from kdcli.errors import MissingPathError, OptionError, did_you_mean
 
 T = TypeVar("T")
 
@@ -138,7 +138,7 @@ def build(cls: type[T], given: Mapping[str, Any], *, label: str = "") -> T:
     values: dict[str, Any] = {}
     for key, value in given.items():
         if key not in hints:
-            raise OptionError(f"unknown option '{label}{key}'{nearest(key, hints)}")
+            raise OptionError(f"unknown option '{label}{key}'{did_you_mean(key, hints)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             if not isinstance(value, Mapping):
@@ -232,7 +232,7 @@ def convert(label: str, value: Any, hint: Any) -> Any:
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise OptionError(f"{label} = {value!r}{nearest(str(value), [str(c) for c in choices])}")
+            raise OptionError(f"{label} = {value!r}{did_you_mean(str(value), [str(c) for c in choices])}")
         return value
     if origin in (typing.Union, types.UnionType):
         inner = [a for a in typing.get_args(hint) if a is not type(None)]

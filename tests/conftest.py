@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# data set, teacher and stores of the tests that write with a real teacher
+pytest_plugins = ("tests.support.small_runs",)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_index_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

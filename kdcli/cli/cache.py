@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli.cli import flags as f
-from kdcli.cli.main import app
+from kdcli.cli.app import app
 from kdcli.errors import UsageError
+from kdcli.store.info import store_info
 
 if TYPE_CHECKING:
-    from kdcli.store.storage.local import Where
+    pass
 
 cache = typer.Typer(
     no_args_is_help=True,
@@ -87,19 +88,19 @@ def verify(
 
     Example: kdcli cache verify STORE --teacher runs/teacher --data DATA --rows 32
     """
-    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleReporter, print_json
     from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
-    from kdcli.store.writer import read_manifest
+    from kdcli.store.manifest import read_manifest
 
-    with ConsoleWatcher() as watcher:
-        files, size = verify_checksums(store, watcher)
+    with ConsoleReporter() as reporter:
+        files, size = verify_checksums(store, reporter)
         result: dict[str, Any] = {"files": files, "bytes": size, "rows_compared": 0, "differences": {}}
         if teacher:
-            plan = plan_of_store(store, data or read_manifest(store)["origin"]["data"], teacher, device, watcher)
-            result["rows_compared"], result["differences"] = verify_teacher(plan, store, rows, watcher)
-        watcher.note(f"{store}: {files} shard files, {size / 2**20:.1f} MB, every checksum is right")
+            plan = plan_of_store(store, data or read_manifest(store)["origin"]["data"], teacher, device, reporter)
+            result["rows_compared"], result["differences"] = verify_teacher(plan, store, rows, reporter)
+        reporter.message(f"{store}: {files} shard files, {size / 2**20:.1f} MB, every checksum is right")
         for key, error in result["differences"].items():
-            watcher.note(
+            reporter.message(
                 f"  {key}: rms {error['rms']:.2g}, relative {error['relative']:.2g}, worst {error['worst']:.2g}"
             )
     if json:
@@ -123,7 +124,7 @@ def bench(
     """
     from rich.table import Table
 
-    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleReporter, print_json
     from kdcli.engine.caching.bench import bench as run_bench
     from kdcli.engine.caching.bench import default_workers
     from kdcli.engine.caching.edit import needs_of
@@ -135,8 +136,8 @@ def bench(
         raise UsageError(f"--workers '{workers}': write whole numbers, e.g. 0,1,2") from error
     if min(numbers) < 0:
         raise UsageError(f"--workers '{workers}': a number of processes is not negative")
-    with ConsoleWatcher() as watcher:
-        found = run_bench(store, needs_of(store, method) if method else None, numbers, batch, rows, watcher)
+    with ConsoleReporter() as reporter:
+        found = run_bench(store, needs_of(store, method) if method else None, numbers, batch, rows, reporter)
     if json:
         print_json(
             {
@@ -183,43 +184,3 @@ def show(
     out.parent.mkdir(parents=True, exist_ok=True)
     save_png(picture, out)
     return 0
-
-
-def store_info(store: Where) -> dict[str, Any]:
-    """The manifest of a store with its sizes and measured errors, as JSON."""
-    from kdcli.store.encoding_error import summarise
-    from kdcli.store.image_codec import PIXEL_ENCODING, PIXELS
-    from kdcli.store.schema import CacheSchema
-    from kdcli.store.writer import read_journal, read_manifest, store_digest
-
-    manifest = read_manifest(store)
-    schema = CacheSchema.from_json(manifest["schema"])
-    journal = read_journal(store)
-    errors = summarise(e["measured"]["encoding"] for e in journal.values())
-    precision = summarise(e["measured"]["precision"] for e in journal.values())
-    by_array: dict[str, int] = {}
-    for entry in journal.values():
-        for path, file in entry["files"].items():
-            by_array[path] = by_array.get(path, 0) + file["bytes"]
-    tensors = {
-        t.need.key: {
-            "dims": list(t.dims),
-            "encoding": t.encoding.to_json()["name"],
-            "bytes": sum(by_array.get(a.path, 0) for a in schema.tensor_arrays(t).values()),
-            "error": errors.get(t.need.key),
-            "precision_error": precision.get(t.need.key),
-        }
-        for t in schema.tensors
-    }
-    return {
-        **{k: v for k, v in manifest.items() if k not in ("schema", "errors")},  # both by tensor, below
-        "rows": schema.rows,
-        "shards": schema.num_shards,
-        "shards_done": len(journal),
-        "complete": len(journal) == schema.num_shards,
-        "bytes": sum(by_array.values()),
-        "bytes_by_array": by_array,
-        "tensors": tensors,
-        "images": {"encoding": PIXEL_ENCODING, "bytes": by_array.get(PIXELS, 0)} if schema.images else None,
-        "digest": store_digest(store),
-    }

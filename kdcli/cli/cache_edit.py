@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from kdcli.cli import flags as f
-from kdcli.cli.cache import Store, cache, store_info
-from kdcli.errors import OptionError, UsageError, nearest
+from kdcli.cli.cache import Store, cache
+from kdcli.errors import OptionError, UsageError, did_you_mean
+from kdcli.store.info import store_info
 
 
 @cache.command()
@@ -29,10 +30,11 @@ def add(
 
     Example: kdcli cache add STORE --method bckd
     """
-    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleReporter, print_json
     from kdcli.engine.caching.edit import add as add_tensors
-    from kdcli.engine.runtime.device import keep_freed_memory, pick_device
-    from kdcli.methods import find_methods
+    from kdcli.engine.runtime.device import pick_device
+    from kdcli.engine.runtime.memory import keep_freed_memory
+    from kdcli.methods.resolve import find_methods
     from kdcli.options import parse_assignments
 
     if not method and not cache_images:
@@ -41,14 +43,14 @@ def add(
     settings: dict[str, dict[str, Any]] = {}
     for table, values in parse_assignments(set_ or []).items():
         if table not in known:
-            raise OptionError(f"--set {table}.…: unknown table '{table}'{nearest(table, known)}")
+            raise OptionError(f"--set {table}.…: unknown table '{table}'{did_you_mean(table, known)}")
         settings[table] = values
     keep_freed_memory(pick_device("auto"))
-    with ConsoleWatcher() as watcher:
-        new = add_tensors(store, data, teacher, method or "", settings, encoding, watcher, cache_images)
+    with ConsoleReporter() as reporter:
+        new = add_tensors(store, data, teacher, method or "", settings, encoding, reporter, cache_images)
         found = store_info(store)
         if new:
-            watcher.note(f"{store}: {', '.join(new)} added, {found['bytes'] / 2**20:.1f} MB now")
+            reporter.message(f"{store}: {', '.join(new)} added, {found['bytes'] / 2**20:.1f} MB now")
     if json:
         print_json({"added": new, **found})
     return 0
@@ -66,21 +68,21 @@ def prune(
 
     Example: kdcli cache prune STORE --tensor features@all
     """
-    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleReporter, print_json
     from kdcli.engine.caching.edit import prune_tensors, prune_views
 
     if bool(tensor) == bool(view):
         raise UsageError("prune takes either --tensor KEY (in place) or --view VIEW with --out COPY")
     if bool(view) != (out is not None):
         raise UsageError("--out goes with --view: rows cannot be taken out in place")
-    with ConsoleWatcher() as watcher:
+    with ConsoleReporter() as reporter:
         if view:
             assert out is not None
-            rows = prune_views(store, view, out, watcher)
-            watcher.note(f"{out}: {rows} rows, without {', '.join(view)}; delete '{store}' if it is not needed")
+            rows = prune_views(store, view, out, reporter)
+            reporter.message(f"{out}: {rows} rows, without {', '.join(view)}; delete '{store}' if it is not needed")
         else:
-            dropped = prune_tensors(store, tensor or [], watcher)
-            watcher.note(f"{store}: {', '.join(dropped) or 'what a killed command left'} dropped")
+            dropped = prune_tensors(store, tensor or [], reporter)
+            reporter.message(f"{store}: {', '.join(dropped) or 'what a killed command left'} dropped")
         found = store_info(out or store)
     if json:
         print_json(found)
@@ -100,14 +102,14 @@ def merge(
 
     Example: kdcli cache merge store-identity store-hflip --out store
     """
-    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleReporter, print_json
     from kdcli.engine.caching.edit import merge as merge_stores
 
     if len(stores) < 2:
         raise UsageError("merge needs at least two stores")
-    with ConsoleWatcher() as watcher:
-        rows = merge_stores(stores, out, data, watcher)
-        watcher.note(f"{out}: {rows} rows of {len(stores)} stores")
+    with ConsoleReporter() as reporter:
+        rows = merge_stores(stores, out, data, reporter)
+        reporter.message(f"{out}: {rows} rows of {len(stores)} stores")
     if json:
         print_json(store_info(out))
     return 0

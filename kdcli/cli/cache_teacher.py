@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli.cli import flags as f
-from kdcli.cli.cache import store_info
-from kdcli.cli.main import app
-from kdcli.errors import NoSpaceError, OptionError, UsageError, nearest
+from kdcli.cli.app import app
+from kdcli.errors import NoSpaceError, OptionError, UsageError, did_you_mean
+from kdcli.store.info import store_info
 
 if TYPE_CHECKING:
     from kdcli.engine.caching.estimate.estimate import BreakEven, Estimate
     from kdcli.engine.caching.plan import Plan
     from kdcli.engine.caching.write import Part
-    from kdcli.engine.runtime.progress import Watcher
+    from kdcli.engine.runtime.progress import ProgressReporter
     from kdcli.options import CacheOptions
-    from kdcli.store.storage.local import Place
+    from kdcli.store.storage.base import Storage
 
 SLOWEST = {  # of engine.estimate.stage_seconds
     "teacher": "as fast as the teacher",
@@ -66,12 +66,13 @@ def cache_teacher(
     Example: kdcli cache-teacher --data DATA --teacher runs/teacher --method ld,pfi --views identity,hflip --out STORE
     """
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import print_json, watching
+    from kdcli.cli.progress import print_json, reporting
     from kdcli.engine.caching.estimate.estimate import estimate as make_estimate
     from kdcli.engine.caching.plan import plan_store
-    from kdcli.engine.runtime.device import keep_freed_memory
+    from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.options import layer, read_toml
-    from kdcli.store.storage.local import Folder, place_of
+    from kdcli.store.storage.local import LocalStorage
+    from kdcli.store.storage.resolve import open_storage
 
     given = f.collect(
         data=data, teacher=teacher, method=method, split=split, canvas=canvas, views=views, encoding=encoding,
@@ -82,47 +83,47 @@ def cache_teacher(
     options = _options(fields, set_ or [])
     if not out:
         raise UsageError("--out is missing: name the store folder, e.g. --out store")
-    place = place_of(out)
-    if isinstance(place, Folder) and not estimate:
-        require_folder(place.path, "--out")
+    storage = open_storage(out)
+    if isinstance(storage, LocalStorage) and not estimate:
+        require_folder(storage.path, "--out")
     part = _part(shard)
-    with watching(part is None or shard is not None or part.index == 0) as watcher:
-        plan = plan_store(options, watcher)
+    with reporting(part is None or shard is not None or part.index == 0) as reporter:
+        plan = plan_store(options, reporter)
         keep_freed_memory(plan.device)
         if estimate:
-            return _report_estimate(make_estimate(plan, place, part), watcher, json)
-        info = _write(plan, place, part, watcher)
+            return _report_estimate(make_estimate(plan, storage, part), reporter, json)
+        info = _write(plan, storage, part, reporter)
     if json:
         print_json(info)
     return 0
 
 
-def _write(plan: Plan, place: Place, part: Part | None, watcher: Watcher) -> dict[str, Any]:
+def _write(plan: Plan, storage: Storage, part: Part | None, reporter: ProgressReporter) -> dict[str, Any]:
     """Write the store, or go on with it; what it holds then. Raises NoSpaceError before anything is written."""
     from kdcli.engine.caching.estimate.estimate import estimate
     from kdcli.engine.caching.write import write_store
     from kdcli.report.text import size
 
-    if not place.exists():
-        found = estimate(plan, place, part)
-        require_room(found, str(place))
-        watcher.note(_priced(found))
-    written = write_store(plan, place, watcher, part)
-    info = store_info(place)
+    if not storage.exists():
+        found = estimate(plan, storage, part)
+        require_room(found, str(storage))
+        reporter.message(_priced(found))
+    written = write_store(plan, storage, reporter, part)
+    info = store_info(storage)
     state = "complete" if info["complete"] else f"{info['shards_done']} of {info['shards']} shards are written"
-    watcher.note(f"{place}: {state}, {info['rows']} rows ({written} written now), {size(info['bytes'])}")
+    reporter.message(f"{storage}: {state}, {info['rows']} rows ({written} written now), {size(info['bytes'])}")
     return info
 
 
 def _options(fields: dict[str, Any], set_: list[str]) -> CacheOptions:
     """Raises OptionError and UsageError for what is unknown or missing."""
-    from kdcli.methods import find_methods
+    from kdcli.methods.resolve import find_methods
     from kdcli.options import CacheOptions, build, layer, parse_assignments
 
     known = find_methods(str(fields.get("method", ""))) if fields.get("method") else {}
     for table, values in parse_assignments(set_).items():
         if table not in known:
-            raise OptionError(f"--set {table}.…: unknown table '{table}'{nearest(table, known)}")
+            raise OptionError(f"--set {table}.…: unknown table '{table}'{did_you_mean(table, known)}")
         fields = layer(fields, {"methods": {table: values}})
     options = build(CacheOptions, fields)
     for flag, value in (("--data", options.data), ("--teacher", options.teacher), ("--method", options.method)):
@@ -181,14 +182,14 @@ def _paid_back(found: BreakEven) -> str:
     )
 
 
-def _report_estimate(found: Estimate, watcher: Watcher, as_json: bool) -> int:
+def _report_estimate(found: Estimate, reporter: ProgressReporter, as_json: bool) -> int:
     from kdcli.cli.progress import print_json
     from kdcli.report.text import size
 
-    watcher.note(_priced(found))
-    watcher.note(_paid_back(found.break_even))
+    reporter.message(_priced(found))
+    reporter.message(_paid_back(found.break_even))
     for key, count in found.bytes_by_tensor.items():
-        watcher.note(f"  {key}: {size(count)}, {size(count / found.rows)} a row")
+        reporter.message(f"  {key}: {size(count)}, {size(count / found.rows)} a row")
     if as_json:
         print_json(dataclasses.asdict(found))
     return 0

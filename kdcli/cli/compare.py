@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kdcli.cli import flags as f
-from kdcli.cli.main import app
+from kdcli.cli.app import app
 from kdcli.errors import GateError
 
 

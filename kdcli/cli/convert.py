@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli.cli import flags as f
-from kdcli.cli.main import app
-from kdcli.errors import OptionError, UsageError, nearest
+from kdcli.cli.app import app
+from kdcli.errors import OptionError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from kdcli.detectors.base import Detector
@@ -52,7 +52,7 @@ def convert(
     from kdcli.structures import Canvas
 
     if source not in SOURCES:
-        raise OptionError(f"--from '{source}': unknown{nearest(source, SOURCES)}")
+        raise OptionError(f"--from '{source}': unknown{did_you_mean(source, SOURCES)}")
     if out.exists():
         raise OptionError(f"'{out}' exists; choose another --out, or delete it")
     size = str(Canvas.parse(canvas))

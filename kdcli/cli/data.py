@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kdcli.cli import flags as f
-from kdcli.cli.main import app
+from kdcli.cli.app import app
 
 data = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Make and check data sets.\n\nExample: kdcli data check DATA"
@@ -50,36 +50,36 @@ def check(
 
     Example: kdcli data check DATA
     """
-    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleReporter, print_json
     from kdcli.data.check import category_fault, check_dataset, missing_report, open_splits
 
     found = {}
     opened, refused = open_splits(root)
-    with ConsoleWatcher() as watcher:
+    with ConsoleReporter() as reporter:
         for split, error in refused.items():
             found[split] = missing_report(root, split, error)
-            watcher.note(f"{split}: not checked")
-            watcher.note(f"  fault: {found[split].faults[0].kind}: {found[split].faults[0].message}")
+            reporter.message(f"{split}: not checked")
+            reporter.message(f"  fault: {found[split].faults[0].kind}: {found[split].faults[0].message}")
         for split, dataset in opened.items():
-            watcher.stage(f"check {split}", dataset.num_images)
+            reporter.stage(f"check {split}", dataset.num_images)
             seen = 0
 
             def moved(done: int, total: int) -> None:
                 nonlocal seen
-                watcher.advance(done - seen)
+                reporter.advance(done - seen)
                 seen = done
 
             report = check_dataset(dataset, progress=moved)
             if split == "val" and "train" in opened and (fault := category_fault(opened["train"], dataset)):
                 report = replace(report, faults=(fault, *report.faults))
-            watcher.note(
+            reporter.message(
                 f"{split}: {report.num_images} images ({report.num_empty} without boxes), {report.num_boxes} boxes, "
                 f"{report.num_crowd} crowd"
             )
             for fault in report.faults:
-                watcher.note(f"  fault: {fault.kind}: {fault.where}: {fault.message}")
+                reporter.message(f"  fault: {fault.kind}: {fault.where}: {fault.message}")
             for warned in report.warnings:
-                watcher.note(f"  warning: {warned.count} x {warned.kind}, e.g. {'; '.join(warned.examples[:2])}")
+                reporter.message(f"  warning: {warned.count} x {warned.kind}, e.g. {'; '.join(warned.examples[:2])}")
             found[split] = report
     if json:
         print_json(

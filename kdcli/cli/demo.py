@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kdcli.cli import flags as f
-from kdcli.cli.main import app
+from kdcli.cli.app import app
 from kdcli.errors import OptionError
 
 CANVAS = "192"
@@ -42,7 +42,7 @@ def demo(
     import shutil
     import time
 
-    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleReporter, print_json
     from kdcli.data.shapes import make_shapes
     from kdcli.report.compare import compare, load_runs
     from kdcli.report.console import show_comparison
@@ -60,28 +60,28 @@ def demo(
     (out / MARKER).touch()
     started = time.perf_counter()
     shrink = 10 if quick else 1
-    with ConsoleWatcher() as watcher:
-        watcher.note(f"1/5 drawing {IMAGES[0] // shrink} training and {IMAGES[1] // shrink} validation images")
+    with ConsoleReporter() as reporter:
+        reporter.message(f"1/5 drawing {IMAGES[0] // shrink} training and {IMAGES[1] // shrink} validation images")
         make_shapes(out / "shapes", num_train=IMAGES[0] // shrink, num_val=IMAGES[1] // shrink, seed=0)
-        watcher.note(f"2/5 training the teacher, {TEACHER['name']}")
-        _train(out, "teacher", TEACHER, TEACHER_EPOCHS, quick, watcher, amp=_teacher_amp())
-        watcher.note(f"3/5 running the teacher once: what {' and '.join(METHODS)} read goes to the store")
-        _cache(out, watcher)
-        watcher.note(f"4/5 training students, {STUDENT['name']}: plain, then distilled from the store")
-        _train(out, "baseline", STUDENT, STUDENT_EPOCHS, quick, watcher)
+        reporter.message(f"2/5 training the teacher, {TEACHER['name']}")
+        _train(out, "teacher", TEACHER, TEACHER_EPOCHS, quick, reporter, amp=_teacher_amp())
+        reporter.message(f"3/5 running the teacher once: what {' and '.join(METHODS)} read goes to the store")
+        _cache(out, reporter)
+        reporter.message(f"4/5 training students, {STUDENT['name']}: plain, then distilled from the store")
+        _train(out, "baseline", STUDENT, STUDENT_EPOCHS, quick, reporter)
         for method in METHODS:
             name = method.replace(",", "-")
-            _train(out, name, STUDENT, STUDENT_EPOCHS, quick, watcher, method=method, cache=str(out / "store"))
-        watcher.note("5/5 comparing")
+            _train(out, name, STUDENT, STUDENT_EPOCHS, quick, reporter, method=method, cache=str(out / "store"))
+        reporter.message("5/5 comparing")
         comparison = compare(load_runs([out / "runs"]), out / "runs" / "baseline")
         write_html(comparison, out / "report.html")
         write_plots(comparison, out / "plots")
-        _pictures(out, watcher)
-        show_comparison(watcher.console, comparison)
-        watcher.note(gist(comparison))
-        watcher.note(f"report    {out / 'report.html'}")
-        watcher.note(f"pictures  {out / 'detections.png'}  {out / 'row.png'}  {out / 'plots'}")
-        watcher.note(f"it took {time.perf_counter() - started:.0f} s")
+        _pictures(out, reporter)
+        show_comparison(reporter.console, comparison)
+        reporter.message(gist(comparison))
+        reporter.message(f"report    {out / 'report.html'}")
+        reporter.message(f"pictures  {out / 'detections.png'}  {out / 'row.png'}  {out / 'plots'}")
+        reporter.message(f"it took {time.perf_counter() - started:.0f} s")
     if json:
         print_json({"seconds": time.perf_counter() - started, "comparison": comparison.to_json()})
     return 0
@@ -96,8 +96,10 @@ def _teacher_amp() -> str:
     return "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "auto"
 
 
-def _train(out: Path, name: str, model: dict[str, Any], epochs: int, quick: bool, watcher: Any, **options: str) -> None:
-    from kdcli.engine.training import launch
+def _train(
+    out: Path, name: str, model: dict[str, Any], epochs: int, quick: bool, reporter: Any, **options: str
+) -> None:
+    from kdcli.engine.training import launch, run_config
     from kdcli.report.plots import plot_run
     from kdcli.report.runs import load_run
 
@@ -107,12 +109,12 @@ def _train(out: Path, name: str, model: dict[str, Any], epochs: int, quick: bool
         "optim": OPTIM, "eval_every": 1 if quick else epochs // 2, **options,
     }  # fmt: skip
     run, _ = launch.start(
-        launch.from_flags(command, fields, {}, None, {}), out / "runs" / name, watcher, overwrite=False
+        run_config.from_flags(command, fields, {}, None, {}), out / "runs" / name, reporter, overwrite=False
     )
     plot_run(load_run(run), run / "plots" / "training.png")
 
 
-def _cache(out: Path, watcher: Any) -> None:
+def _cache(out: Path, reporter: Any) -> None:
     from kdcli.engine.caching.plan import plan_store
     from kdcli.engine.caching.write import write_store
     from kdcli.options import CacheOptions
@@ -120,10 +122,10 @@ def _cache(out: Path, watcher: Any) -> None:
     options = CacheOptions(data=str(out / "shapes"), teacher=str(out / "runs" / "teacher"), method=",".join(
         dict.fromkeys(name for methods in METHODS for name in methods.split(","))
     ))  # fmt: skip
-    write_store(plan_store(options, watcher), out / "store", watcher)
+    write_store(plan_store(options, reporter), out / "store", reporter)
 
 
-def _pictures(out: Path, watcher: Any) -> None:
+def _pictures(out: Path, reporter: Any) -> None:
     """Teacher, baseline and student side by side on validation images, and one row of the store."""
     import numpy as np
     from PIL import Image

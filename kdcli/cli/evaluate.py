@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from kdcli.cli import flags as f
-from kdcli.cli.main import app
-from kdcli.errors import GateError, UsageError, counted
+from kdcli.cli.app import app
+from kdcli.errors import GateError, UsageError, pluralize
 
 Checkpoint = Annotated[str, typer.Argument(help="Run folder or checkpoint file.", show_default=False)]
 
@@ -32,16 +32,18 @@ def evaluate(
     Example: kdcli eval runs/student --data DATA --out scores
     """
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleReporter, print_json
     from kdcli.data.coco import open_split
     from kdcli.detectors.weights import load_detector
     from kdcli.engine.evaluation.coco_metrics import write_detections
     from kdcli.engine.evaluation.evaluate import evaluate as run_evaluation
     from kdcli.engine.evaluation.evaluate import plain_forward, require_same_classes, validation_source
     from kdcli.engine.loading.loader import Loader
-    from kdcli.engine.runtime.device import keep_freed_memory, pick_amp, pick_device, pick_workers
+    from kdcli.engine.loading.selection import usable
+    from kdcli.engine.runtime.device import pick_amp, pick_device
+    from kdcli.engine.runtime.memory import keep_freed_memory
+    from kdcli.engine.runtime.threads import pick_workers
     from kdcli.engine.training.run_folder import write_metrics
-    from kdcli.engine.training.setup import usable
     from kdcli.report.console import human_console, table_of_metrics
     from kdcli.structures import Canvas
 
@@ -55,15 +57,15 @@ def evaluate(
     target = Canvas.parse(canvas or meta.canvas)
     chosen = pick_device(device or "auto")
     keep_freed_memory(chosen)
-    with ConsoleWatcher() as watcher:
-        keep = set(usable(dataset, bool(skip_bad), watcher).tolist())
-        watcher.stage(f"eval {split}", len(keep))
+    with ConsoleReporter() as reporter:
+        keep = set(usable(dataset, bool(skip_bad), reporter).tolist())
+        reporter.stage(f"eval {split}", len(keep))
         found = run_evaluation(
             detector.to(chosen), dataset, target, device=chosen, batch=batch,
             loader=Loader(validation_source(dataset, detector, target), pick_workers(workers)),
             forward=plain_forward(detector, pick_amp(amp or "auto", chosen)),
             left_out=frozenset(range(dataset.num_images)) - keep,
-            advance=watcher.advance,
+            advance=reporter.advance,
         )  # fmt: skip
     numbers = {
         **dataclasses.asdict(found.metrics), "images_per_s": found.images_per_s, "parameters": found.parameters,
@@ -96,10 +98,11 @@ def predict(
     Example: kdcli predict runs/student photos --out drawn --score 0.4
     """
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import ConsoleWatcher, print_json
+    from kdcli.cli.progress import ConsoleReporter, print_json
     from kdcli.detectors.weights import load_detector
     from kdcli.engine.evaluation.predict import image_files, predict_files, require_images
-    from kdcli.engine.runtime.device import keep_freed_memory, pick_device
+    from kdcli.engine.runtime.device import pick_device
+    from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.report.draw import draw_detections, save_png
     from kdcli.structures import Canvas
 
@@ -113,8 +116,8 @@ def predict(
     stems = [file.stem for file in files]  # a.jpg and a.png must not draw over each other
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
-    with ConsoleWatcher() as watcher:
-        watcher.stage("predict", len(files))
+    with ConsoleReporter() as reporter:
+        reporter.stage("predict", len(files))
         for found in predict_files(detector, files, target, chosen, meta.classes, out / "detections.json"):
             keep = found.scores >= score
             labels = [names[k] for k in found.labels[keep]]
@@ -122,8 +125,8 @@ def predict(
             name = out / f"{found.file.stem if stems.count(found.file.stem) == 1 else found.file.name}.png"
             save_png(picture, name)
             drawn.append({"image": str(found.file), "drawn": str(name), "detections": int(keep.sum())})
-            watcher.advance(1)
-        watcher.note(f"{counted(len(drawn), 'picture')} and detections.json in {out}")
+            reporter.advance(1)
+        reporter.message(f"{pluralize(len(drawn), 'picture')} and detections.json in {out}")
     if json:
         print_json({"images": drawn})
     return 0

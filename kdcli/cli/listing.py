@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kdcli.cli import flags as f
-from kdcli.cli.main import app
+from kdcli.cli.app import app
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,7 +83,8 @@ def _on_detector(name: str, method: type[Method], detector: str, canvas: Canvas,
     """What ``method`` is on ``detector``: ``missing`` is empty where it works; ``set``: the --set that it takes."""
     from kdcli.engine.caching.row_sizes import missing, row_bytes, specs_at
     from kdcli.engine.teacher.specs import region_spec
-    from kdcli.methods.base import method_options, resolve_options
+    from kdcli.methods.base import method_options
+    from kdcli.methods.resolve import resolve_options
     from kdcli.tensors import BOX_DISTRIBUTION, BOX_REGRESSION
 
     options = resolve_options(name, method, detector, {})

@@ -9,12 +9,16 @@ import errno
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TextIO
 
 import typer
 
+from kdcli.cli import cache, cache_edit, cache_teacher, compare, convert, data, demo, evaluate, listing, train
+from kdcli.cli.app import app
 from kdcli.errors import KDError
+
+# importing them registers their commands
+COMMANDS = (cache, cache_edit, cache_teacher, compare, convert, data, demo, evaluate, listing, train)
 
 INTERRUPTED = (
     "interrupted; what is finished is kept: train and distill go on with --resume RUN, cache-teacher with the "
@@ -30,34 +34,6 @@ FIXES = {  # what helps against an OSError that nothing below here has turned in
     errno.EACCES: "; change its permissions or choose another place",
     errno.EPERM: "; change its permissions or choose another place",
 }
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Distil object detectors from a teacher that runs once.\n\n"
-    "The usual order: train (a teacher), cache-teacher, distill (students), compare. `kdcli methods` lists the "
-    "distillation methods, `kdcli models` the detectors. --debug shows the traceback of an error.\n\n"
-    "Example: kdcli demo --out demo",
-)
-
-
-@app.callback()
-def load_plugins(
-    context: typer.Context,
-    plugin: Annotated[
-        list[Path] | None,
-        typer.Option(help="Python file with detectors or methods of yours; repeatable; also KDCLI_PLUGINS=FILE:FILE."),
-    ] = None,
-) -> None:
-    """Runs before every command."""
-    files = [Path(name) for name in os.environ.get("KDCLI_PLUGINS", "").split(os.pathsep) if name]
-    files += plugin or []
-    if files and "--help" not in context.obj:  # a plugin imports torch: 4 s
-        from kdcli.plugins import load
-
-        load(files)
 
 
 def main() -> None:
@@ -75,8 +51,6 @@ def main() -> None:
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code. ``debug`` lets exceptions through with their traceback."""
-    from kdcli.cli import commands  # noqa: F401  registers the commands on ``app``
-
     try:
         result = app(arguments, standalone_mode=False, prog_name="kdcli", obj=arguments)
         code = result if isinstance(result, int) else 0

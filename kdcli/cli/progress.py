@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from kdcli.engine.runtime.progress import Silent, Watcher
+from kdcli.engine.runtime.progress import NullReporter, ProgressReporter
 from kdcli.report.console import human_console, say
 from kdcli.report.text import plain
 
 
-class ConsoleWatcher:
+class ConsoleReporter:
     """A Watcher for people. Use as a context manager, so that the bar is gone at the end."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -29,7 +29,7 @@ class ConsoleWatcher:
         )  # fmt: skip
         self._task: TaskID | None = None
 
-    def __enter__(self) -> ConsoleWatcher:
+    def __enter__(self) -> ConsoleReporter:
         self._bar.start()
         return self
 
@@ -49,19 +49,19 @@ class ConsoleWatcher:
                 self._bar.update(self._task, info=plain(info))
             self._bar.advance(self._task, units)
 
-    def note(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Print a line above the bar."""
         say(self.console, text)
 
 
 @contextmanager
-def watching(loud: bool) -> Iterator[Watcher]:
+def reporting(loud: bool) -> Iterator[ProgressReporter]:
     """A ConsoleWatcher, or a silent one in the processes that only compute."""
     if loud:
-        with ConsoleWatcher() as watcher:
-            yield watcher
+        with ConsoleReporter() as reporter:
+            yield reporter
     else:
-        yield Silent()
+        yield NullReporter()
 
 
 def print_json(value: Any) -> None:

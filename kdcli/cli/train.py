@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from kdcli.cli import flags as f
-from kdcli.cli.main import app
-from kdcli.errors import OptionError, UsageError, counted
+from kdcli.cli.app import app
+from kdcli.errors import OptionError, UsageError, pluralize
 
 
 @app.command()
@@ -64,30 +64,30 @@ def _launch(
     command: str, given: dict[str, Any], model: str | None, config: Path | None, assignments: list[str] | None,
     seeds: str | None, out: Path | None, resume: Path | None, overwrite: bool, as_json: bool,
 ) -> int:  # fmt: skip
-    from kdcli.cli.progress import print_json, watching
+    from kdcli.cli.progress import print_json, reporting
     from kdcli.engine.runtime import distributed
-    from kdcli.engine.training import launch
+    from kdcli.engine.training import launch, run_config
     from kdcli.options import parse_assignments, read_toml
 
     fields = read_toml(config) if config else {}
-    asked = launch.from_flags(command, fields, given, model, parse_assignments(assignments or []))
+    asked = run_config.from_flags(command, fields, given, model, parse_assignments(assignments or []))
     with (
         contextlib.redirect_stdout(sys.stderr),  # torch.hub prints what it downloads; stdout is for --json alone
         distributed.joined(asked.fields.get("device", "auto")) as first,
-        watching(first) as watcher,
+        reporting(first) as reporter,
     ):
         if resume:
             if out or seeds is not None or overwrite:
                 raise OptionError("--resume RUN continues RUN: it does not go with --out, --seeds or --overwrite")
-            finished = [launch.resume(resume, asked, watcher)]
+            finished = [launch.resume(resume, asked, reporter)]
         elif out is None:
             raise UsageError(f"--out is missing: name the run folder to make, e.g. --out runs/{command}")
         elif seeds is not None:
             if "seed" in given:
                 raise UsageError("--seed and --seeds exclude each other")
-            finished = launch.queue(asked, _read_seeds(seeds), out, watcher, overwrite=overwrite)
+            finished = launch.queue(asked, _read_seeds(seeds), out, reporter, overwrite=overwrite)
         else:
-            finished = [launch.start(asked, out, watcher, overwrite=overwrite)]
+            finished = [launch.start(asked, out, reporter, overwrite=overwrite)]
         if not first:
             return 0
         _draw(finished)
@@ -97,7 +97,7 @@ def _launch(
     else:
         for run, metrics in finished:
             ap = "not defined" if metrics["ap"] is None else f"{metrics['ap']:.2f}"
-            watcher.note(f"{run}: AP {ap} after {counted(metrics['epochs'], 'epoch')}, {metrics['wall_s']:.0f} s")
+            reporter.message(f"{run}: AP {ap} after {pluralize(metrics['epochs'], 'epoch')}, {metrics['wall_s']:.0f} s")
     return 0
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kdcli.data.coco import MIN_SIDE, Dataset, clip_xyxy, open_split
 from kdcli.data.images import ImageSizeError, decode_image, probe_image
-from kdcli.errors import DataError, KDError, MissingPathError, counted
+from kdcli.errors import DataError, KDError, MissingPathError, pluralize
 
 MAX_OVER = 2.0  # pixels over the border that still count as rounding
 NUM_EXAMPLES = 5  # of each kind of warning
@@ -72,7 +72,7 @@ class CheckReport:
             raise DataError(f"{self.where}: {first.message}")
         if not skip_bad:
             raise DataError(
-                f"{self.where} has {counted(len(self.faults), 'fault')}, first {first.kind}: {first.message}; "
+                f"{self.where} has {pluralize(len(self.faults), 'fault')}, first {first.kind}: {first.message}; "
                 "list them with kdcli data check, or leave the images out with --skip-bad"
             )
         if len(self.bad_images) == self.num_images:
@@ -158,7 +158,7 @@ def _table_faults(dataset: Dataset) -> Iterator[Fault]:
     for row in np.flatnonzero(notes.category < 0).tolist():
         message = f"annotation {notes.annotation_ids[row]} has a category_id that 'categories' does not list"
         yield Fault("unknown category", _box(dataset, row, owner), message, int(owner[row]))
-    for annotation_id, image_id in notes.orphans.tolist():
+    for annotation_id, image_id in notes.unreferenced_arrays.tolist():
         message = f"annotation {annotation_id} is on image id {image_id}, which 'images' does not list"
         yield Fault("unknown image", f"annotation {annotation_id}", message)
 

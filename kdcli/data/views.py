@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from kdcli.errors import DataError, OptionError, StoreError, nearest
+from kdcli.errors import DataError, OptionError, StoreError, did_you_mean
 from kdcli.structures import Canvas
 
 PAD_RGB = (124, 116, 104)  # round(255 * ImageNet mean), so that padding is 0 after normalisation
@@ -88,7 +88,7 @@ def parse_views(text: str) -> tuple[str, ...]:
         elif kind == "crop" and dash and count.isascii() and count.isdigit() and int(count) >= 1:
             added = [f"crop-{k}" for k in range(int(count))]
         else:
-            fix = nearest(word, ("identity", "hflip", "crop-1", "crop-4"))
+            fix = did_you_mean(word, ("identity", "hflip", "crop-1", "crop-4"))
             raise OptionError(f"views '{text}': unknown view '{word}'{fix} (crop-K stands for K >= 1 crops)")
         if set(added) & set(names):
             raise OptionError(f"views '{text}': '{word}' is asked for twice; name every view once")
@@ -121,7 +121,7 @@ def view_geometry(canvas: Canvas, height: int, width: int, view: str, seed: int,
     if view.startswith("crop-"):
         crop = _random_crop(height, width, _uniform(f"{seed}/{image_id}/{view}"))
     elif view not in ("identity", "hflip"):
-        raise OptionError(f"unknown view '{view}'{nearest(view, ('identity', 'hflip', 'crop-0'))}")
+        raise OptionError(f"unknown view '{view}'{did_you_mean(view, ('identity', 'hflip', 'crop-0'))}")
     side_w, side_h = crop[2] - crop[0], crop[3] - crop[1]
     oriented = orient(canvas, side_h, side_w)
     scale = min(oriented.height / side_h, oriented.width / side_w)

@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from kdcli.errors import MissingPathError, OptionError, nearest
+from kdcli.errors import MissingPathError, OptionError, did_you_mean
 from kdcli.files import load_torch
 
 
@@ -66,7 +66,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str, *, frozen: bool = False, stride_in_1x1: bool = False) -> None:
         super().__init__()
         if name not in BACKBONES:
-            raise OptionError(f"backbone '{name}': unknown{nearest(name, BACKBONES)}")
+            raise OptionError(f"backbone '{name}': unknown{did_you_mean(name, BACKBONES)}")
         self.name = name
         self.frozen = False
         self._runs = BACKBONES[name].runs

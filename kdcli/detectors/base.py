@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from kdcli.errors import OptionError, nearest
+from kdcli.errors import OptionError, did_you_mean
 from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec
@@ -71,7 +71,7 @@ class ModelSpec(JsonSpec):
         for name, hint in (("bn", BatchNormMode), ("box", BoxBranch), ("fcos", FcosVariant)):
             value, choices = getattr(self, name), get_args(hint)
             if value not in choices:
-                raise OptionError(f"model.{name} = {value!r}{nearest(str(value), choices)}")
+                raise OptionError(f"model.{name} = {value!r}{did_you_mean(str(value), choices)}")
         if len(self.image_mean) != 3 or not all(type(v) is float and 0 <= v <= 1 for v in self.image_mean):
             raise OptionError(f"model.image_mean = {self.image_mean!r}: must be three numbers in 0..1")
         if type(self.stride_in_1x1) is not bool:

@@ -11,7 +11,7 @@ from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.dense.recipes import ATSS, FCOS, FCOS_PLAIN, GFL, RETINANET, Recipe, with_distribution
 from kdcli.detectors.two_stage.detector import TwoStageDetector
 from kdcli.detectors.two_stage.recipes import FASTER_RCNN, TwoStageRecipe
-from kdcli.errors import OptionError, nearest
+from kdcli.errors import OptionError, did_you_mean
 
 __all__ = [
     "BACKBONES",
@@ -19,9 +19,9 @@ __all__ = [
     "ModelSpec",
     "build_detector",
     "count_parameters",
+    "default_keys",
     "detector_names",
     "family_of",
-    "lineage_of",
     "model_names",
     "parse_model_name",
     "recipe_of",
@@ -51,7 +51,7 @@ def parse_model_name(name: str) -> tuple[str, str]:
         if backbone != name and backbone in BACKBONES:
             return detector, backbone
     begun = [known for known in model_names() if known.startswith(name)]  # "gfl": a hundred names are no answer
-    similar = f"; did you mean '{begun[0]}'?" if begun else nearest(name, model_names())
+    similar = f"; did you mean '{begun[0]}'?" if begun else did_you_mean(name, model_names())
     similar = similar if "did you mean" in similar else ";"
     raise OptionError(f"model '{name}': unknown{similar} `kdcli models` lists them ({YOURS})")
 
@@ -62,7 +62,7 @@ def family_of(detector: str) -> str:
     return recipe.family if isinstance(recipe, (Recipe, TwoStageRecipe)) and recipe.family else detector
 
 
-def lineage_of(detector: str) -> tuple[str, str]:
+def default_keys(detector: str) -> tuple[str, str]:
     """The names under which a method may have defaults for ``detector``: its own, then its family's."""
     return detector, family_of(detector)
 
@@ -70,7 +70,7 @@ def lineage_of(detector: str) -> tuple[str, str]:
 def recipe_of(spec: ModelSpec) -> Recipe | TwoStageRecipe:
     """The recipe of ``spec``: of its detector, FCOS variant and box branch. Raises OptionError on an unknown detector."""
     if spec.detector not in DETECTORS:
-        similar = nearest(spec.detector, detector_names())
+        similar = did_you_mean(spec.detector, detector_names())
         if "did you mean" in similar:
             raise OptionError(f"detector '{spec.detector}': unknown{similar} ({YOURS})")
         raise OptionError(f"detector '{spec.detector}' is unknown; {YOURS}")

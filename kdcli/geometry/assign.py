@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcli.errors import OptionError, nearest
+from kdcli.errors import OptionError, did_you_mean
 from kdcli.geometry.boxes import area, encode_distances, pairwise_iou
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.spec import JsonSpec
@@ -49,7 +49,7 @@ class AssignerSpec(JsonSpec):
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
-            raise OptionError(f"assigner '{self.kind}' is unknown{nearest(self.kind, _KINDS)}")
+            raise OptionError(f"assigner '{self.kind}' is unknown{did_you_mean(self.kind, _KINDS)}")
         if self.topk < 1 or not 0 <= self.min_pos_iou <= 1 or not 0 <= self.neg_iou <= self.pos_iou <= 1:
             raise OptionError(f"{self}: topk must be >= 1 and 0 <= neg_iou <= pos_iou <= 1, 0 <= min_pos_iou <= 1")
         if self.center_radius < 0 or any(high <= low for low, high in pairwise((0.0, *self.ranges))):

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kdcli.errors import OptionError, nearest
+from kdcli.errors import OptionError, did_you_mean
 from kdcli.geometry.spec import JsonSpec
 from kdcli.structures import Canvas
 
@@ -41,7 +41,7 @@ class Grid(JsonSpec):
     def __post_init__(self) -> None:
         if self.stride_rule not in get_args(StrideRule):
             raise OptionError(
-                f"stride_rule '{self.stride_rule}': unknown{nearest(self.stride_rule, get_args(StrideRule))}"
+                f"stride_rule '{self.stride_rule}': unknown{did_you_mean(self.stride_rule, get_args(StrideRule))}"
             )
         if not (self.strides and self.scales and self.ratios):
             raise OptionError(f"{self}: strides, scales and ratios need at least one number each")

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from kdcli.errors import OptionError, nearest
+from kdcli.errors import OptionError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class JsonSpec:
         known = get_type_hints(cls)
         for name, given in value.items():
             if name not in known:
-                raise OptionError(f"{cls.__name__}: unknown field '{name[:40]}'{nearest(name, known)}")
+                raise OptionError(f"{cls.__name__}: unknown field '{name[:40]}'{did_you_mean(name, known)}")
             if not _fits(given, known[name]):
                 raise OptionError(f"{cls.__name__}: field '{name}' cannot be {str(given)[:40]!r}")
         for field in fields(cls):

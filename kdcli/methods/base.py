@@ -9,25 +9,15 @@ cannot be told from here.
 from __future__ import annotations
 
 import inspect
-import math
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kdcli.errors import OptionError, nearest
 from kdcli.geometry.grid import Grid
-from kdcli.geometry.regions import RegionSpec
-from kdcli.options import convert
 from kdcli.structures import Batch, Canvas
 from kdcli.tensors import (
-    BACKBONE,
-    BOX_DISTRIBUTION,
-    BOX_REGRESSION,
-    DERIVED,
-    FEATURES,
     Need,
     Tensors,
     TensorSpec,
@@ -64,7 +54,7 @@ class Method(nn.Module):
         return cls.needs
 
     @classmethod
-    def caution(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
+    def warning(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
         """What the user should know of resolved ``options`` on ``detector`` (``Pair.detector``): said as a run starts."""
         return None
 
@@ -94,72 +84,3 @@ def method_options(method: type[Method]) -> dict[str, inspect.Parameter]:
     """The options of a method: its keyword-only arguments, by name."""
     parameters = inspect.signature(method.__init__).parameters
     return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-def resolve_options(
-    name: str, method: type[Method], detector: str | tuple[str, ...], given: Mapping[str, Any],
-    regions: RegionSpec | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """All options of a method: its defaults, those for ``detector`` (the first of several names that has some), then what
-    was ``given``.
-
-    ``regions``: the detector's own, which its region options start from. Raises OptionError for an unknown option, with
-    the nearest name, for a value of the wrong type, and for a number that no loss can use.
-    """
-    known = method_options(method)
-    for option in given:
-        if option not in known:
-            raise OptionError(f"unknown option '{name}.{option}'{nearest(option, known)}")
-    resolved = {n: p.default for n, p in known.items()}
-    if regions is not None:
-        resolved |= {o: getattr(regions, o) for o in method.region_options if hasattr(regions, o)}
-    names = (detector,) if isinstance(detector, str) else detector
-    resolved |= dict(next((method.defaults[n] for n in names if n in method.defaults), {}))
-    hints = typing.get_type_hints(method.__init__)
-    for option, value in given.items():
-        if option not in hints:
-            raise OptionError(f"option '{name}.{option}' of {method.__name__}.__init__ has no type hint; write one")
-        resolved[option] = convert(f"{name}.{option}", value, hints[option])
-    for option, value in resolved.items():
-        if value is inspect.Parameter.empty:
-            raise OptionError(f"option '{name}.{option}' has no default; give one with --set {name}.{option}=VALUE")
-        _check_number(f"{name}.{option}", value)
-    weights = [v for o, v in resolved.items() if o.endswith("weight") and isinstance(v, float)]
-    if weights and not any(weights):
-        raise OptionError(f"method '{name}' has no term: all its weights are 0; leave it out, or set one")
-    return resolved
-
-
-def _check_number(option: str, value: Any) -> None:
-    """Weights push towards the teacher, never away; a temperature or a reference divides."""
-    if not isinstance(value, float):
-        return
-    if not math.isfinite(value):
-        raise OptionError(f"{option} = {value}: must be a finite number")
-    if option.endswith("weight") and value < 0:
-        raise OptionError(f"{option} = {value}: must not be negative")
-    if option.endswith(("temperature", "batch_ref")) and value <= 0:
-        raise OptionError(f"{option} = {value}: must be above 0")
-
-
-def check_pair(
-    name: str, method: type[Method], options: Mapping[str, Any], pair: Pair, student: str, teacher: str
-) -> None:
-    """Raise OptionError when ``student`` or ``teacher`` (model names) lacks a tensor that the method needs."""
-    for need in method.reads(options):
-        wanted = DERIVED.get(need.name, need.name)
-        for side, model, specs in (("student", student, pair.student), ("teacher", teacher, pair.teacher)):
-            if wanted not in specs:
-                box = wanted == BOX_DISTRIBUTION and BOX_REGRESSION in specs
-                fix = "train it with --set model.box=distribution; " if box else ""
-                raise OptionError(
-                    f"method '{name}' needs {wanted}, which the {side} {model} does not give; {fix}"
-                    f"`kdcli methods` lists which detectors each method works on"
-                )
-        if wanted != FEATURES and wanted not in BACKBONE:
-            ours, theirs = pair.student[wanted].dims, pair.teacher[wanted].dims
-            if ours != theirs:
-                raise OptionError(
-                    f"method '{name}' compares {wanted} element by element: student {student} has {list(ours)}, "
-                    f"teacher {teacher} has {list(theirs)}; they must agree"
-                )

@@ -60,7 +60,7 @@ class BCKD(Method):
         self.iou, self.gate_levels, self.beta = iou, gate_levels, beta
 
     @classmethod
-    def caution(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
+    def warning(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
         """Off GFL the default weights are untried by the authors."""
         weights = {name: options[name] for name in ("cls_weight", "loc_weight")}
         if detector == RELEASED_ON or weights != {n: method_options(cls)[n].default for n in weights}:

@@ -106,7 +106,7 @@ class LD(Method):
         return (*cls.needs, *{"none": (), "fine_grained": (FINE,), "gi": GENERAL}[options["imitation"]])
 
     @classmethod
-    def caution(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
+    def warning(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
         """The published weight of the class term belongs to 80 classes, over which the divergence is averaged."""
         alike = options["kd_weight"] * num_classes / PUBLISHED_CLASSES
         if options["kd_weight"] != method_options(cls)["kd_weight"].default or not 1 < num_classes <= 20:

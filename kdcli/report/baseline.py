@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcli.errors import MissingPathError, OptionError, counted
+from kdcli.errors import MissingPathError, OptionError, pluralize
 from kdcli.report.runs import Run, load_run
 
 
@@ -51,7 +51,7 @@ def baseline_index(members: Sequence[Sequence[Run]], baseline: Path | None, note
         return None
     run = members[index][0]
     notes.append(
-        f"the baseline is plain training of {run.model} for {counted(run.epochs or 0, 'epoch')}: it shares model and "
+        f"the baseline is plain training of {run.model} for {pluralize(run.epochs or 0, 'epoch')}: it shares model and "
         f"epochs with {best[0]} of {len(distilled)} distilled groups"
     )
     return index

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcli.errors import MissingPathError, counted
+from kdcli.errors import MissingPathError, pluralize
 
 # What differs between two runs without being a setting of the experiment: the seed, places, and how the work is spread
 # over the machine (which moves no draw and sums in another order at most). The data set has its own check.
@@ -120,7 +120,7 @@ def load_run(folder: Path) -> Run:
     metrics: Mapping[str, Any] = {}
     if not (folder / "metrics.json").is_file():
         of = f" of {config['epochs']}" if "epochs" in config else ""
-        done = f"{len(history)}{of} epochs" if of else counted(len(history), "epoch")
+        done = f"{len(history)}{of} epochs" if of else pluralize(len(history), "epoch")
         problems.append(f"unfinished: no metrics.json after {done}")
     else:
         metrics = _read(folder / "metrics.json", problems)

@@ -113,3 +113,8 @@ def path_of(need: Need, suffix: str) -> str:
     """The path of the array that an encoding calls ``suffix``."""
     # '@' and '+' are legal in Zarr keys and file names; one folder per need keeps its codes and scales together
     return f"tensors/{need.key}/{suffix or 'values'}"
+
+
+def shard_key(array: ArraySpec, shard: int) -> str:
+    """Where Zarr's default chunk keys put a shard of ``array`` (whole trailing axes, so all other indices are 0)."""
+    return "/".join([array.path, "c", str(shard), *("0" for _ in array.shape)])

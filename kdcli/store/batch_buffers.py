@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcli.store.arrays import ArraySpec
-from kdcli.store.schema import collate
 from kdcli.tensors import Tensors
 
 LEAST_BYTES = 2**16  # of a row: a smaller array is copied in 5 us
 
 
 @dataclass(frozen=True)
-class Room:
+class BatchSlot:
     """The place of one row in a batch."""
 
     batch: dict[str, Tensor]  # [rows, ...] by array path; the same one in all rooms of a batch
@@ -30,7 +29,7 @@ class Room:
         return self.batch[path][self.row].numpy() if path in self.batch else None
 
 
-class Placed(Protocol):
+class SlottedRow(Protocol):
     """A row, or a sample with one."""
 
     @property
@@ -39,29 +38,29 @@ class Placed(Protocol):
         ...
 
     @property
-    def room(self) -> Room | None:
+    def slot(self) -> BatchSlot | None:
         """That some of them are in."""
         ...
 
 
-def make_rooms(layout: Iterable[ArraySpec], rows: int, *, shared: bool) -> list[Room]:
+def allocate_batch(layout: Iterable[ArraySpec], rows: int, *, shared: bool) -> list[BatchSlot]:
     """Room for ``rows`` rows. ``shared``: in memory that a data worker hands to the process that trains without a copy."""
     batch = {}
     for spec in layout:
         if not spec.sparse and spec.path.startswith("tensors/") and spec.row_bytes >= LEAST_BYTES:
             shape = (rows, *spec.shape)
             batch[spec.path] = _shared(shape, spec) if shared else torch.from_numpy(np.empty(shape, spec.numpy_type))
-    return [Room(batch, row) for row in range(rows)]
+    return [BatchSlot(batch, row) for row in range(rows)]
 
 
-def join(rows: Sequence[Placed], layout: Iterable[ArraySpec]) -> Tensors:
-    """The arrays of a batch, as ``collate`` gives them: those that were read to the rooms of this very batch are there."""
-    rooms = [row.room for row in rows]
-    whole = rooms[0].batch if rooms[0] is not None else {}
-    if any(room is None or room.batch is not whole or room.row != k for k, room in enumerate(rooms)):
+def collate_rows(rows: Sequence[SlottedRow], layout: Iterable[ArraySpec]) -> Tensors:
+    """The arrays of a batch, as ``collate_arrays`` gives them; what was read to this batch's slots is there already."""
+    slots = [row.slot for row in rows]
+    whole = slots[0].batch if slots[0] is not None else {}
+    if any(slot is None or slot.batch is not whole or slot.row != k for k, slot in enumerate(slots)):
         whole = {}
     whole = {path: value for path, value in whole.items() if len(value) == len(rows)}
-    return collate([row.arrays for row in rows], [a for a in layout if a.path not in whole]) | whole
+    return collate_arrays([row.arrays for row in rows], [a for a in layout if a.path not in whole]) | whole
 
 
 def _shared(shape: tuple[int, ...], spec: ArraySpec) -> Tensor:
@@ -69,3 +68,14 @@ def _shared(shape: tuple[int, ...], spec: ArraySpec) -> Tensor:
     kind: Any = torch.UntypedStorage
     typed = torch.from_numpy(np.empty(0, spec.numpy_type))
     return typed.new_empty(0).set_(kind._new_shared(shape[0] * spec.row_bytes)).view(shape)
+
+
+def collate_arrays(rows: list[dict[str, NDArray[Any]]], layout: Iterable[ArraySpec]) -> Tensors:
+    """Join the arrays of single rows: sparse ones end to end, dense ones stacked."""
+    out = {}
+    for array in layout:
+        if array.path not in rows[0]:
+            continue
+        parts = [torch.from_numpy(r[array.path]) for r in rows]
+        out[array.path] = torch.cat(parts) if array.sparse else torch.stack(parts)
+    return out

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from kdcli.errors import StoreError
-from kdcli.store.schema import digest
 
-SEAL = "sha256"
+CHECKSUM_FIELD = "sha256"
 CAPITAL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[0-9a-f]{0,3}[A-F]")  # of "\u00E9"; a backslash may be escaped itself
 
 
-def seal(document: Mapping[str, Any]) -> dict[str, Any]:
+def add_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
     """``document`` with the sha256 of its canonical JSON in the field ``sha256``."""
-    plain = {k: v for k, v in document.items() if k != SEAL}
-    return {**plain, SEAL: digest(plain)}
+    plain = {k: v for k, v in document.items() if k != CHECKSUM_FIELD}
+    return {**plain, CHECKSUM_FIELD: digest(plain)}
 
 
-def unseal(document: Any, what: str) -> dict[str, Any]:
+def verify_checksum(document: Any, what: str) -> dict[str, Any]:
     """``document`` without its checksum. Raises StoreError, naming it ``what``, when it is not what was written."""
     if isinstance(document, dict):
-        plain = {k: v for k, v in document.items() if k != SEAL}
-        if document.get(SEAL) == digest(plain):
+        plain = {k: v for k, v in document.items() if k != CHECKSUM_FIELD}
+        if document.get(CHECKSUM_FIELD) == digest(plain):
             return plain
     raise StoreError(f"{what} is not what was written: its checksum is wrong")
 
@@ -52,3 +52,8 @@ def _float(text: str) -> float:
 
 def _refuse(text: str) -> float:
     raise ValueError(f"{text} is no number")
+
+
+def digest(data: Any) -> str:
+    """sha256 of the canonical JSON of ``data``."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

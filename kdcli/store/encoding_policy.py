@@ -41,7 +41,7 @@ def plan_tensors(
     return tuple(planned)
 
 
-def served_by_dense(needs: Iterable[Need], encoding: str = "default") -> tuple[Need, ...]:
+def derived_from_dense(needs: Iterable[Need], encoding: str = "default") -> tuple[Need, ...]:
     """The needs at entries, sorted, that the dense tensor of the same name holds as exactly: these are not stored twice.
 
     With the default encodings that is true of features. Class logits on a region stay float16 beside the 8 bits of the

@@ -12,7 +12,7 @@ from kdcli.errors import StoreError
 
 
 @contextmanager
-def hold_store(path: Path, *, shared: bool) -> Iterator[None]:
+def lock_store(path: Path, *, shared: bool) -> Iterator[None]:
     """Hold the folder ``path`` for writing, alone or (``shared``) beside other shared writers.
 
     Raises StoreError when another process holds it in a way that does not go with this one.
@@ -31,7 +31,7 @@ def hold_store(path: Path, *, shared: bool) -> Iterator[None]:
 
 
 @contextmanager
-def hold_file(file: Path) -> Iterator[None]:
+def lock_file(file: Path) -> Iterator[None]:
     """Wait until no other process holds ``file``, and hold it; the file is gone afterwards."""
     while True:
         descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
@@ -50,8 +50,8 @@ def hold_file(file: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def remove_free(folder: Path) -> None:
-    """Delete the files of ``hold_file`` in ``folder`` that nobody holds: a process that was killed left them."""
+def remove_stale_locks(folder: Path) -> None:
+    """Delete the files of ``lock_file`` in ``folder`` that nobody holds: a process that was killed left them."""
     for file in folder.glob(".*.lock"):
         try:
             descriptor = os.open(file, os.O_RDWR)

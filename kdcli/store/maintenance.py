@@ -16,30 +16,25 @@ from typing import Any
 
 from kdcli.errors import StoreError
 from kdcli.files import fsync_folder
-from kdcli.store.arrays import ArraySpec
-from kdcli.store.checksummed_json import seal
+from kdcli.store.arrays import ArraySpec, shard_key
 from kdcli.store.encoding_error import ErrorMeter, summarise
-from kdcli.store.locks import hold_file
-from kdcli.store.reader import CacheReader
-from kdcli.store.schema import CacheSchema
+from kdcli.store.journal import _write_journal, read_journal
+from kdcli.store.locks import lock_file
+from kdcli.store.manifest import read_manifest, write_manifest
+from kdcli.store.reader import StoreReader
+from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import ShardFile, open_shards, pack_chunk, read_chunks
-from kdcli.store.storage.local import Folder, Where, place_of
-from kdcli.store.writer import (
-    ATTRIBUTE,
-    StoreWriter,
-    journal_bytes,
-    journal_key,
-    read_journal,
-    read_manifest,
-    shard_key,
-)
+from kdcli.store.storage.base import Where
+from kdcli.store.storage.local import LocalStorage
+from kdcli.store.storage.resolve import open_storage
+from kdcli.store.writer import StoreWriter
 
 Advance = Callable[[int], None]
 MAX_FILES = 128  # open at a time, of all sources; the rows of a shard come from a few files of each array
 _Files = dict[tuple[int, str, int], ShardFile]  # by source, array path and shard
 
 
-def drop_tensors(store: Path, schema: CacheSchema, changes: Mapping[str, Any], advance: Advance) -> None:
+def drop_tensors(store: Path, schema: StoreSchema, changes: Mapping[str, Any], advance: Advance) -> None:
     """Leave only the tensors of ``schema`` in a store; ``changes`` are fields of its manifest to replace.
 
     The manifest goes first, so that nobody looks for what is being deleted.
@@ -65,29 +60,29 @@ def drop_tensors(store: Path, schema: CacheSchema, changes: Mapping[str, Any], a
         shutil.rmtree(folder)
 
 
-def orphans(store: Path) -> list[str]:
+def unreferenced_arrays(store: Path) -> list[str]:
     """Arrays on the disk that the schema does not name: what a killed ``drop_tensors`` left."""
-    paths = {a.path for a in CacheSchema.from_json(read_manifest(store)["schema"]).layout()} | {"image_id"}
+    paths = {a.path for a in StoreSchema.from_json(read_manifest(store)["schema"]).layout()} | {"image_id"}
     arrays = (f.parent for f in store.rglob("zarr.json") if json.loads(f.read_text()).get("node_type") == "array")
     found = sorted(a.relative_to(store).as_posix() for a in arrays)
     return [path for path in found if path not in paths and not path.startswith(".")]
 
 
-def take_in(store: Path, other: Path, schema: CacheSchema, changes: Mapping[str, Any], advance: Advance) -> None:
+def merge_overlay(store: Path, other: Path, schema: StoreSchema, changes: Mapping[str, Any], advance: Advance) -> None:
     """Move every array of the finished store ``other``, which has the same rows and shards, into ``store``.
 
     Arrays that both have are replaced. ``schema``: the joined one; ``changes``: fields of its manifest to replace.
     ``other`` has to be on the same disk, and is gone afterwards. The manifest comes last: until then nobody looks for what
     is new.
     """
-    manifest, source = read_manifest(store), CacheSchema.from_json(read_manifest(other)["schema"])
+    manifest, source = read_manifest(store), StoreSchema.from_json(read_manifest(other)["schema"])
     mine, theirs = read_journal(store), read_journal(other)
     for array in source.layout():
         _move(other / array.path / "zarr.json", store / array.path / "zarr.json")
         for parent in (store / array.path).relative_to(store).parents:  # the groups that hold the array
             group = other / parent / "zarr.json"
             if parent != Path() and group.is_file() and not (store / parent / "zarr.json").exists():
-                Folder(store).write(f"{parent.as_posix()}/zarr.json", group.read_bytes())
+                LocalStorage(store).write(f"{parent.as_posix()}/zarr.json", group.read_bytes())
     for shard, entry in sorted(mine.items()):
         for array in source.layout():
             key = shard_key(array, shard)
@@ -103,7 +98,7 @@ def take_in(store: Path, other: Path, schema: CacheSchema, changes: Mapping[str,
 
 
 def copy_rows(
-    sources: Sequence[CacheReader], rows: Sequence[tuple[int, int]], out: Where, schema: CacheSchema, advance: Advance
+    sources: Sequence[StoreReader], rows: Sequence[tuple[int, int]], out: Where, schema: StoreSchema, advance: Advance
 ) -> None:
     """Fill the store at ``out``, made by ``create_store`` with ``schema``, with ``rows`` (source, row of it) in order.
 
@@ -113,7 +108,7 @@ def copy_rows(
     writer = StoreWriter(out, schema)
     done = writer.done()
     files: _Files = {}
-    sums = [entry["measured"] for source in sources for _, entry in sorted(read_journal(source.place).items())]
+    sums = [entry["measured"] for source in sources for _, entry in sorted(read_journal(source.storage).items())]
     for shard in range(schema.num_shards):
         start, stop = schema.shard_range(shard)
         if shard not in done:
@@ -128,30 +123,22 @@ def copy_rows(
         advance(1)
 
 
-def write_manifest(store: Where, manifest: Mapping[str, Any]) -> None:
-    """Replace the manifest of a store, in one step."""
-    place = place_of(store)
-    document = json.loads(place.read("zarr.json"))
-    document["attributes"][ATTRIBUTE] = seal(manifest)
-    place.write("zarr.json", json.dumps(document, indent=2).encode())
-
-
 def record_errors(store: Where) -> bool:
     """Put the errors of all rows into the manifest, as ``errors``; False when shards are missing, and nothing is changed.
 
     They follow from the journal alone, so it does not matter who does it, how often, or how many do it at the same time.
     """
-    place = place_of(store)
-    manifest, journal = read_manifest(place), read_journal(place)
-    shards = CacheSchema.from_json(manifest["schema"]).num_shards
+    storage = open_storage(store)
+    manifest, journal = read_manifest(storage), read_journal(storage)
+    shards = StoreSchema.from_json(manifest["schema"]).num_shards
     if len(journal) != shards or max(journal) >= shards:
         return False
     errors = _errors(journal)
     if manifest.get("errors") != errors:
         # a file has one writer at a time: two parts that end together would take each other's temporary file away
-        lock = place.path / "journal" / ".errors.lock" if isinstance(place, Folder) else None
-        with hold_file(lock) if lock else nullcontext():
-            write_manifest(place, {**manifest, "errors": errors})
+        lock = storage.path / "journal" / ".errors.lock" if isinstance(storage, LocalStorage) else None
+        with lock_file(lock) if lock else nullcontext():
+            write_manifest(storage, {**manifest, "errors": errors})
     return True
 
 
@@ -161,7 +148,7 @@ def _errors(journal: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, dic
 
 
 def _chunks(
-    sources: Sequence[CacheReader], places: Sequence[tuple[int, int]], array: ArraySpec, files: _Files
+    sources: Sequence[StoreReader], places: Sequence[tuple[int, int]], array: ArraySpec, files: _Files
 ) -> list[bytes]:
     """The chunks of ``array`` for rows (source, row of it), padded as it is; asked for together, for an object store."""
     found: dict[int, bytes] = {}
@@ -169,10 +156,10 @@ def _chunks(
         theirs, size = reader.layout[array.path], reader.schema.shard_rows
         mine = {n: divmod(row, size) for n, (k, row) in enumerate(places) if k == source}
         new = [s for s in dict.fromkeys(s for s, _ in mine.values()) if (source, array.path, s) not in files]
-        opened = open_shards(reader.place, [shard_key(theirs, s) for s in new], size)
+        opened = open_shards(reader.storage, [shard_key(theirs, s) for s in new], size)
         files.update({(source, array.path, s): file for s, file in zip(new, opened, strict=True)})
         wanted = [(files[source, array.path, s], position) for s, position in mine.values()]
-        for n, (file, _), chunk in zip(mine, wanted, read_chunks(reader.place, wanted), strict=True):
+        for n, (file, _), chunk in zip(mine, wanted, read_chunks(reader.storage, wanted), strict=True):
             found[n] = chunk
             if theirs.shape != array.shape:
                 value = file.unpack(chunk, theirs, theirs.shape)
@@ -191,7 +178,3 @@ def _move(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
     fsync_folder(target.parent)
-
-
-def _write_journal(store: Path, entry: Mapping[str, Any]) -> None:
-    Folder(store).write(journal_key(int(entry["shard"])), journal_bytes(entry))

@@ -18,14 +18,18 @@ import zarr
 from numpy.typing import NDArray
 
 from kdcli.errors import KDError, StoreError
-from kdcli.store.arrays import ENTRY_COUNT, ArraySpec
-from kdcli.store.batch_buffers import Room, make_rooms
+from kdcli.store.arrays import ENTRY_COUNT, ArraySpec, shard_key
+from kdcli.store.batch_buffers import BatchSlot, allocate_batch
+from kdcli.store.checksums import crc_is_right
 from kdcli.store.image_codec import PIXELS, decode_pixels
-from kdcli.store.schema import ENTRY_DTYPES, CacheSchema
-from kdcli.store.shards import ShardFile, crc_is_right, decompress, open_shards, read_chunks
-from kdcli.store.storage.local import Folder, Where, place_of
+from kdcli.store.journal import read_journal
+from kdcli.store.manifest import read_manifest
+from kdcli.store.schema import ENTRY_DTYPES, StoreSchema
+from kdcli.store.shards import ShardFile, decompress, open_shards, read_chunks
+from kdcli.store.storage.base import Where
+from kdcli.store.storage.local import LocalStorage
+from kdcli.store.storage.resolve import open_storage
 from kdcli.store.validation import check_readable
-from kdcli.store.writer import read_journal, read_manifest, shard_key
 from kdcli.structures import FLAGS, Entries, RowKey, flag_bits
 from kdcli.tensors import PROPOSAL_COUNT, Need
 
@@ -47,10 +51,10 @@ class Row:
     guard: bytes  # of boxes, labels and region definition
     geometry: NDArray[np.float64]
     image: NDArray[np.uint8] | None = None  # [3, H, W], the canvas; None: the store has none
-    room: Room | None = None  # that the large dense arrays are in
+    slot: BatchSlot | None = None  # that the large dense arrays are in
 
 
-class CacheReader:
+class StoreReader:
     """Rows of the store at ``where``, restricted to what ``needs`` read (None: everything).
 
     Cheap to pickle: files are opened by the process that reads. ``direct=False`` reads through zarr-python.
@@ -58,13 +62,13 @@ class CacheReader:
     """
 
     def __init__(self, where: Where, needs: Iterable[Need] | None = None, *, direct: bool = True) -> None:
-        self.place, self.direct = place_of(where), direct
-        self.manifest = read_manifest(self.place)
-        self.schema = CacheSchema.from_json(self.manifest["schema"])
+        self.storage, self.direct = open_storage(where), direct
+        self.manifest = read_manifest(self.storage)
+        self.schema = StoreSchema.from_json(self.manifest["schema"])
         try:
             check_readable(self.schema)
         except ValueError as error:
-            raise StoreError(f"store '{self.place}' has {error}; write the store again") from error
+            raise StoreError(f"store '{self.storage}' has {error}; write the store again") from error
         self.tensors = self.schema.tensors if needs is None else self.schema.restrict(tuple(needs))
         self.views: tuple[str, ...] = tuple(self.manifest["views"])
         self._require_complete()
@@ -85,7 +89,7 @@ class CacheReader:
     def row_index(self, key: RowKey) -> int:
         """Position of a row. Raises StoreError when the image or the view was not cached."""
         if key.view not in self.views:
-            raise StoreError(f"store '{self.place}' has no view '{key.view}'; it has {', '.join(self.views)}")
+            raise StoreError(f"store '{self.storage}' has no view '{key.view}'; it has {', '.join(self.views)}")
         at = int(np.searchsorted(self._ids, key.image_id, sorter=self._sorter))
         position = int(self._sorter[at]) if at < len(self._ids) else -1
         if position < 0 or self._ids[position] != key.image_id:
@@ -95,16 +99,16 @@ class CacheReader:
                 if left_out
                 else "its data set had no such image id"
             )
-            raise StoreError(f"store '{self.place}' has no row for image {key.image_id}: {why}")
+            raise StoreError(f"store '{self.storage}' has no row for image {key.image_id}: {why}")
         return position * len(self.views) + self.views.index(key.view)
 
     def read_all(self, keys: Sequence[RowKey], *, shared: bool = False) -> list[Row]:
         """The rows of a batch, with room in ``shared`` memory or not. Raises StoreError as ``read`` does."""
-        rooms = make_rooms(self.layout.values(), len(keys), shared=shared)
-        return [self.read(key, room) for key, room in zip(keys, rooms, strict=True)]
+        slots = allocate_batch(self.layout.values(), len(keys), shared=shared)
+        return [self.read(key, slot) for key, slot in zip(keys, slots, strict=True)]
 
-    def read(self, key: RowKey, room: Room | None = None) -> Row:
-        """The row of ``key``; large dense arrays in ``room``. Raises StoreError when it is missing or fails a checksum."""
+    def read(self, key: RowKey, slot: BatchSlot | None = None) -> Row:
+        """The row of ``key``; large dense arrays in ``slot``. Raises StoreError when it is missing or fails a checksum."""
         index = self.row_index(key)
         chunks = self._fetch(index) if self.direct else {}
         counts = {}
@@ -112,7 +116,7 @@ class CacheReader:
             counts[path] = int(self._array(chunks, path, index, None)[0])
             if not 0 <= counts[path] <= most:
                 raise StoreError(
-                    f"store '{self.place}', {key}: impossible {path} {counts[path]}; run `kdcli cache verify`"
+                    f"store '{self.storage}', {key}: impossible {path} {counts[path]}; run `kdcli cache verify`"
                 )
         parts = self._entry_parts(chunks, index, counts[ENTRY_COUNT]) if self.schema.sparse else {}
         arrays = {}
@@ -122,7 +126,7 @@ class CacheReader:
                 # in numpy: with the two tensors of LD a row of 800x1344 was read in 0.39 ms instead of 0.41
                 length = int(np.count_nonzero(parts["flag"] & flag_bits(tensor.need.region)))
             for spec in self.schema.tensor_arrays(tensor).values():
-                out = None if room is None else room.of(spec.path)
+                out = None if slot is None else slot.of(spec.path)
                 arrays[spec.path] = self._array(chunks, spec.path, index, length, out)
             if tensor.count == PROPOSAL_COUNT:  # the boxes of each image are counted by its targets, proposals are not
                 arrays[PROPOSAL_COUNT] = np.array([counts[PROPOSAL_COUNT]], np.int32)
@@ -130,7 +134,7 @@ class CacheReader:
         geometry = self._array(chunks, "row/geometry", index, None)
         image = self._image(chunks, index, geometry) if self.schema.images else None
         entries = _entries_of(parts) if parts else None
-        return Row(arrays, entries, identity[:32], identity[32:], geometry, image, room)
+        return Row(arrays, entries, identity[:32], identity[32:], geometry, image, slot)
 
     def shard_of(self, key: RowKey) -> int:
         """The shard that the row of ``key`` is in. Raises StoreError as ``row_index`` does."""
@@ -138,7 +142,7 @@ class CacheReader:
 
     def bytes_on_disk(self) -> int:
         """Bytes of all shard files, from the journal."""
-        return sum(int(f["bytes"]) for e in read_journal(self.place).values() for f in e["files"].values())
+        return sum(int(f["bytes"]) for e in read_journal(self.storage).values() for f in e["files"].values())
 
     def _wanted(self) -> dict[str, ArraySpec]:
         specs = {a.path: a for a in self.schema.layout() if not a.path.startswith("tensors/")}
@@ -147,23 +151,23 @@ class CacheReader:
         return specs
 
     def _require_complete(self) -> None:
-        journal = read_journal(self.place)
+        journal = read_journal(self.storage)
         done = len(journal)
         for shard, entry in journal.items():
             if shard >= self.schema.num_shards or entry["rows"] != list(self.schema.shard_range(shard)):
                 raise StoreError(
-                    f"store '{self.place}': its journal file of shard {shard} is of another store; write the store again"
+                    f"store '{self.storage}': its journal file of shard {shard} is of another store; write the store again"
                 )
         if done != self.schema.num_shards:
             raise StoreError(
-                f"store '{self.place}' is incomplete: {done} of {self.schema.num_shards} shards are written; "
+                f"store '{self.storage}' is incomplete: {done} of {self.schema.num_shards} shards are written; "
                 "run the same cache-teacher command again to finish it"
             )
 
     def _read_image_ids(self) -> NDArray[np.int64]:
         count = self.schema.rows // len(self.views)
         try:
-            header, chunk = self.place.read_all(["image_id/zarr.json", "image_id/c/0"])
+            header, chunk = self.storage.read_all(["image_id/zarr.json", "image_id/c/0"])
             document = json.loads(header)
             codecs = [codec["name"] for codec in document["codecs"]]
             kind = (document["shape"], document["data_type"], codecs)
@@ -174,10 +178,10 @@ class CacheReader:
         except (LookupError, ValueError, TypeError, RecursionError, OSError) as error:
             if isinstance(error, KDError):
                 raise
-            raise StoreError(f"store '{self.place}': its image_id array is corrupt; write the store again") from error
+            raise StoreError(f"store '{self.storage}': its image_id array is corrupt; write the store again") from error
         if len(ids) * len(self.views) != self.schema.rows or len(np.unique(ids)) != len(ids):
             raise StoreError(
-                f"store '{self.place}': its image_id array does not name the images of {self.schema.rows} rows in "
+                f"store '{self.storage}': its image_id array does not name the images of {self.schema.rows} rows in "
                 f"{len(self.views)} views; write the store again"
             )
         return ids
@@ -188,27 +192,29 @@ class CacheReader:
         files = self._shards.get(shard)
         if files is None:
             keys = [shard_key(spec, shard) for spec in self.layout.values()]
-            files = self._shards[shard] = open_shards(self.place, keys, self.schema.shard_rows)
-            most = (MAX_OPEN_FILES if isinstance(self.place, Folder) else MAX_INDICES) // len(files)
+            files = self._shards[shard] = open_shards(self.storage, keys, self.schema.shard_rows)
+            most = (MAX_OPEN_FILES if isinstance(self.storage, LocalStorage) else MAX_INDICES) // len(files)
             for first in list(self._shards)[: -max(1, most)]:  # opened first; reads are random anyway
                 self._shards.pop(first, None)  # other threads open and close files too
-        data = read_chunks(self.place, [(file, position) for file in files])
+        data = read_chunks(self.storage, [(file, position) for file in files])
         return dict(zip(self.layout, zip(files, data, strict=True), strict=True))
 
     def _entry_parts(self, chunks: _Chunks, index: int, count: int) -> dict[str, NDArray[Any]]:
         """``entries/*`` of a row, by name. Raises StoreError for what no row can have."""
         parts = {name: self._array(chunks, f"entries/{name}", index, count) for name in ENTRY_DTYPES}
         if count and np.bitwise_or.reduce(parts["flag"]) & _UNKNOWN:
-            raise StoreError(f"store '{self.place}', row {index}: unknown region flag; it was written by a newer kdcli")
+            raise StoreError(
+                f"store '{self.storage}', row {index}: unknown region flag; it was written by a newer kdcli"
+            )
         at, anchors = parts["index"], self.layout["entries/index"].shape[0]
         if count and (at[0] < 0 or at[-1] >= anchors or (at[1:] <= at[:-1]).any()):
-            raise StoreError(f"store '{self.place}', row {index}: impossible entries/index; run `kdcli cache verify`")
+            raise StoreError(f"store '{self.storage}', row {index}: impossible entries/index; run `kdcli cache verify`")
         return parts
 
     def _image(self, chunks: _Chunks, index: int, geometry: NDArray[np.float64]) -> NDArray[np.uint8]:
         given, turned = self.schema.canvas.size, self.schema.canvas.transposed.size
         if tuple(geometry[-2:]) not in (given, turned):
-            raise StoreError(f"store '{self.place}', row {index}: impossible canvas; run `kdcli cache verify`")
+            raise StoreError(f"store '{self.storage}', row {index}: impossible canvas; run `kdcli cache verify`")
         size = given if tuple(geometry[-2:]) == given else turned
         return decode_pixels(self._array(chunks, PIXELS, index, None), size)
 
@@ -220,15 +226,15 @@ class CacheReader:
         shape = spec.shape if length is None else (length, *spec.shape[1:])
         if shape[0] > spec.shape[0]:
             raise StoreError(
-                f"store '{self.place}', row {index}: {length} entries, and {path} has room for {spec.shape[0]}; write the "
+                f"store '{self.storage}', row {index}: {length} entries, and {path} has room for {spec.shape[0]}; write the "
                 "store again"
             )
         if self.direct:
             file, chunk = chunks[path]
             return file.unpack(chunk, spec, shape, out)
         if self._group is None:  # a truth test of a group lists all its members
-            self._group = zarr.open_group(self.place.for_zarr(), mode="r")
-        with zarr.config.set(ZARRS if isinstance(self.place, Folder) else {}):
+            self._group = zarr.open_group(self.storage.for_zarr(), mode="r")
+        with zarr.config.set(ZARRS if isinstance(self.storage, LocalStorage) else {}):
             value: NDArray[Any] = np.array(self._group[path][index])
         return value[:length]
 
@@ -242,20 +248,3 @@ def _entries_of(parts: Mapping[str, NDArray[Any]]) -> Entries:
         weight=torch.from_numpy(parts["weight"]),
         image=torch.from_numpy(np.zeros_like(index)),
     )
-
-
-def compare_manifests(ours: Mapping[str, Any], stored: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Every field that differs, as ``field: stored X, here Y``; fields that only one side has are left out of ``ours``."""
-    differences = []
-    for name, value in ours.items():
-        other = stored.get(name)
-        if isinstance(value, Mapping) and isinstance(other, Mapping):
-            differences += compare_manifests(value, other, f"{prefix}{name}.")
-        elif value != other:
-            differences.append(f"{prefix}{name}: store {_short(other)}, here {_short(value)}")
-    return differences
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else text[:197] + "..."

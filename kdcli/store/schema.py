@@ -7,8 +7,6 @@ per shard; sparse arrays are padded to the most that a row can hold, and ``entri
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +48,7 @@ ENTRY_DTYPES = {"index": "int32", "flag": "uint8", "gt": "int16", "weight": "flo
 
 
 @dataclass(frozen=True)
-class CacheSchema:
+class StoreSchema:
     """Every array of a store, from the grid, the canvas and the needs."""
 
     grid: Grid
@@ -59,18 +57,18 @@ class CacheSchema:
     shard_rows: int
     tensors: tuple[StoredTensor, ...]
     max_boxes: int = 0  # ground-truth boxes of the row that has most
-    served: tuple[Need, ...] = ()  # at entries, and not stored: read from the dense tensor of the same name
+    derived_from_dense: tuple[Need, ...] = ()  # at entries, and not stored: read from the dense tensor of the same name
     images: bool = False  # the canvases that the teacher saw
 
     @cached_property
     def sparse(self) -> bool:
         """True when some tensor is read at the entries of a region."""
-        return bool(self.served) or any(t.need.at_entries for t in self.tensors)
+        return bool(self.derived_from_dense) or any(t.need.at_entries for t in self.tensors)
 
     @cached_property
     def regions(self) -> frozenset[str]:
         """The elementary regions that the entries cover, e.g. ``main``, ``vlr``."""
-        return regions_of([*(t.need for t in self.tensors), *self.served])
+        return regions_of([*(t.need for t in self.tensors), *self.derived_from_dense])
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -80,7 +78,7 @@ class CacheSchema:
             BOX_COUNT: self.max_boxes,
             PROPOSAL_COUNT: MAX_PROPOSALS + self.max_boxes,
         }
-        used = {t.count for t in self.tensors} | ({ENTRY_COUNT} if self.served else set())
+        used = {t.count for t in self.tensors} | ({ENTRY_COUNT} if self.derived_from_dense else set())
         return {path: limit for path, limit in most.items() if path in used}
 
     @property
@@ -196,14 +194,16 @@ class CacheSchema:
         if PROPOSAL_COUNT in arrays:
             out[PROPOSAL_COUNT] = arrays[PROPOSAL_COUNT].flatten().long()
         for tensor in self.tensors:
-            served = [n for n in wanted if n in self.served and n.name == tensor.need.name and tensor.need.dense]
-            if tensor.need not in wanted and not served:
+            derived = [
+                n for n in wanted if n in self.derived_from_dense and n.name == tensor.need.name and tensor.need.dense
+            ]
+            if tensor.need not in wanted and not derived:
                 continue
             parts = {suffix: arrays[a.path] for suffix, a in self.tensor_arrays(tensor).items()}
             value = tensor.encoding.decode(parts, self.sizes(tensor))
             if tensor.need in wanted:
                 out[tensor.need.key] = value
-            for need in served:
+            for need in derived:
                 assert entries is not None
                 mine = entries.select(need.region)
                 row = entries.index[mine] // (1 if tensor.per == "anchor" else self.grid.num_anchors)
@@ -213,7 +213,7 @@ class CacheSchema:
     def restrict(self, needs: Iterable[Need]) -> tuple[StoredTensor, ...]:
         """The stored tensors that ``needs`` read, each once. Raises StoreError listing what is missing."""
         have = {t.need: t for t in self.tensors}
-        have |= {n: have[Need(n.name, "all")] for n in self.served if Need(n.name, "all") in have}
+        have |= {n: have[Need(n.name, "all")] for n in self.derived_from_dense if Need(n.name, "all") in have}
         missing = [n.key for n in needs if n not in have]
         if missing:
             raise StoreError(f"the store lacks {', '.join(missing)}; it has {', '.join(n.key for n in have)}")
@@ -228,22 +228,22 @@ class CacheSchema:
             "shard_rows": self.shard_rows,
             "tensors": [t.to_json() for t in self.tensors],
             "max_boxes": self.max_boxes,
-            "served": [n.key for n in self.served],
+            "served": [n.key for n in self.derived_from_dense],
             **({"images": PIXEL_ENCODING} if self.images else {}),
         }
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> CacheSchema:
+    def from_json(data: Mapping[str, Any]) -> StoreSchema:
         """Inverse of ``to_json``. Raises StoreError when a field is missing, of the wrong kind or beyond the bounds."""
         try:
-            schema = CacheSchema(
+            schema = StoreSchema(
                 grid=Grid.from_json(data["grid"], complete=True),
                 canvas=Canvas.parse(data["canvas"]),
                 rows=whole(data["rows"]),
                 shard_rows=whole(data["shard_rows"]),
                 tensors=tuple(StoredTensor.from_json(t) for t in data["tensors"]),
                 max_boxes=whole(data["max_boxes"], 0),
-                served=tuple(Need(*str(key).split("@")) for key in data["served"]),
+                derived_from_dense=tuple(Need(*str(key).split("@")) for key in data["served"]),
                 images=_images(data.get("images")),
             )
             arrays = schema.layout()
@@ -260,11 +260,11 @@ class CacheSchema:
         if not (schema.rows < 2**40 and schema.shard_rows <= 2**20 and schema.max_boxes <= 2**20):
             raise StoreError(f"the store's schema is impossible: {schema.rows} rows, {schema.shard_rows} rows a shard")
         stored = {t.need for t in schema.tensors}
-        if not (stored or schema.served or schema.images) or len(stored) < len(schema.tensors):
+        if not (stored or schema.derived_from_dense or schema.images) or len(stored) < len(schema.tensors):
             raise StoreError("the store's schema is impossible: no tensor, or one tensor twice")
-        if len(set(schema.served)) < len(schema.served):
+        if len(set(schema.derived_from_dense)) < len(schema.derived_from_dense):
             raise StoreError("the store's schema is impossible: one tensor is served twice")
-        for need in schema.served:
+        for need in schema.derived_from_dense:
             if need in stored or not is_flagged(need.region):
                 raise StoreError(f"the store's schema is impossible: {need.key} cannot be served")
         for array in arrays:
@@ -276,22 +276,6 @@ class CacheSchema:
 def regions_of(needs: Iterable[Need]) -> frozenset[str]:
     """The elementary regions that ``needs`` read at entries."""
     return frozenset(part for n in needs if n.at_entries for part in n.region.split("+"))
-
-
-def digest(data: Any) -> str:
-    """sha256 of the canonical JSON of ``data``."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def collate(rows: list[dict[str, NDArray[Any]]], layout: Iterable[ArraySpec]) -> Tensors:
-    """Join the arrays of single rows: sparse ones end to end, dense ones stacked."""
-    out = {}
-    for array in layout:
-        if array.path not in rows[0]:
-            continue
-        parts = [torch.from_numpy(r[array.path]) for r in rows]
-        out[array.path] = torch.cat(parts) if array.sparse else torch.stack(parts)
-    return out
 
 
 def row_tensor(value: Tensor) -> NDArray[np.float32]:

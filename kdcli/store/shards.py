@@ -12,17 +12,16 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from kdcli.errors import StoreError
 from kdcli.store.arrays import ArraySpec
-from kdcli.store.storage.local import OpenFile, Place
+from kdcli.store.checksums import _crc, crc_is_right
+from kdcli.store.storage.base import OpenFile, Storage
 
 MISSING = 2**64 - 1  # of a shard index: this chunk was never written
-_WITH_ITSELF = 0x48674BC7  # the crc32c of any bytes that end in their own crc32c, little-endian
 _ZEROS = memoryview(bytes(2**20))
 _PLACE = struct.Struct("<QQ")  # of a chunk in its shard file: offset, length
 _TWO_PLACES = struct.Struct("<QQQQ")
@@ -118,20 +117,20 @@ class ShardFile:
             raise _corrupt(self.name, f"holds {error} instead of {array.row_bytes} bytes") from error
 
 
-def open_shards(place: Place, keys: Sequence[str], chunks: int) -> list[ShardFile]:
+def open_shards(storage: Storage, keys: Sequence[str], chunks: int) -> list[ShardFile]:
     """Open shard files of ``chunks`` chunks. Raises StoreError for one that is missing or has a broken index."""
     opened = []
-    for key, file in zip(keys, place.open_all(keys, _index_bytes(chunks)), strict=True):
+    for key, file in zip(keys, storage.open_all(keys, _index_bytes(chunks)), strict=True):
         if file is None:
-            raise _corrupt(f"{place}/{key}", "is missing")
-        opened.append(ShardFile(f"{place}/{key}", file, chunks))
+            raise _corrupt(f"{storage}/{key}", "is missing")
+        opened.append(ShardFile(f"{storage}/{key}", file, chunks))
     return opened
 
 
-def read_chunks(place: Place, wanted: Sequence[tuple[ShardFile, int]]) -> list[bytes]:
+def read_chunks(storage: Storage, wanted: Sequence[tuple[ShardFile, int]]) -> list[bytes]:
     """The stored bytes of chunks, their checksums included. Raises StoreError when they are not what was written."""
     ranges = [(shard.file, *shard.where(position)) for shard, position in wanted]
-    data = place.read_ranges(ranges)
+    data = storage.read_ranges(ranges)
     for (shard, position), chunk in zip(wanted, data, strict=True):
         if not crc_is_right(chunk):
             raise _corrupt(shard.name, f"fails the checksum of its row {position}")
@@ -159,20 +158,9 @@ def decompress(
     return value
 
 
-def crc_is_right(data: bytes) -> bool:
-    """Whether bytes end in their own crc32c, as chunks and indices do."""
-    # of all bytes at once, as cutting four off would copy the others, 2.6 MB of dense features
-    return len(data) >= 4 and google_crc32c.value(data) == _WITH_ITSELF
-
-
 def _index_bytes(chunks: int) -> int:
     return 16 * chunks + 4
 
 
 def _corrupt(name: str, what: str) -> StoreError:
     return StoreError(f"shard file '{name}' {what}; run `kdcli cache verify`, then write the store again")
-
-
-def _crc(data: bytes) -> bytes:
-    value: int = google_crc32c.value(data)
-    return value.to_bytes(4, "little")

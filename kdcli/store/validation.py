@@ -12,7 +12,7 @@ from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.regions import RegionSpec
 from kdcli.store.arrays import MAX_DIMS
 from kdcli.store.encodings import Box16, ChannelAffine
-from kdcli.store.schema import CacheSchema
+from kdcli.store.schema import StoreSchema
 from kdcli.tensors import Need
 
 T = TypeVar("T")
@@ -81,10 +81,10 @@ def check_entry(entry: Mapping[str, Any], name: str) -> None:
     _check_numbers({kind: entry["measured"][kind] for kind in ERROR_KINDS if kind in entry["measured"]})
 
 
-def check_readable(schema: CacheSchema) -> None:
+def check_readable(schema: StoreSchema) -> None:
     """Raises ValueError for a finished store's schema by which its arrays could be read, but not decoded."""
     stored = {t.need for t in schema.tensors}
-    for need in schema.served:
+    for need in schema.derived_from_dense:
         _require(Need(need.name, "all") in stored, f"{need.key}, which no dense tensor serves")
     for tensor in schema.tensors:
         need = tensor.need

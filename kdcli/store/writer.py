@@ -9,7 +9,6 @@ Nothing in a store depends on the time or the place of writing, so a resumed sto
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -24,35 +23,36 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from kdcli.errors import KDError, MissingPathError, NoSpaceError, StoreError
+from kdcli.errors import NoSpaceError, StoreError
 from kdcli.files import fsync_folder
-from kdcli.store.arrays import ZSTD_LEVEL, ArraySpec
-from kdcli.store.checksummed_json import parse, seal, unseal
-from kdcli.store.locks import hold_file, remove_free
-from kdcli.store.schema import FORMAT_VERSION, CacheSchema, digest
+from kdcli.store.arrays import ZSTD_LEVEL, shard_key
+from kdcli.store.checksummed_json import add_checksum
+from kdcli.store.journal import journal_bytes, journal_key, read_journal
+from kdcli.store.locks import lock_file, remove_stale_locks
+from kdcli.store.manifest import ATTRIBUTE
+from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import pack_chunk, pack_shard
-from kdcli.store.storage.local import Folder, Place, Where, place_of
-from kdcli.store.validation import check_entry, check_manifest
+from kdcli.store.storage.base import Storage, Where
+from kdcli.store.storage.local import LocalStorage
+from kdcli.store.storage.resolve import open_storage
 
-ATTRIBUTE = "kdcli"
 
-
-def create_store(where: Where, schema: CacheSchema, manifest: Mapping[str, Any], image_ids: NDArray[np.int64]) -> None:
+def create_store(where: Where, schema: StoreSchema, manifest: Mapping[str, Any], image_ids: NDArray[np.int64]) -> None:
     """Create an empty store: appears whole or not at all.
 
     A folder is renamed from one beside it; in an object store the root's zarr.json is put last, by one process alone:
     FileExistsError for the others. ``manifest``: JSON fields that do not change while rows are written; the schema is kept
     beside it.
     """
-    place = place_of(where)
-    if not isinstance(place, Folder):
-        _create_objects(place, schema, manifest, image_ids)
+    storage = open_storage(where)
+    if not isinstance(storage, LocalStorage):
+        _create_objects(storage, schema, manifest, image_ids)
         return
-    path = place.path
+    path = storage.path
     staging = path.with_name(f".{path.name}.creating")
     shutil.rmtree(staging, ignore_errors=True)
     staging.parent.mkdir(parents=True, exist_ok=True)
-    with full_disk_is_an_error(place):
+    with full_disk_is_an_error(storage):
         try:
             make_arrays(staging, schema, manifest, image_ids)
             (staging / "journal").mkdir()
@@ -66,7 +66,7 @@ def create_store(where: Where, schema: CacheSchema, manifest: Mapping[str, Any],
 
 
 def _create_objects(
-    place: Place, schema: CacheSchema, manifest: Mapping[str, Any], image_ids: NDArray[np.int64]
+    storage: Storage, schema: StoreSchema, manifest: Mapping[str, Any], image_ids: NDArray[np.int64]
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder) / "store"
@@ -74,16 +74,16 @@ def _create_objects(
         keys = sorted(f.relative_to(staging).as_posix() for f in staging.rglob("*") if f.is_file())
         keys.remove("zarr.json")
         for key in keys:
-            if not place.create(key, (staging / key).read_bytes()):
+            if not storage.create(key, (staging / key).read_bytes()):
                 raise StoreError(
-                    f"'{place}/{key}' is of another store, whose making was broken off or goes on now; delete what is "
+                    f"'{storage}/{key}' is of another store, whose making was broken off or goes on now; delete what is "
                     "there, or choose another --out"
                 )
-        if not place.create("zarr.json", (staging / "zarr.json").read_bytes()):
-            raise FileExistsError(f"'{place}' was made by another process at this moment")
+        if not storage.create("zarr.json", (staging / "zarr.json").read_bytes()):
+            raise FileExistsError(f"'{storage}' was made by another process at this moment")
 
 
-def make_arrays(target: Any, schema: CacheSchema, manifest: Mapping[str, Any], image_ids: NDArray[np.int64]) -> None:
+def make_arrays(target: Any, schema: StoreSchema, manifest: Mapping[str, Any], image_ids: NDArray[np.int64]) -> None:
     """Every array of a store without its shards, in ``target``: what ``zarr.open_group`` takes."""
     group = zarr.open_group(target, mode="w", zarr_format=3)
     for array in schema.layout():
@@ -107,51 +107,20 @@ def make_arrays(target: Any, schema: CacheSchema, manifest: Mapping[str, Any], i
         config={"write_empty_chunks": True},  # one image with id 0 would leave no file
     )
     ids[:] = image_ids
-    group.attrs[ATTRIBUTE] = seal({**manifest, "schema": schema.to_json()})
-
-
-def read_manifest(where: Where) -> dict[str, Any]:
-    """The manifest of a store. Raises MissingPathError or StoreError."""
-    path = place_of(where)
-    if not path.exists():
-        raise MissingPathError(f"store '{path}' does not exist; write one with `kdcli cache-teacher --out {path}`")
-    try:
-        document = parse(path.read("zarr.json"))
-        manifest = document["attributes"][ATTRIBUTE]
-        plain = {"attributes": {ATTRIBUTE: manifest}, "zarr_format": 3, "node_type": "group"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, KDError):
-            raise
-        raise StoreError(f"'{path}' is not a kdcli store: its zarr.json has no '{ATTRIBUTE}' manifest") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != "kdcli.store":
-        raise StoreError(f"'{path}' is not a kdcli store: format is {repr(found)[:80]}")
-    if manifest.get("version") != FORMAT_VERSION:
-        raise StoreError(
-            f"store '{path}' is of format version {repr(manifest.get('version'))[:80]}, this kdcli reads {FORMAT_VERSION}; "
-            "write it again, or use the kdcli that wrote it"
-        )
-    if document != plain:
-        raise StoreError(f"the zarr.json of store '{path}' is not what was written; write the store again")
-    manifest = unseal(manifest, f"the manifest of store '{path}'")
-    try:
-        check_manifest(manifest)
-    except ValueError as error:
-        raise StoreError(f"store '{path}': its manifest has {error}; write the store again") from error
-    return dict(manifest)
+    group.attrs[ATTRIBUTE] = add_checksum({**manifest, "schema": schema.to_json()})
 
 
 class StoreWriter:
     """Writes whole shards of a store made by ``create_store``; several writers may share a store, not a shard."""
 
-    def __init__(self, where: Where, schema: CacheSchema) -> None:
-        self.place, self.schema = place_of(where), schema
-        if isinstance(self.place, Folder):
-            remove_free(self.place.path / "journal")
+    def __init__(self, where: Where, schema: StoreSchema) -> None:
+        self.storage, self.schema = open_storage(where), schema
+        if isinstance(self.storage, LocalStorage):
+            remove_stale_locks(self.storage.path / "journal")
 
     def done(self) -> set[int]:
         """Shards that the journal names."""
-        return set(read_journal(self.place))
+        return set(read_journal(self.storage))
 
     def write_shard(self, shard: int, rows: list[dict[str, NDArray[Any]]], measured: Mapping[str, Any]) -> int:
         """Write the rows of ``shard`` and then its journal file; returns the bytes on disk.
@@ -170,16 +139,16 @@ class StoreWriter:
         files: dict[str, dict[str, Any]] = {}
         layout = self.schema.layout()
         keys = [shard_key(array, shard) for array in layout]
-        with full_disk_is_an_error(self.place, keys), self._claim(shard) as mine:
+        with full_disk_is_an_error(self.storage, keys), self._claim(shard) as mine:
             if not mine:
                 return 0
             for array, key in zip(layout, keys, strict=True):
                 assert len(chunks[array.path]) == stop - start
                 data = pack_shard(chunks[array.path], self.schema.shard_rows)
-                self.place.write(key, data)
+                self.storage.write(key, data)
                 files[array.path] = {"bytes": len(data), "crc32c": f"{google_crc32c.value(data):08x}"}
             entry = {"shard": shard, "rows": [start, stop], "files": files, "measured": measured}
-            if not self.place.create(journal_key(shard), journal_bytes(entry)):
+            if not self.storage.create(journal_key(shard), journal_bytes(entry)):
                 self._give_up(shard)
         return sum(int(f["bytes"]) for f in files.values())
 
@@ -190,65 +159,23 @@ class StoreWriter:
         Two writers in one shard would leave files of the one beside files of the other, which are not the same bytes when
         their machines round differently.
         """
-        if not isinstance(self.place, Folder):  # no locks there: the journal's own put shows an overlap
-            yield not self.place.has(journal_key(shard))
+        if not isinstance(self.storage, LocalStorage):  # no locks there: the journal's own put shows an overlap
+            yield not self.storage.has(journal_key(shard))
             return
-        with hold_file(self.place.path / "journal" / f".{shard:06d}.lock"):
-            yield not self.place.has(journal_key(shard))
+        with lock_file(self.storage.path / "journal" / f".{shard:06d}.lock"):
+            yield not self.storage.has(journal_key(shard))
 
     def _give_up(self, shard: int) -> None:
         """Another process has journalled this shard while we wrote it, with other bytes: some of the files are ours."""
-        self.place.delete(journal_key(shard))
+        self.storage.delete(journal_key(shard))
         raise StoreError(
-            f"shard {shard} of '{self.place}' was written by two processes at the same time, with other numbers; it counts "
+            f"shard {shard} of '{self.storage}' was written by two processes at the same time, with other numbers; it counts "
             "as not written: run the same command again, each part once"
         )
 
 
-def shard_key(array: ArraySpec, shard: int) -> str:
-    """Where Zarr's default chunk keys put a shard of ``array`` (whole trailing axes, so all other indices are 0)."""
-    return "/".join([array.path, "c", str(shard), *("0" for _ in array.shape)])
-
-
-def journal_key(shard: int) -> str:
-    """The file that says that ``shard`` is finished."""
-    return f"journal/{shard:06d}.json"
-
-
-def journal_bytes(entry: Mapping[str, Any]) -> bytes:
-    """The file of a journal entry."""
-    return json.dumps(seal(entry), sort_keys=True).encode()
-
-
-def read_journal(where: Where) -> dict[int, dict[str, Any]]:
-    """Journal entries by shard. Raises StoreError for a file that is not one."""
-    entries = {}
-    place = place_of(where)
-    names = place.names("journal")
-    for name, data in zip(names, place.read_all([f"journal/{name}" for name in names]), strict=True):
-        try:
-            entry = unseal(parse(data), f"journal file '{place}/journal/{name}'")
-            check_entry(entry, name)
-            entries[entry["shard"]] = entry
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(
-                f"journal file '{place}/journal/{name}' is corrupt; delete it and run cache-teacher again"
-            ) from error
-    return entries
-
-
-def store_digest(where: Where) -> str:
-    """sha256 over the manifest and the journal: names the exact contents of a store.
-
-    Without ``errors``, which follow from the journal: a store that is read before they are summed up stays the same one.
-    """
-    journal = read_journal(where)
-    manifest = {k: v for k, v in read_manifest(where).items() if k != "errors"}
-    return digest({"manifest": manifest, "journal": [journal[k] for k in sorted(journal)]})
-
-
 @contextmanager
-def full_disk_is_an_error(place: Place, remove: Sequence[str] = ()) -> Iterator[None]:
+def full_disk_is_an_error(storage: Storage, remove: Sequence[str] = ()) -> Iterator[None]:
     """Turn ENOSPC and EDQUOT into NoSpaceError, removing the files that would be half-written."""
     try:
         yield
@@ -256,8 +183,8 @@ def full_disk_is_an_error(place: Place, remove: Sequence[str] = ()) -> Iterator[
         if not isinstance(error, NoSpaceError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         for key in remove:
-            place.delete(key)
+            storage.delete(key)
         raise NoSpaceError(
-            f"no space left on the disk of '{place}'; the finished shards are kept: free some space and run the same "
+            f"no space left on the disk of '{storage}'; the finished shards are kept: free some space and run the same "
             "command again, it goes on from there"
         ) from error

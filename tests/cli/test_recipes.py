@@ -17,20 +17,19 @@ import torch
 import typer
 from PIL import Image, ImageDraw
 
-from kdcli.cli import commands
+from kdcli.cli import main as command_line
 from kdcli.cli.main import app, run
 from kdcli.detectors.build import ModelSpec, build_detector, parse_model_name
 from kdcli.detectors.convert.coco import COCO_CLASSES
 from kdcli.detectors.weights import export
 from kdcli.files import atomic_save
-from kdcli.methods import find_methods
-from kdcli.methods.base import resolve_options
+from kdcli.methods.resolve import find_methods, resolve_options
 from kdcli.options import TrainOptions, build
 from kdcli.report import plots
 from kdcli.structures import Canvas
 from kdcli.tensors import FEATURES
 
-assert commands.__all__  # registers the commands on ``app``
+assert command_line.COMMANDS  # registers the commands on ``app``
 
 RECIPES = Path(__file__).parents[2] / "examples" / "coco"
 FILES = sorted(RECIPES.glob("*.toml"))

@@ -99,9 +99,9 @@ def test_places_are_looked_at_before_the_work(
     assert "is a folder" in refused(capsys, 3, *show, tmp_path)
     assert f"lies below '{file}'" in refused(capsys, 3, *show, file / "deep" / "r.png")
 
-    import kdcli.engine.evaluate
+    from kdcli.engine.evaluation import evaluate as evaluation
 
-    monkeypatch.setattr(kdcli.engine.evaluate, "evaluate", lambda *a, **k: pytest.fail("evaluated first"))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: pytest.fail("evaluated first"))
     for command in (["eval", teacher, "--data", shapes], ["predict", teacher, shapes / "val"]):
         line = refused(capsys, 3, *command, "--out", file)
         assert line == f"error: --out '{file}' is not a folder; name a folder to write to"

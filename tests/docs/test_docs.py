@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import typer
 
-from kdcli.cli import commands
+from kdcli.cli import main as command_line
 from kdcli.cli.main import app
 from kdcli.detectors.base import BoxBranch, ModelSpec
 from kdcli.detectors.build import build_detector
@@ -21,8 +21,9 @@ from kdcli.detectors.dense.recipes import GFL
 from kdcli.methods import METHODS
 from kdcli.methods.base import method_options
 from kdcli.options import ModelOptions, OptimOptions, TrainOptions
+from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.encoding_policy import plan_tensors
-from kdcli.store.schema import CacheSchema, collate
+from kdcli.store.schema import StoreSchema
 from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import Canvas
 from kdcli.tensors import DERIVED, Need, TensorSpec
@@ -33,7 +34,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BUILT_IN = ("gfl", "retinanet", "atss", "fcos", "faster_rcnn")
 COMMAND_TABLES = {"model": ModelOptions, "optim": OptimOptions, "train": TrainOptions}
 
-assert commands.__all__  # registers the commands on ``app``
+assert command_line.COMMANDS  # registers the commands on ``app``
 CLI: Any = typer.main.get_command(app)
 
 
@@ -203,7 +204,7 @@ def _small_store(path: Path) -> np.ndarray[Any, Any]:
     """Image 1 in two views; returns the edge logits [5, 4, 17] of the second."""
     needs = (Need("box_distribution", "main+vlr"), Need("cls_logits", "main"))
     specs = {"box_distribution": TensorSpec("anchor", (4, 17)), "cls_logits": TensorSpec("anchor", (3,))}
-    schema = CacheSchema(GFL.grid, Canvas(64, 64), 2, 2, plan_tensors(needs, specs))
+    schema = StoreSchema(GFL.grid, Canvas(64, 64), 2, 2, plan_tensors(needs, specs))
     create_store(path, schema, {"format": "kdcli.store", "version": 1, "views": ["identity", "hflip"]}, np.array([1]))
     rng = np.random.default_rng(0)
     rows, edges = [], np.zeros(0, np.float32)
@@ -222,7 +223,7 @@ def _small_store(path: Path) -> np.ndarray[Any, Any]:
         teacher = {needs[0].key: edges, needs[1].key: np.zeros((positives, 3), np.float32)}
         rows.append(row | schema.encode(teacher, np.ones(schema.grid.num_cells(schema.canvas), bool)))
     StoreWriter(path, schema).write_shard(0, rows, {})
-    assert collate([rows[1]], schema.layout())["entries/index"].shape == (5,)
+    assert collate_arrays([rows[1]], schema.layout())["entries/index"].shape == (5,)
     return edges
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kdcli.errors import OptionError
 from kdcli.geometry.boxes import aligned_giou
-from kdcli.methods.base import Pair, resolve_options
+from kdcli.methods.base import Pair
 from kdcli.methods.bckd import BCKD, BOX, CLASSES, bckd_cls, bckd_loc, level_gate, positives, score_gap
+from kdcli.methods.resolve import resolve_options
 from kdcli.structures import IGNORED, Batch
 from kdcli.tensors import BOXES, CLS_LOGITS, Tensors
 from tests.support.method_case import NONE, ONE, TWO, detector_of, inputs, make_batch, many_boxes, pair_of, take
@@ -261,15 +262,15 @@ def test_options() -> None:
         ("gfl", {}, False),
         ("retinanet", {}, True),
         ("fcos", {"iou": "iou"}, True),
-        ("atss", {"loc_weight": 1.0}, False),  # a weight of the user's own needs no caution
+        ("atss", {"loc_weight": 1.0}, False),  # a weight of the user's own needs no warning
     ],
 )
 def test_default_weights_off_gfl_are_ours(detector: str, given: dict[str, Any], said: bool) -> None:
-    caution = BCKD.caution(detector, resolve_options("bckd", BCKD, detector, given), 80)
-    assert bool(caution) == said
-    if caution:
-        assert "1 and 4 were published for GFL only" in caution
-        assert detector in caution
+    warning = BCKD.warning(detector, resolve_options("bckd", BCKD, detector, given), 80)
+    assert bool(warning) == said
+    if warning:
+        assert "1 and 4 were published for GFL only" in warning
+        assert detector in warning
 
 
 def test_what_it_reads() -> None:

@@ -10,10 +10,11 @@ import torch
 
 from kdcli.errors import OptionError
 from kdcli.geometry.defeat_mask import defeat_cells, stage_cells
-from kdcli.methods.base import Pair, method_options, resolve_options
+from kdcli.methods.base import Pair, method_options
 from kdcli.methods.decoupled import INIT_SCALE, adapter, decoupled_imitation
 from kdcli.methods.defeat import PROPOSALS, STAGES, DeFeat, decoupled_kl
 from kdcli.methods.maps import MAPS
+from kdcli.methods.resolve import resolve_options
 from kdcli.tensors import PROPOSAL_BOXES, PROPOSAL_LABELS, PROPOSAL_LOGITS, TensorSpec
 from tests.support.defeat_case import GFL, SCENE, SIZES, data, halved, warm
 from tests.support.method_case import CANVAS, NONE, ONE, TWO, detector_of, make_batch, pair_of

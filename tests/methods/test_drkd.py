@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.geometry.rois import gt_rois
-from kdcli.methods.base import method_options, resolve_options
+from kdcli.methods.base import method_options
 from kdcli.methods.drkd import DRKD, DRKDLite, InstanceRelation, PixelRelation, batch_norms, image_norms
 from kdcli.methods.reduce import safe_sqrt
+from kdcli.methods.resolve import resolve_options
 from tests.methods.test_relation import relation_by_hand
 from tests.support.feature_case import (
     CANVAS,

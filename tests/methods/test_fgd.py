@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli.methods.base import resolve_options
 from kdcli.methods.fgd import FGD, ContextBlock, attentions, focal_losses, foreground_mask, relation_loss
+from kdcli.methods.resolve import resolve_options
 from kdcli.structures import Canvas
 from tests.support.feature_case import (
     CANVAS,

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from kdcli.methods.base import resolve_options
 from kdcli.methods.divergence import kl_rows
 from kdcli.methods.ld import (
     CLASSES,
@@ -20,6 +19,7 @@ from kdcli.methods.ld import (
     level_of,
     weighted_sum,
 )
+from kdcli.methods.resolve import resolve_options
 from kdcli.structures import Batch
 from kdcli.tensors import Tensors
 from tests.support.method_case import (
@@ -210,6 +210,6 @@ def test_saturated_logits_stay_finite() -> None:
     [(80, {}, ""), (6, {}, "0.75"), (3, {}, "0.38"), (1, {}, ""), (6, {"kd_weight": 2.0}, "")],
 )
 def test_the_published_class_weight_belongs_to_80_classes(classes: int, given: dict[str, float], says: str) -> None:
-    caution = LD.caution("gfl", resolve_options("ld", LD, "gfl", given), classes)
-    assert (caution or "").endswith(says and f"--set ld.kd_weight={says}")
-    assert bool(caution) == bool(says)
+    warning = LD.warning("gfl", resolve_options("ld", LD, "gfl", given), classes)
+    assert (warning or "").endswith(says and f"--set ld.kd_weight={says}")
+    assert bool(warning) == bool(says)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kdcli.errors import OptionError
 from kdcli.methods import METHODS
-from kdcli.methods.base import Method, method_options, resolve_options
+from kdcli.methods.base import Method, method_options
 from kdcli.methods.defeat import WEIGHT_OPTIONS
+from kdcli.methods.resolve import resolve_options
 from kdcli.tensors import (
     BOXES,
     CLS_LOGITS,

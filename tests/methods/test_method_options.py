@@ -10,10 +10,11 @@ import torch
 
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.geometry.regions import RegionSpec
-from kdcli.methods import METHODS, find_methods
-from kdcli.methods.base import Pair, check_pair, method_options, resolve_options
+from kdcli.methods import METHODS
+from kdcli.methods.base import Pair, method_options
 from kdcli.methods.ld import LD
 from kdcli.methods.pfi import PFI
+from kdcli.methods.resolve import check_pair, find_methods, resolve_options
 from kdcli.methods.rm import RM
 from tests.support.method_case import TWO, detector_of, inputs, make_batch, make_outputs, pair_of
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kdcli.errors import OptionError
-from kdcli.methods.base import resolve_options
 from kdcli.methods.pkd import PKD, pearson_loss, standardise
+from kdcli.methods.resolve import resolve_options
 from tests.support.feature_case import GRID, TWO, check_common, grad, make_batch, make_pair, maps, number, run
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from kdcli.engine.caching.verify import verify_checksums
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import StoreError
-from kdcli.store.reader import CacheReader
-from kdcli.store.writer import shard_key
+from kdcli.store.arrays import shard_key
+from kdcli.store.reader import StoreReader
 from tests.support.hostile_case import SCHEMA, make
 from tests.support.store_case import SHARD_ROWS, assert_row_equal, keys, make_row
 
@@ -79,19 +79,19 @@ def require_found(store: Path, kind: str, number: int, seed: int) -> None:
     """Damage the store in one place, ``number`` times: verify says so, and whoever reads it gets no wrong row."""
     for what, file, before, after in damages(store, kind, number, seed):
         file.write_bytes(after)
-        found, refused = error_of(lambda: verify_checksums(store, Silent())), rows_refused(store)
+        found, refused = error_of(lambda: verify_checksums(store, NullReporter())), rows_refused(store)
         file.write_bytes(before)
         assert found is not None, f"verify did not find {what}"
         require_one_line(found, store)
         assert refused or kind in NOT_READ, what
-    verify_checksums(store, Silent())
+    verify_checksums(store, NullReporter())
     assert rows_refused(store) == 0
 
 
 def rows_refused(store: Path) -> int:
     """How many rows are a StoreError; the others have to be the ones that were written."""
     try:
-        reader = CacheReader(store)
+        reader = StoreReader(store)
     except StoreError as error:
         require_one_line(error, store)
         return len(keys())
@@ -137,6 +137,6 @@ def test_every_bit_of_what_is_sealed(store: Path, name: str) -> None:
             after = bytearray(before)
             after[position] ^= 1 << bit
             file.write_bytes(after)
-            assert error_of(lambda: CacheReader(store)), f"bit {bit} of byte {position} of {name} was not found"
+            assert error_of(lambda: StoreReader(store)), f"bit {bit} of byte {position} of {name} was not found"
     file.write_bytes(before)
-    CacheReader(store)
+    StoreReader(store)

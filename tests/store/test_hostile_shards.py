@@ -16,9 +16,12 @@ import pytest
 import zstandard
 
 from kdcli.errors import StoreError
-from kdcli.store.reader import CacheReader
+from kdcli.store.arrays import shard_key
+from kdcli.store.journal import journal_bytes, read_journal
+from kdcli.store.manifest import read_manifest
+from kdcli.store.reader import StoreReader
 from kdcli.store.shards import MISSING, pack_chunk, pack_shard
-from kdcli.store.writer import create_store, journal_bytes, read_journal, read_manifest, shard_key
+from kdcli.store.writer import create_store
 from tests.support.hostile_case import (
     SCHEMA,
     Change,
@@ -160,7 +163,7 @@ def test_a_hostile_chunk_is_refused(store: Path, path: str) -> None:
 
 
 def test_hostile_entries_are_refused(store: Path) -> None:
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     row = SHARD_ROWS + 1
     row += next(k for k in range(2) if len(reader.read(keys()[row + k]).entries.index) > 2)  # type: ignore[union-attr]
     given = reader.read(keys()[row]).entries
@@ -194,11 +197,11 @@ def test_something_that_is_no_file_in_the_place_of_a_shard(store: Path, tmp_path
     file.unlink()
     file.mkdir()
     with pytest.raises(StoreError, match="is missing"):
-        CacheReader(ours).read(keys()[SHARD_ROWS])
+        StoreReader(ours).read(keys()[SHARD_ROWS])
     shutil.rmtree(file.parent)
     file.parent.write_text("")
     with pytest.raises(StoreError, match="is missing"):
-        CacheReader(ours).read(keys()[SHARD_ROWS])
+        StoreReader(ours).read(keys()[SHARD_ROWS])
 
 
 def test_one_image_with_id_0_has_a_file_too(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kdcli.store.checksummed_json import seal
-from kdcli.store.maintenance import write_manifest
-from kdcli.store.writer import journal_bytes, read_journal, read_manifest
+from kdcli.store.checksummed_json import add_checksum
+from kdcli.store.journal import journal_bytes, read_journal
+from kdcli.store.manifest import read_manifest, write_manifest
 from tests.support.hostile_case import (
     Change,
     attempts,
@@ -107,7 +107,7 @@ def test_one_tensor_twice_or_as_no_loss_can_decode_it(store: Path) -> None:
 
 
 def test_documents_that_break_a_parser(store: Path) -> None:
-    manifest = json.dumps(seal(read_manifest(store)))
+    manifest = json.dumps(add_checksum(read_manifest(store)))
     texts = {
         "nested": '{"attributes": {"kdcli": ' + "[" * 10**5 + "]" * 10**5 + "}}",
         "nested dicts": '{"a": ' * 10**5 + "1" + "}" * 10**5,

@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 
 from kdcli.errors import StoreError
-from kdcli.store.locks import hold_file, hold_store, remove_free
+from kdcli.store.locks import lock_file, lock_store, remove_stale_locks
 
 
 @pytest.mark.parametrize(("first", "second"), [(False, False), (False, True), (True, False)])
 def test_a_sole_writer_goes_with_nobody(tmp_path: Path, first: bool, second: bool) -> None:
     with (
-        hold_store(tmp_path, shared=first),
+        lock_store(tmp_path, shared=first),
         pytest.raises(StoreError, match="is being written by another process"),
-        hold_store(tmp_path, shared=second),
+        lock_store(tmp_path, shared=second),
     ):
         pass
-    with hold_store(tmp_path, shared=second):
+    with lock_store(tmp_path, shared=second):
         assert tmp_path.is_dir()
 
 
 def test_parts_write_side_by_side(tmp_path: Path) -> None:
-    with hold_store(tmp_path, shared=True), hold_store(tmp_path, shared=True):
+    with lock_store(tmp_path, shared=True), lock_store(tmp_path, shared=True):
         assert tmp_path.is_dir()
 
 
@@ -34,7 +34,7 @@ def test_a_held_file_is_waited_for_and_gone_afterwards(tmp_path: Path) -> None:
 
     def work() -> None:
         for _ in range(50):
-            with hold_file(file):
+            with lock_file(file):
                 with count:
                     inside[0] += 1
                     most[0] = max(most[0], inside[0])
@@ -53,6 +53,6 @@ def test_a_held_file_is_waited_for_and_gone_afterwards(tmp_path: Path) -> None:
 def test_what_a_killed_holder_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".000001.lock").touch()
     (tmp_path / "000001.json").touch()
-    with hold_file(tmp_path / ".000002.lock"):
-        remove_free(tmp_path)
+    with lock_file(tmp_path / ".000002.lock"):
+        remove_stale_locks(tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == [".000002.lock", "000001.json"]

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from kdcli.store.maintenance import record_errors, write_manifest
-from kdcli.store.reader import CacheReader
-from kdcli.store.writer import StoreWriter, read_manifest
+from kdcli.store.maintenance import record_errors
+from kdcli.store.manifest import read_manifest, write_manifest
+from kdcli.store.reader import StoreReader
+from kdcli.store.writer import StoreWriter
 from tests.support.store_case import assert_row_equal, contents, create, keys, make_row, make_schema, make_store
 
 SCHEMA = make_schema()
@@ -79,7 +80,7 @@ def rounds(folder: Path, counts: Sequence[int], seed: int, *, overlap: bool) -> 
         generation(store, others[1], draw, overlap=overlap, kill=False)
         assert contents(store) == whole  # no lock or temporary file is left either
         kills.append(killed)
-        reader = CacheReader(store)
+        reader = StoreReader(store)
         for index, key in enumerate(keys()):
             assert_row_equal(reader.read(key), make_row(SCHEMA, index))
     return kills

@@ -20,9 +20,11 @@ from kdcli.errors import GateError, StoreError
 from kdcli.geometry.grid import Grid
 from kdcli.store import schema as schema_module
 from kdcli.store.arrays import StoredTensor
+from kdcli.store.batch_buffers import collate_arrays
+from kdcli.store.checksummed_json import digest
 from kdcli.store.encoding_policy import plan_tensors, shard_rows_for
 from kdcli.store.encodings import ChannelAffine, Encoding, Float, LogOdds8, VectorAffine
-from kdcli.store.schema import MAX_SHARD_ROWS, SHARD_BYTES, CacheSchema, collate, digest, regions_of, row_tensor
+from kdcli.store.schema import MAX_SHARD_ROWS, SHARD_BYTES, StoreSchema, regions_of, row_tensor
 from kdcli.structures import Canvas
 from kdcli.tensors import (
     BOX_DISTRIBUTION,
@@ -49,14 +51,14 @@ needs = st.builds(
 
 
 @st.composite
-def schemas(draw: st.DrawFn) -> CacheSchema:
+def schemas(draw: st.DrawFn) -> StoreSchema:
     """Any schema that could be written."""
     tensors = []
     for need in draw(st.lists(needs, min_size=1, max_size=6, unique=True)):
         per = draw(st.sampled_from(["cell", "anchor"])) if need.dense else "anchor"
         dims = tuple(draw(st.lists(st.integers(1, 20), min_size=1, max_size=2)))
         tensors.append(StoredTensor(need, per, dims, draw(encoded)))
-    return CacheSchema(
+    return StoreSchema(
         grid=draw(st.sampled_from([GRID, RETINA, Grid(offset=0.5, strides=(8, 16))])),
         canvas=Canvas(draw(sides), draw(sides)),
         rows=draw(st.integers(1, 10**6)),
@@ -67,13 +69,13 @@ def schemas(draw: st.DrawFn) -> CacheSchema:
 
 @settings(deadline=None, max_examples=60)
 @given(schemas())
-def test_json_round_trip(schema: CacheSchema) -> None:
-    assert CacheSchema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
+def test_json_round_trip(schema: StoreSchema) -> None:
+    assert StoreSchema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
 
 
 @settings(deadline=None, max_examples=60)
 @given(schemas())
-def test_paths_are_unique_and_none_lies_inside_another(schema: CacheSchema) -> None:
+def test_paths_are_unique_and_none_lies_inside_another(schema: StoreSchema) -> None:
     paths = [a.path for a in schema.layout()]
     assert len(set(paths)) == len(paths)
     parents = {p.rsplit("/", k)[0] for p in paths for k in range(1, p.count("/") + 1)}
@@ -83,7 +85,7 @@ def test_paths_are_unique_and_none_lies_inside_another(schema: CacheSchema) -> N
 
 @settings(deadline=None, max_examples=30)
 @given(schemas())
-def test_every_row_is_in_one_shard(schema: CacheSchema) -> None:
+def test_every_row_is_in_one_shard(schema: StoreSchema) -> None:
     ranges = [schema.shard_range(s) for s in range(min(schema.num_shards, 50))]
     assert all(start < stop <= schema.rows for start, stop in ranges)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
@@ -120,7 +122,7 @@ def test_counts_of_a_real_canvas() -> None:
     canvas, wanted = Canvas(800, 1344), (Need(FEATURES, "all"), Need(CLS_LOGITS, "all"))
     tensors = plan_tensors(wanted, SPECS)
     for grid, anchors in ((GRID, 1), (RETINA, 9)):
-        schema = CacheSchema(grid, canvas, 10, 2, tensors)
+        schema = StoreSchema(grid, canvas, 10, 2, tensors)
         counts = {t.need.name: schema.count(t) for t in schema.tensors}
         assert counts == {FEATURES: 22_400, CLS_LOGITS: 22_400 * anchors}
         assert sum(schema.sizes(schema.tensors[0])) == 22_400 * anchors
@@ -141,18 +143,18 @@ def test_shard_rows(row_bytes: int, rows: int) -> None:
 
 def test_decode_gives_only_what_is_wanted() -> None:
     schema = make_schema()
-    arrays = collate([make_row(schema, 3)], schema.layout())
+    arrays = collate_arrays([make_row(schema, 3)], schema.layout())
     assert set(schema.decode(arrays, [NEEDS[0]])) == {"features@all"}
 
 
 def test_collate_joins_sparse_rows_and_stacks_dense_ones() -> None:
     schema = make_schema()
     rows = [make_row(schema, k) for k in (0, 1, 2)]
-    batch = collate(rows, schema.layout())
+    batch = collate_arrays(rows, schema.layout())
     assert batch["tensors/features@all/values"].shape == (3, 44, 3)
     assert batch["tensors/box_distribution@main+vlr/values"].shape == (0 + 1 + 44, 4, 9)
     assert batch["entries/count"].tolist() == [[0], [1], [44]]
-    assert set(collate([{"row/identity": rows[0]["row/identity"]}], schema.layout())) == {"row/identity"}
+    assert set(collate_arrays([{"row/identity": rows[0]["row/identity"]}], schema.layout())) == {"row/identity"}
 
 
 def test_row_tensor_is_float32() -> None:
@@ -164,7 +166,7 @@ def test_digest_does_not_depend_on_order() -> None:
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
 
 
-def row_values(schema: CacheSchema, key: str, value: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+def row_values(schema: StoreSchema, key: str, value: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """Zeros of one entry a region, with one other value in ``key``."""
     values = {
         t.need.key: np.zeros((schema.count(t) if t.need.dense else 1, *t.dims), np.float32) for t in schema.tensors
@@ -198,13 +200,13 @@ def changed(path: str, value: object) -> dict[str, Any]:
     """The schema's JSON with one field set, or removed (``...``); ``tensors.0.dims`` is a path."""
     data = json.loads(json.dumps(copy.deepcopy(BASE)))
     *parents, last = path.split(".")
-    place: Any = data
+    storage: Any = data
     for name in parents:
-        place = place[int(name) if name.isdigit() else name]
+        storage = storage[int(name) if name.isdigit() else name]
     if value is ...:
-        del place[last]
+        del storage[last]
     else:
-        place[last] = value
+        storage[last] = value
     return dict(data)
 
 
@@ -232,7 +234,7 @@ def test_an_impossible_schema_is_refused_before_anything_is_allocated(path: str,
     tracemalloc.start()
     try:
         with pytest.raises(StoreError):
-            CacheSchema.from_json(data)
+            StoreSchema.from_json(data)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -242,20 +244,20 @@ def test_an_impossible_schema_is_refused_before_anything_is_allocated(path: str,
 @pytest.mark.parametrize("data", [None, 5, "text", [], {}, [BASE]])
 def test_something_that_is_no_schema(data: Any) -> None:
     with pytest.raises(StoreError, match="cannot be read"):
-        CacheSchema.from_json(data)
+        StoreSchema.from_json(data)
 
 
 def test_the_same_tensor_twice_is_refused() -> None:
     data = json.loads(json.dumps(BASE))
     data["tensors"].append(data["tensors"][0])
     with pytest.raises(StoreError):
-        CacheSchema.from_json(data)
+        StoreSchema.from_json(data)
 
 
 def test_the_bounds_leave_room_for_real_stores() -> None:
     # RetinaNet on COCO with features and class logits in float32, the largest row that any method asks for: 92 MB
     specs = {FEATURES: TensorSpec("cell", (256,)), CLS_LOGITS: TensorSpec("anchor", (80,))}
     tensors = plan_tensors([Need(FEATURES, "all"), Need(CLS_LOGITS, "all")], specs, "lossless")
-    schema = CacheSchema(RETINA, Canvas(800, 1344), 10**6, 1, tensors)
-    assert CacheSchema.from_json(schema.to_json()) == schema
+    schema = StoreSchema(RETINA, Canvas(800, 1344), 10**6, 1, tensors)
+    assert StoreSchema.from_json(schema.to_json()) == schema
     assert max(a.row_bytes for a in schema.layout()) < schema_module.ROW_BYTES_LIMIT / 10

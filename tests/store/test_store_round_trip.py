@@ -17,11 +17,14 @@ from zarrs import ZarrsCodecPipeline
 from kdcli.errors import MissingPathError, StoreError
 from kdcli.store import reader as reader_module
 from kdcli.store.arrays import ArraySpec
-from kdcli.store.checksummed_json import seal
-from kdcli.store.reader import CacheReader
-from kdcli.store.schema import CacheSchema, collate
+from kdcli.store.batch_buffers import collate_arrays
+from kdcli.store.checksummed_json import add_checksum
+from kdcli.store.journal import read_journal, store_digest
+from kdcli.store.manifest import read_manifest
+from kdcli.store.reader import StoreReader
+from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import decompress, pack_chunk
-from kdcli.store.writer import StoreWriter, read_journal, read_manifest, store_digest
+from kdcli.store.writer import StoreWriter
 from kdcli.structures import RowKey
 from kdcli.tensors import CENTERNESS, FEATURES, Need
 from tests.support.store_case import (
@@ -54,7 +57,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "zarr"])
 def test_every_row_comes_back(store: Path, direct: bool) -> None:
-    reader = CacheReader(store, direct=direct)
+    reader = StoreReader(store, direct=direct)
     assert reader.schema == SCHEMA
     for index, key in enumerate(keys()):
         assert reader.row_index(key) == index
@@ -68,7 +71,7 @@ def test_every_row_comes_back(store: Path, direct: bool) -> None:
 def test_other_encodings_come_back(tmp_path: Path, encoding: str) -> None:
     schema = make_schema(encoding)
     make_store(tmp_path / "s", schema)
-    direct, judge = CacheReader(tmp_path / "s"), CacheReader(tmp_path / "s", direct=False)
+    direct, judge = StoreReader(tmp_path / "s"), StoreReader(tmp_path / "s", direct=False)
     for index, key in list(enumerate(keys()))[:5]:
         assert_row_equal(direct.read(key), make_row(schema, index))
         assert_row_equal(judge.read(key), make_row(schema, index))
@@ -87,7 +90,7 @@ def test_both_pipelines_of_zarr_give_the_same(store: Path, monkeypatch: pytest.M
         return await read(*arguments, **more)
 
     monkeypatch.setattr(ZarrsCodecPipeline, "read", spy)
-    reader = CacheReader(store, direct=False)
+    reader = StoreReader(store, direct=False)
     for index, key in enumerate(keys()):
         assert_row_equal(reader.read(key), make_row(SCHEMA, index))
     assert bool(used) == installed
@@ -95,7 +98,7 @@ def test_both_pipelines_of_zarr_give_the_same(store: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("need", NEEDS, ids=lambda n: n.key)
 def test_a_reader_of_one_need_reads_that_alone(store: Path, need: Need) -> None:
-    reader = CacheReader(store, [need])
+    reader = StoreReader(store, [need])
     row = reader.read(keys()[3])
     assert {path.split("/")[1] for path in row.arrays} == {need.key}
     assert_row_equal(row, make_row(SCHEMA, 3))
@@ -105,16 +108,16 @@ def test_a_store_of_dense_tensors_has_no_entries(tmp_path: Path) -> None:
     schema = make_schema(needs=(Need(FEATURES, "all"),))
     assert schema.regions == frozenset()
     make_store(tmp_path / "s", schema)
-    row = CacheReader(tmp_path / "s").read(keys()[1])
+    row = StoreReader(tmp_path / "s").read(keys()[1])
     assert row.entries is None
     assert set(row.arrays) == {"tensors/features@all/values", "tensors/features@all/affine"}
 
 
 def test_a_batch_decodes_as_its_rows(store: Path) -> None:
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     rows = [reader.read(key).arrays for key in keys()[:4]]
-    together = SCHEMA.decode(collate(rows, reader.layout.values()), NEEDS)
-    alone = [SCHEMA.decode(collate([row], reader.layout.values()), NEEDS) for row in rows]
+    together = SCHEMA.decode(collate_arrays(rows, reader.layout.values()), NEEDS)
+    alone = [SCHEMA.decode(collate_arrays([row], reader.layout.values()), NEEDS) for row in rows]
     assert set(together) == {n.key for n in NEEDS}
     for need in NEEDS:
         parts = torch.cat([a[need.key] for a in alone])
@@ -125,7 +128,7 @@ def test_a_batch_decodes_as_its_rows(store: Path) -> None:
 
 
 def test_rows_are_the_callers_own(store: Path) -> None:
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     first = reader.read(keys()[4])
     for value in first.arrays.values():
         value[...] = 1
@@ -133,7 +136,7 @@ def test_rows_are_the_callers_own(store: Path) -> None:
 
 
 def test_a_reader_travels_to_another_process(store: Path) -> None:
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     reader.read(keys()[0])
     assert reader._shards
     data = pickle.dumps(reader)
@@ -147,7 +150,7 @@ def test_a_reader_travels_to_another_process(store: Path) -> None:
 def test_few_files_stay_open(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for most, shards in ((2, 1), (2 * len(SCHEMA.layout()), 2)):  # a row needs one file of each array
         monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", most)
-        reader = CacheReader(store)
+        reader = StoreReader(store)
         for index in np.random.default_rng(0).permutation(len(keys())):
             assert_row_equal(reader.read(keys()[index]), make_row(SCHEMA, int(index)))
             assert len(reader._shards) <= shards
@@ -157,7 +160,7 @@ def test_few_files_stay_open(store: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_threads_share_a_reader(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that closes files while another one reads them."""
     monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", 2)
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     order = np.random.default_rng(0).integers(len(keys()), size=400)
     with ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(lambda index: reader.read(keys()[index]), order))
@@ -166,7 +169,7 @@ def test_threads_share_a_reader(store: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_unknown_image_or_view_is_refused(store: Path) -> None:
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     with pytest.raises(StoreError, match="no row for image 999: its data set had no such image id"):
         reader.read(RowKey(999, "identity"))
     with pytest.raises(StoreError, match="no view 'crop-1'; it has identity, hflip"):
@@ -175,7 +178,7 @@ def test_an_unknown_image_or_view_is_refused(store: Path) -> None:
 
 def test_a_need_that_is_not_there_is_named(store: Path) -> None:
     with pytest.raises(StoreError, match=r"lacks centerness@all; it has .*features@all"):
-        CacheReader(store, [NEEDS[0], Need(CENTERNESS, "all")])
+        StoreReader(store, [NEEDS[0], Need(CENTERNESS, "all")])
     assert StoreError.exit_code == 4
 
 
@@ -208,7 +211,7 @@ def test_an_all_zero_row_is_stored(tmp_path: Path) -> None:
     for shard in range(SCHEMA.num_shards):
         start, stop = SCHEMA.shard_range(shard)
         writer.write_shard(shard, [zero] * (stop - start), {})
-    row = CacheReader(tmp_path / "s").read(keys()[6])
+    row = StoreReader(tmp_path / "s").read(keys()[6])
     assert row.content == bytes(32)
     assert row.arrays["tensors/features@all/values"].shape == (44, 3)
     assert not any(value.any() for value in row.arrays.values())
@@ -231,7 +234,7 @@ def test_the_order_of_shards_does_not_matter(store: Path, tmp_path: Path) -> Non
 def test_digest_tells_stores_apart(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "s")
     journal = tmp_path / "s" / "journal" / "000002.json"
-    journal.write_text(json.dumps(seal(json.loads(journal.read_text()) | {"measured": {"rows": 5}})))
+    journal.write_text(json.dumps(add_checksum(json.loads(journal.read_text()) | {"measured": {"rows": 5}})))
     assert store_digest(tmp_path / "s") != store_digest(store)
 
 
@@ -244,14 +247,14 @@ def test_manifest_and_journal(store: Path) -> None:
     files = {a.path for a in SCHEMA.layout()}
     assert all(set(entry["files"]) == files for entry in journal.values())
     shards = [f for f in store.rglob("c/*/**/*") if f.is_file() and "image_id" not in f.parts]
-    assert CacheReader(store).bytes_on_disk() == sum(f.stat().st_size for f in shards)
+    assert StoreReader(store).bytes_on_disk() == sum(f.stat().st_size for f in shards)
 
 
 def test_a_store_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingPathError, match="does not exist; write one with `kdcli cache-teacher"):
-        CacheReader(tmp_path / "none")
+        StoreReader(tmp_path / "none")
 
 
 def test_views_fit_the_rows() -> None:
     assert SCHEMA.rows == len(keys()) == len(IMAGE_IDS) * len(VIEWS)
-    assert CacheSchema.from_json(json.loads(json.dumps(SCHEMA.to_json()))) == SCHEMA
+    assert StoreSchema.from_json(json.loads(json.dumps(SCHEMA.to_json()))) == SCHEMA

@@ -18,9 +18,11 @@ import zarr
 
 from kdcli import files
 from kdcli.errors import KDError, MissingPathError, NoSpaceError, StoreError
-from kdcli.store.reader import CacheReader
+from kdcli.store.arrays import shard_key
+from kdcli.store.manifest import read_manifest
+from kdcli.store.reader import StoreReader
 from kdcli.store.storage import local as places
-from kdcli.store.writer import StoreWriter, create_store, read_manifest, shard_key
+from kdcli.store.writer import StoreWriter, create_store
 from tests.support.store_case import (
     IMAGE_IDS,
     MANIFEST,
@@ -90,7 +92,7 @@ def test_going_on_after_an_interruption_gives_the_same_bytes(half: Path, whole: 
     stray.parent.mkdir(parents=True)
     stray.write_bytes(b"half a shard")
     with pytest.raises(StoreError, match="incomplete: 2 of 4"):
-        CacheReader(half)
+        StoreReader(half)
     assert StoreWriter(half, SCHEMA).done() == {0, 1}
     write(half, SCHEMA, [2, 3])
     assert not stray.exists()
@@ -200,7 +202,7 @@ KILL = """
 import os, sys, zarr
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from store_case import create, make_schema
+from tests.support.store_case import create, make_schema
 real, seen = zarr.Group.create_array, []
 def create_array(self, *args, **more):
     seen.append(1)
@@ -213,18 +215,18 @@ create(Path(sys.argv[2]), make_schema())
 
 
 def test_a_kill_while_creating_leaves_no_store(tmp_path: Path) -> None:
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[2])
     store = tmp_path / "s"
     done = subprocess.run([sys.executable, "-c", KILL, here, str(store)], capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
     assert not store.exists()
     with pytest.raises(MissingPathError):
-        CacheReader(store)
+        StoreReader(store)
     leftovers = [p.name for p in tmp_path.iterdir()]
     assert leftovers == [".s.creating"]
     make_store(store, SCHEMA)  # the same command again
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
-    assert_row_equal(CacheReader(store).read(keys()[3]), make_row(SCHEMA, 3))
+    assert_row_equal(StoreReader(store).read(keys()[3]), make_row(SCHEMA, 3))
 
 
 def test_a_store_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
@@ -244,4 +246,4 @@ def test_a_finished_store_can_be_moved(half: Path, tmp_path: Path) -> None:
     write(half, SCHEMA, [2, 3])
     moved = Path(shutil.move(half, tmp_path / "elsewhere"))
     for index in np.arange(0, SCHEMA.rows, SHARD_ROWS):
-        assert_row_equal(CacheReader(moved).read(keys()[index]), make_row(SCHEMA, int(index)))
+        assert_row_equal(StoreReader(moved).read(keys()[index]), make_row(SCHEMA, int(index)))

@@ -14,13 +14,12 @@ from typing import Any
 import zarr
 
 from kdcli.engine.caching.verify import verify_checksums
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import KDError, StoreError
-from kdcli.store.checksummed_json import seal
-from kdcli.store.maintenance import write_manifest
-from kdcli.store.reader import CacheReader
-from kdcli.store.schema import digest
-from kdcli.store.writer import create_store, read_manifest
+from kdcli.store.checksummed_json import add_checksum, digest
+from kdcli.store.manifest import read_manifest, write_manifest
+from kdcli.store.reader import StoreReader
+from kdcli.store.writer import create_store
 from tests.support.store_case import IMAGE_IDS, MANIFEST, keys, make_schema, write
 
 SCHEMA = make_schema()
@@ -61,7 +60,7 @@ def make(path: Path) -> Path:
 
 def reading(store: Path) -> dict[str, str]:
     """A sha256 of the values of each array in every row."""
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     found: dict[str, list[str]] = {}
     for key in keys():
         row = reader.read(key)
@@ -88,7 +87,7 @@ def attempt(store: Path, change: Change, right: dict[str, str]) -> Result:
     resident = kilobytes("VmRSS")
     steps: list[Callable[[], str]] = [
         lambda: "same" if reading(store).items() <= right.items() else "other",  # a tensor less is a store too
-        lambda: "same" if verify_checksums(store, Silent())[0] else "other",
+        lambda: "same" if verify_checksums(store, NullReporter())[0] else "other",
     ]
     found, text, code = ["", ""], "", 0
     try:
@@ -154,14 +153,14 @@ def set_at(document: Any, path: str, value: Any) -> Any:
     """A copy of ``document`` with ``value`` at ``a.0.b``."""
     changed = copy.deepcopy(document)
     *parents, last = [int(p) if p.isdigit() else p for p in path.split(".")]
-    place = changed
+    storage = changed
     for name in parents:
-        place = place[name]
-    place[last] = value
+        storage = storage[name]
+    storage[last] = value
     return changed
 
 
 def manifest_file(manifest: Any) -> bytes:
     """A root zarr.json with a manifest that is sealed."""
-    document = {"attributes": {"kdcli": seal(manifest)}, "zarr_format": 3, "node_type": "group"}
+    document = {"attributes": {"kdcli": add_checksum(manifest)}, "zarr_format": 3, "node_type": "group"}
     return json.dumps(document).encode()  # C code, which can nest deeper

@@ -17,7 +17,8 @@ from kdcli.errors import OptionError
 from kdcli.geometry.assign import assign
 from kdcli.geometry.regions import compute_entries
 from kdcli.methods import METHODS
-from kdcli.methods.base import Method, Pair, check_pair, resolve_options
+from kdcli.methods.base import Method, Pair
+from kdcli.methods.resolve import check_pair, resolve_options
 from kdcli.structures import FLAGS, Batch, Canvas, Entries, RowKey, Targets
 from kdcli.tensors import BOX_REGRESSION, PROPOSAL_COUNT, Need, Tensors
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdcli.structures import Canvas
 
-CASES = Path(__file__).parent / "mmdet_cases"
+CASES = Path(__file__).parents[1] / "detectors" / "mmdet_cases"
 
 
 @cache

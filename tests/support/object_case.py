@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from kdcli.engine.caching.verify import verify_checksums
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import StoreError
-from kdcli.store.reader import CacheReader
-from kdcli.store.writer import StoreWriter, store_digest
+from kdcli.store.journal import store_digest
+from kdcli.store.reader import StoreReader
+from kdcli.store.writer import StoreWriter
 from tests.support.store_case import assert_row_equal, create, keys, make_row, make_schema, make_store, write
 
 SCHEMA = make_schema()
@@ -21,10 +22,10 @@ def assert_that_of_a_folder(url: str, folder: Path) -> None:
     make_store(url, SCHEMA)
     make_store(folder, SCHEMA)
     assert store_digest(url) == store_digest(folder)
-    files, _ = verify_checksums(url, Silent())
+    files, _ = verify_checksums(url, NullReporter())
     assert files == SCHEMA.num_shards * len(SCHEMA.layout())
     for direct in (True, False):
-        reader = CacheReader(url, direct=direct)
+        reader = StoreReader(url, direct=direct)
         for index, key in enumerate(keys()):
             assert_row_equal(reader.read(key), make_row(SCHEMA, index))
 
@@ -34,7 +35,7 @@ def assert_taken_up_again(url: str) -> None:
     create(url, SCHEMA)
     write(url, SCHEMA, [0])
     with pytest.raises(StoreError, match="is incomplete: 1 of"):
-        CacheReader(url)
+        StoreReader(url)
     assert StoreWriter(url, SCHEMA).done() == {0}
     write(url, SCHEMA, list(range(1, SCHEMA.num_shards)))
-    assert CacheReader(url).schema.rows == SCHEMA.rows
+    assert StoreReader(url).schema.rows == SCHEMA.rows

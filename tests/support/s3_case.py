@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kdcli.store.storage.object_store import stop_carrier
+from kdcli.store.storage.object_store import stop_worker
 
 BUCKET = "stores"
 HOST = "127.0.0.1"
@@ -116,7 +116,7 @@ class Proxy:
 
 def use(patch: pytest.MonkeyPatch, port: int, *, patience: float = 20, credentials: bool = True) -> None:
     """Point the environment at a server on ``port``."""
-    stop_carrier()  # it has the environment that it was started in
+    stop_worker()  # it has the environment that it was started in
     for name in [n for n in os.environ if n.startswith("AWS_")]:
         patch.delenv(name)
     patch.setenv("AWS_ENDPOINT_URL", f"http://{HOST}:{port}")

@@ -13,8 +13,8 @@ from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.caching.write import write_store
-from kdcli.engine.runtime.progress import Silent
-from kdcli.engine.training import launch
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.training import run_config
 from kdcli.files import atomic_save
 from kdcli.options import CacheOptions, build, layer
 
@@ -67,7 +67,7 @@ def cache_options(shapes: Path, teacher: Path, **changes: Any) -> CacheOptions:
 
 def write(options: CacheOptions, out: Path) -> Path:
     """Write a whole store."""
-    write_store(plan_store(options, Silent()), out, Silent())
+    write_store(plan_store(options, NullReporter()), out, NullReporter())
     return out
 
 
@@ -83,10 +83,10 @@ def default_store(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPath
     return write(cache_options(shapes, teacher), tmp_path_factory.mktemp("stores") / "default")
 
 
-def asked(command: str, shapes: Path, **changes: Any) -> launch.Asked:
+def asked(command: str, shapes: Path, **changes: Any) -> run_config.RunRequest:
     """Fields of a small run."""
     fields = {
         "data": str(shapes), "canvas": CANVAS, "epochs": 2, "batch": 4, "workers": 0, "threads": 1, "model": STUDENT,
         "optim": {"lr": 0.02}, "micro_batch": 4,
     }  # fmt: skip
-    return launch.from_flags(command, layer(fields, changes), {}, None, {})
+    return run_config.from_flags(command, layer(fields, changes), {}, None, {})

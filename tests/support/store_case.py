@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kdcli.geometry.grid import Grid
 from kdcli.store.encoding_policy import plan_tensors
 from kdcli.store.reader import Row
-from kdcli.store.schema import GEOMETRY_LENGTH, CacheSchema
+from kdcli.store.schema import GEOMETRY_LENGTH, StoreSchema
 from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import MAIN, VLR, Canvas, RowKey
 from kdcli.tensors import (
@@ -49,24 +49,24 @@ NEEDS = (
 MANIFEST = {"format": "kdcli.store", "version": 1, "views": list(VIEWS), "wrote": "a test"}
 
 
-def make_schema(encoding: str = "default", needs: tuple[Need, ...] = NEEDS) -> CacheSchema:
+def make_schema(encoding: str = "default", needs: tuple[Need, ...] = NEEDS) -> StoreSchema:
     """The schema of the store."""
-    return CacheSchema(GRID, CANVAS, len(IMAGE_IDS) * len(VIEWS), SHARD_ROWS, plan_tensors(needs, SPECS, encoding))
+    return StoreSchema(GRID, CANVAS, len(IMAGE_IDS) * len(VIEWS), SHARD_ROWS, plan_tensors(needs, SPECS, encoding))
 
 
-def make_row(schema: CacheSchema, index: int) -> Arrays:
+def make_row(schema: StoreSchema, index: int) -> Arrays:
     """Row ``index`` as the engine hands it to the writer; row 0 has no entries, row 1 one, row 2 all anchors."""
     rng = np.random.default_rng(index)
     total, cells = GRID.num_total(CANVAS), GRID.num_cells(CANVAS)
     count = {0: 0, 1: 1, 2: total}.get(index, int(rng.integers(2, total)))
-    place = np.sort(rng.permutation(total)[:count])
+    storage = np.sort(rng.permutation(total)[:count])
     flag = rng.integers(1, (MAIN | VLR) + 1, count).astype(np.uint8)
     main, vlr = (flag & MAIN) != 0, (flag & VLR) != 0
     arrays: Arrays = {
         "row/identity": rng.integers(0, 256, 48).astype(np.uint8),
         "row/geometry": rng.integers(0, 99, GEOMETRY_LENGTH).astype(np.float64),
         "entries/count": np.array([count], np.int32),
-        "entries/index": place.astype(np.int32),
+        "entries/index": storage.astype(np.int32),
         "entries/flag": flag,
         "entries/gt": np.where(main, rng.integers(0, 9, count), -1).astype(np.int16),
         "entries/weight": np.where(vlr, rng.random(count), 0).astype(np.float32),
@@ -80,12 +80,12 @@ def make_row(schema: CacheSchema, index: int) -> Arrays:
     return arrays | schema.encode({k: v.astype(np.float32) for k, v in values.items()}, valid)
 
 
-def create(path: Path, schema: CacheSchema) -> None:
+def create(path: Path, schema: StoreSchema) -> None:
     """An empty store."""
     create_store(path, schema, MANIFEST, IMAGE_IDS)
 
 
-def write(path: Path, schema: CacheSchema, shards: list[int]) -> None:
+def write(path: Path, schema: StoreSchema, shards: list[int]) -> None:
     """Write the given shards with a writer of their own."""
     writer = StoreWriter(path, schema)
     for shard in shards:
@@ -93,7 +93,7 @@ def write(path: Path, schema: CacheSchema, shards: list[int]) -> None:
         writer.write_shard(shard, rows, {"rows": len(rows)})
 
 
-def make_store(path: Path, schema: CacheSchema) -> None:
+def make_store(path: Path, schema: StoreSchema) -> None:
     """A complete store."""
     create(path, schema)
     write(path, schema, list(range(schema.num_shards)))

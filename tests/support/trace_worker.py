@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdcli.engine.loading.epoch_order import plan_epoch
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.runtime import distributed
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training.setup import prepare
 from kdcli.engine.training.trainer import Trainer
 from kdcli.tensors import world_size
@@ -25,7 +25,7 @@ from tests.support.small_runs import asked
 def trace(shapes: Path, steps: int, changes: dict[str, Any]) -> list[dict[str, float]]:
     """Every loss term of ``steps`` full global batches, with batch norm frozen."""
     fields = asked("distill", shapes, **changes)
-    made = prepare(fields.options(), frozenset(fields.fields), Silent())
+    made = prepare(fields.options(), frozenset(fields.fields), NullReporter())
     made.student.double()
     for method in made.methods.values():
         method.double()
@@ -33,7 +33,7 @@ def trace(shapes: Path, steps: int, changes: dict[str, Any]) -> list[dict[str, f
     assert joined is not None
     # the teacher itself stays in float32, the same in any number of processes
     exact = replace(joined, forward=lambda batch: {k: double(v) for k, v in joined.forward(batch).items()})
-    trainer = Trainer(replace(made, teacher=exact), Path(tempfile.mkdtemp()), Silent())
+    trainer = Trainer(replace(made, teacher=exact), Path(tempfile.mkdtemp()), NullReporter())
     trainer.step.train()
     for module in trainer.step.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdcli.detectors.base import Detector, ModelSpec
 from kdcli.detectors.convert.coco import COCO_IDS, COCO_OUTPUTS
 from kdcli.detectors.convert.recipes import TORCHVISION, build_torchvision
-from kdcli.errors import OptionError, nearest
+from kdcli.errors import OptionError, did_you_mean
 
 BACKBONE = "resnet50"
 BN_EPS = 1e-5  # of PyTorch's batch norm
@@ -105,7 +105,7 @@ def class_outputs(state: Mapping[str, Tensor], name: str) -> int:
     """The number of classes that torchvision's model ``name`` predicts with the weights ``state``, background and holes
     included. Raises OptionError as ``convert_torchvision``."""
     if name not in SOURCES:
-        raise OptionError(f"torchvision model '{name}': unknown{nearest(name, SOURCES)}")
+        raise OptionError(f"torchvision model '{name}': unknown{did_you_mean(name, SOURCES)}")
     two_stage = name.startswith("fasterrcnn")
     last = f"{_ROI_CLASSES if two_stage else _DENSE_CLASSES}.bias"
     if last not in state:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdcli.detectors.base import IMAGE_STD
-from kdcli.errors import OptionError, nearest
+from kdcli.errors import OptionError, did_you_mean
 
 Colour = tuple[float, float, float]
 
@@ -68,7 +68,7 @@ def find_style(
     """
     if given is not None:
         if given not in STYLES:
-            raise OptionError(f"--style '{given}': unknown{nearest(given, STYLES)}")
+            raise OptionError(f"--style '{given}': unknown{did_you_mean(given, STYLES)}")
         return given, STYLES[given], "--style"
     said = _read_config(config)
     if said is not None:

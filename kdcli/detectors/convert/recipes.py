@@ -20,7 +20,7 @@ from kdcli.detectors.dense.recipes import FCOS, RETINANET, Recipe, with_distribu
 from kdcli.detectors.neck import NeckSpec
 from kdcli.detectors.two_stage.detector import TwoStageDetector
 from kdcli.detectors.two_stage.recipes import FASTER_RCNN, MMDET_POOLING, TwoStageRecipe
-from kdcli.errors import OptionError, nearest
+from kdcli.errors import OptionError, did_you_mean
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Canvas, Detections
 from kdcli.tensors import CENTERNESS, CLS_LOGITS, Tensors
@@ -74,7 +74,7 @@ def build_torchvision(spec: ModelSpec) -> DenseDetector | TwoStageDetector:
     """The detector of ``spec``, whose ``detector`` is a name of TORCHVISION and ``bn`` is ``train`` or ``frozen``, with
     random weights. Raises OptionError on another name."""
     if spec.detector not in TORCHVISION:
-        raise OptionError(f"detector '{spec.detector}': unknown{nearest(spec.detector, TORCHVISION)}")
+        raise OptionError(f"detector '{spec.detector}': unknown{did_you_mean(spec.detector, TORCHVISION)}")
     recipe = TORCHVISION[spec.detector]
     if isinstance(recipe, TwoStageRecipe):
         return TwoStageDetector(spec, recipe)

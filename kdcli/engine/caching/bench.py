@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from kdcli.engine.runtime.progress import Watcher
-from kdcli.store.batch_buffers import join
-from kdcli.store.reader import CacheReader
-from kdcli.store.storage.local import Where
-from kdcli.store.writer import read_journal
+from kdcli.engine.runtime.progress import ProgressReporter
+from kdcli.store.batch_buffers import collate_rows
+from kdcli.store.journal import read_journal
+from kdcli.store.reader import StoreReader
+from kdcli.store.storage.base import Where
 from kdcli.structures import RowKey
 from kdcli.tensors import Need, Tensors
 
@@ -45,19 +45,24 @@ class Speed:
 
 
 def bench(
-    store: Where, needs: Sequence[Need] | None, workers: Sequence[int], batch: int, rows: int, watcher: Watcher
+    store: Where,
+    needs: Sequence[Need] | None,
+    workers: Sequence[int],
+    batch: int,
+    rows: int,
+    reporter: ProgressReporter,
 ) -> list[Speed]:
     """Read ``rows`` random rows in batches, for each number of ``workers``; the same rows each time.
 
     Raises StoreError for a store that cannot be read.
     """
-    reader = CacheReader(store, needs)
+    reader = StoreReader(store, needs)
     draw = np.random.default_rng(0).integers(0, reader.schema.rows, rows + WARM_BATCHES * batch)
     views, images = reader.views, reader.image_ids
     keys = [RowKey(images[int(r) // len(views)], views[int(r) % len(views)]) for r in draw]
     batches = [keys[k : k + batch] for k in range(0, len(keys), batch)]
     per_row = _bytes_a_row(reader) / 2**20
-    watcher.stage("cache bench", rows * len(workers))
+    reporter.stage("cache bench", rows * len(workers))
     found = []
     for number in workers:
         loader: DataLoader[Any] = DataLoader(
@@ -69,17 +74,17 @@ def bench(
                 started = time.perf_counter()
             elif k >= WARM_BATCHES:
                 read += made.rows
-                watcher.advance(made.rows)
+                reporter.advance(made.rows)
         found.append(Speed(number, read, time.perf_counter() - started, read * per_row))
     return found
 
 
-def _bytes_a_row(reader: CacheReader) -> float:
+def _bytes_a_row(reader: StoreReader) -> float:
     """Mean bytes on disk of the arrays that are read."""
     wanted = set(reader.layout)
     total = sum(
         int(file["bytes"])
-        for entry in read_journal(reader.place).values()
+        for entry in read_journal(reader.storage).values()
         for path, file in entry["files"].items()
         if path in wanted
     )
@@ -95,7 +100,7 @@ def default_workers() -> list[int]:
 class _Rows(Dataset[Any]):
     """Batches of rows, which travel to the main process as they do in training."""
 
-    def __init__(self, reader: CacheReader, batches: list[list[RowKey]]) -> None:
+    def __init__(self, reader: StoreReader, batches: list[list[RowKey]]) -> None:
         self._reader, self._batches = reader, batches
 
     def __len__(self) -> int:
@@ -103,7 +108,7 @@ class _Rows(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         rows = self._reader.read_all(self._batches[index], shared=get_worker_info() is not None)
-        return _Batch(join(rows, self._reader.layout.values()), len(rows))
+        return _Batch(collate_rows(rows, self._reader.layout.values()), len(rows))
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,19 @@ from kdcli.data.coco import open_split
 from kdcli.engine.caching.plan import Plan
 from kdcli.engine.caching.verify import plan_of_store
 from kdcli.engine.caching.write import MANIFEST_IDENTITY, write_store
-from kdcli.engine.runtime.progress import Watcher
-from kdcli.engine.training.setup import absolute_methods
+from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import OptionError, StoreError
-from kdcli.methods import find_methods
+from kdcli.methods.resolve import absolute_methods, find_methods
 from kdcli.store.image_codec import PIXELS
-from kdcli.store.locks import hold_store
-from kdcli.store.maintenance import copy_rows, drop_tensors, orphans, record_errors, take_in
-from kdcli.store.reader import CacheReader, compare_manifests
-from kdcli.store.schema import CacheSchema
-from kdcli.store.storage.local import Folder, Where, place_of
-from kdcli.store.writer import create_store, read_manifest
+from kdcli.store.locks import lock_store
+from kdcli.store.maintenance import copy_rows, drop_tensors, merge_overlay, record_errors, unreferenced_arrays
+from kdcli.store.manifest import compare_manifests, read_manifest
+from kdcli.store.reader import StoreReader
+from kdcli.store.schema import StoreSchema
+from kdcli.store.storage.base import Where
+from kdcli.store.storage.local import LocalStorage
+from kdcli.store.storage.resolve import open_storage
+from kdcli.store.writer import create_store
 from kdcli.structures import RowKey
 from kdcli.tensors import Need
 
@@ -34,7 +36,7 @@ ADDING = ".adding"  # inside the store: same disk, and gone with it
 
 def add(
     store: Where, data: str | None, teacher: str | None, methods: str, settings: Mapping[str, Mapping[str, Any]],
-    encoding: str, watcher: Watcher, images: bool = False,
+    encoding: str, reporter: ProgressReporter, images: bool = False,
 ) -> list[str]:  # fmt: skip
     """Add what ``methods`` read and ``store`` lacks, and with ``images`` the pictures; returns the keys of what is new.
 
@@ -43,14 +45,14 @@ def add(
     after a kill. ``data`` and ``teacher``: None for where the store was written from. Raises StoreError when they are not
     those of the manifest.
     """
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     folder = _folder(reader, "add to it")
     manifest = reader.manifest
     origin = manifest["origin"]
     asked = absolute_methods(methods).split(",") if methods else []
     names = ",".join(dict.fromkeys([*_methods(manifest), *asked]))
     whole = plan_of_store(
-        store, data or origin["data"], teacher or origin["teacher"], None, watcher, methods=names, settings=settings,
+        store, data or origin["data"], teacher or origin["teacher"], None, reporter, methods=names, settings=settings,
         encoding=encoding,
     )  # fmt: skip
     fixed = {k: v for k, v in manifest.items() if k in MANIFEST_IDENTITY and k != "regions"}
@@ -68,30 +70,32 @@ def add(
     new = [t.need.key for t in joined.tensors if t.need not in have]
     if joined.images and not reader.schema.images:
         new.append(PIXELS)
-    if not new and set(joined.served) <= {*reader.schema.served, *have}:
-        watcher.note(f"{store}: has everything that {methods or 'training from pictures'} read(s)")
+    if not new and set(joined.derived_from_dense) <= {*reader.schema.derived_from_dense, *have}:
+        reporter.message(f"{store}: has everything that {methods or 'training from pictures'} read(s)")
         return []
-    # what was sparse and is now served by a new dense tensor goes last, so that it is there until then
-    between = replace(joined, tensors=(*joined.tensors, *(t for n, t in have.items() if n in joined.served)))
-    between = replace(between, served=tuple(n for n in joined.served if n not in have))
+    # what was sparse and is now derived from a new dense tensor goes last, so that it is there until then
+    between = replace(
+        joined, tensors=(*joined.tensors, *(t for n, t in have.items() if n in joined.derived_from_dense))
+    )
+    between = replace(between, derived_from_dense=tuple(n for n in joined.derived_from_dense if n not in have))
     changes = {k: whole.manifest[k] for k in ("methods", "method_options", "regions")}
-    with hold_store(folder, shared=False):
+    with lock_store(folder, shared=False):
         overlay = folder / ADDING
-        write_store(_plan_of(whole, between, reader.schema), overlay, watcher)
-        watcher.stage("taking in", reader.schema.num_shards)
-        take_in(folder, overlay, between, changes, watcher.advance)
+        write_store(_plan_of(whole, between, reader.schema), overlay, reporter)
+        reporter.stage("taking in", reader.schema.num_shards)
+        merge_overlay(folder, overlay, between, changes, reporter.advance)
         if between != joined:
-            drop_tensors(folder, joined, {}, watcher.advance)
+            drop_tensors(folder, joined, {}, reporter.advance)
     return new
 
 
-def _plan_of(whole: Plan, joined: CacheSchema, stored: CacheSchema) -> Plan:
+def _plan_of(whole: Plan, joined: StoreSchema, stored: StoreSchema) -> Plan:
     """The plan of a store of what ``stored`` lacks of ``joined``; where it has entries, with the regions of both."""
-    have = {t.need for t in stored.tensors} | set(stored.served)
+    have = {t.need for t in stored.tensors} | set(stored.derived_from_dense)
     schema = replace(
         joined,
         tensors=tuple(t for t in joined.tensors if t.need not in have),
-        served=tuple(n for n in joined.served if n not in have),
+        derived_from_dense=tuple(n for n in joined.derived_from_dense if n not in have),
         images=joined.images and not stored.images,
     )
     needs = tuple(t.need for t in schema.tensors)
@@ -101,26 +105,28 @@ def _plan_of(whole: Plan, joined: CacheSchema, stored: CacheSchema) -> Plan:
     return replace(whole, options=options, needs=needs, schema=schema, source=source)
 
 
-def prune_tensors(store: Where, keys: Sequence[str], watcher: Watcher) -> list[str]:
+def prune_tensors(store: Where, keys: Sequence[str], reporter: ProgressReporter) -> list[str]:
     """Drop the tensors ``keys`` from a store, and the methods that read them from its manifest; returns what was dropped.
 
     ``row/image`` drops the pictures.
 
     Raises OptionError for a key that the store does not have, or when nothing would be left.
     """
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     folder = _folder(reader, "prune it")
     stored = {t.need.key: t for t in reader.schema.tensors}
     droppable = [*stored, *([PIXELS] if reader.schema.images else [])]
-    with hold_store(folder, shared=False):
-        left_over = orphans(folder)  # of a killed call
+    with lock_store(folder, shared=False):
+        left_over = unreferenced_arrays(folder)  # of a killed call
         unknown = [k for k in keys if k not in droppable]
         if unknown and not left_over:
             raise OptionError(f"store '{store}' has no {', '.join(unknown)}; it has {', '.join(droppable)}")
         keep = [t for key, t in stored.items() if key not in keys]
         if not keep:
             raise OptionError(f"--tensor: nothing would be left of '{store}'; delete the folder instead")
-        have = {t.need for t in keep} | {n for n in reader.schema.served if n.name in {t.need.name for t in keep}}
+        have = {t.need for t in keep} | {
+            n for n in reader.schema.derived_from_dense if n.name in {t.need.name for t in keep}
+        }
         options = reader.manifest["method_options"]
         texts = _methods(reader.manifest)  # as given: a user's method is a path
         able = {
@@ -129,19 +135,19 @@ def prune_tensors(store: Where, keys: Sequence[str], watcher: Watcher) -> list[s
             for name, method in find_methods(text).items()
             if set(method.reads(options[name])) <= have
         }
-        watcher.stage("prune", reader.schema.num_shards)
+        reporter.stage("prune", reader.schema.num_shards)
         changes = {"methods": ",".join(able), "method_options": {name: options[name] for name in able.values()}}
         dense = {t.need.name for t in keep if t.need.dense}
-        served = tuple(n for n in reader.schema.served if n.name in dense)
+        derived = tuple(n for n in reader.schema.derived_from_dense if n.name in dense)
         images = reader.schema.images and PIXELS not in keys
-        schema = replace(reader.schema, tensors=tuple(keep), served=served, images=images)
-        drop_tensors(folder, schema, changes, watcher.advance)
+        schema = replace(reader.schema, tensors=tuple(keep), derived_from_dense=derived, images=images)
+        drop_tensors(folder, schema, changes, reporter.advance)
     return [k for k in keys if k in droppable]
 
 
-def prune_views(store: Where, views: Sequence[str], out: Where, watcher: Watcher) -> int:
+def prune_views(store: Where, views: Sequence[str], out: Where, reporter: ProgressReporter) -> int:
     """Copy a store without ``views`` to ``out``; returns the rows of the copy. The same call goes on after a kill."""
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     unknown = [v for v in views if v not in reader.views]
     if unknown:
         raise OptionError(f"store '{store}' has no view {', '.join(unknown)}; it has {', '.join(reader.views)}")
@@ -151,17 +157,17 @@ def prune_views(store: Where, views: Sequence[str], out: Where, watcher: Watcher
     images = np.array(reader.image_ids, np.int64)
     rows = [(0, reader.row_index(RowKey(int(image), view))) for image in images for view in keep]
     manifest = {**reader.manifest, "views": keep}
-    return _copy([reader], rows, out, manifest, reader.schema, images, watcher)
+    return _copy([reader], rows, out, manifest, reader.schema, images, reporter)
 
 
-def merge(stores: Sequence[Where], out: Where, data: str | None, watcher: Watcher) -> int:
+def merge(stores: Sequence[Where], out: Where, data: str | None, reporter: ProgressReporter) -> int:
     """Join stores of one teacher and the same tensors into ``out``: other views of the same images, or other images.
 
     ``data``: a data set with the images of all of them, needed when they were written from different annotation files; its
     order is the order of the rows. Returns the rows of ``out``. Raises StoreError when they differ, overlap, or do not
     cover ``data``.
     """
-    readers = [CacheReader(store) for store in stores]
+    readers = [StoreReader(store) for store in stores]
     first = readers[0]
     differing = {"dataset", "views"}
     ours = {k: first.manifest[k] for k in MANIFEST_IDENTITY if k not in differing}
@@ -172,7 +178,7 @@ def merge(stores: Sequence[Where], out: Where, data: str | None, watcher: Watche
         if reader.manifest["dataset"]["categories"] != first.manifest["dataset"]["categories"]:
             found.append("dataset.categories")
         if found:
-            raise StoreError(f"'{reader.place}' and '{first.place}' do not go together: {'; '.join(found)}")
+            raise StoreError(f"'{reader.storage}' and '{first.storage}' do not go together: {'; '.join(found)}")
     dataset = {k: v for k, v in first.manifest["dataset"].items() if k != "left_out"}
     same_data = all(compare_manifests(dataset, r.manifest["dataset"]) == [] for r in readers[1:])
     if data is not None:
@@ -190,7 +196,7 @@ def merge(stores: Sequence[Where], out: Where, data: str | None, watcher: Watche
         for image in reader.image_ids:
             for view in reader.views:
                 if (int(image), view) in places:
-                    raise StoreError(f"'{reader.place}' has image {image}, view {view}, that another store has too")
+                    raise StoreError(f"'{reader.storage}' has image {image}, view {view}, that another store has too")
                 places[int(image), view] = (k, reader.row_index(RowKey(int(image), view)))
     known = {image for image, _ in places}
     left_out = sorted({i for r in readers for i in r.manifest["dataset"]["left_out"]} - known)
@@ -207,7 +213,7 @@ def merge(stores: Sequence[Where], out: Where, data: str | None, watcher: Watche
     rows = [places[int(i), v] for i in images for v in views]
     manifest = {**first.manifest, "views": views, "dataset": {**dataset, "left_out": left_out}}
     schema = replace(first.schema, max_boxes=max(r.schema.max_boxes for r in readers))
-    return _copy(readers, rows, out, manifest, schema, images, watcher)
+    return _copy(readers, rows, out, manifest, schema, images, reporter)
 
 
 def needs_of(store: Where, methods: str) -> tuple[Need, ...]:
@@ -221,14 +227,14 @@ def needs_of(store: Where, methods: str) -> tuple[Need, ...]:
     return tuple(sorted({n for name, method in found.items() for n in method.reads(options[name])}))
 
 
-def _folder(reader: CacheReader, verb: str) -> Path:
+def _folder(reader: StoreReader, verb: str) -> Path:
     """Where a store that is changed in place is. Raises OptionError for an object store."""
-    if not isinstance(reader.place, Folder):
+    if not isinstance(reader.storage, LocalStorage):
         raise OptionError(
-            f"'{reader.place}' is in an object store, where nothing can be moved or locked: copy the store to a disk "
+            f"'{reader.storage}' is in an object store, where nothing can be moved or locked: copy the store to a disk "
             f"first, {verb} there, and copy it back"
         )
-    return reader.place.path
+    return reader.storage.path
 
 
 def _methods(manifest: Mapping[str, Any]) -> list[str]:
@@ -236,22 +242,22 @@ def _methods(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _copy(
-    readers: Sequence[CacheReader], rows: Sequence[tuple[int, int]], out: Where, manifest: dict[str, Any],
-    schema: CacheSchema, images: NDArray[np.int64], watcher: Watcher,
+    readers: Sequence[StoreReader], rows: Sequence[tuple[int, int]], out: Where, manifest: dict[str, Any],
+    schema: StoreSchema, images: NDArray[np.int64], reporter: ProgressReporter,
 ) -> int:  # fmt: skip
     schema = replace(schema, rows=len(rows), shard_rows=min(schema.shard_rows, len(rows)))
     manifest = {k: v for k, v in manifest.items() if k not in ("schema", "errors")}
-    place = place_of(out)
-    if place.exists():
+    storage = open_storage(out)
+    if storage.exists():
         differences = compare_manifests(
-            {**manifest, "schema": {"images": None, **schema.to_json()}}, read_manifest(place)
+            {**manifest, "schema": {"images": None, **schema.to_json()}}, read_manifest(storage)
         )
         if differences:
-            raise StoreError(f"'{place}' is another store: {'; '.join(differences)}; choose another --out")
+            raise StoreError(f"'{storage}' is another store: {'; '.join(differences)}; choose another --out")
     else:
-        create_store(place, schema, manifest, images)
-    watcher.stage("copying", schema.num_shards)
-    with hold_store(place.path, shared=False) if isinstance(place, Folder) else nullcontext():
-        copy_rows(readers, rows, place, schema, watcher.advance)
-        record_errors(place)
+        create_store(storage, schema, manifest, images)
+    reporter.stage("copying", schema.num_shards)
+    with lock_store(storage.path, shared=False) if isinstance(storage, LocalStorage) else nullcontext():
+        copy_rows(readers, rows, storage, schema, reporter.advance)
+        record_errors(storage)
     return len(rows)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,26 @@ from torch import Tensor
 
 from kdcli.data.coco import Dataset, has_split, open_split
 from kdcli.data.views import parse_views
-from kdcli.detectors.build import lineage_of
+from kdcli.detectors.build import default_keys
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.evaluation.evaluate import evaluate, validation_source
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
-from kdcli.engine.runtime.device import pick_device, pick_teacher_workers, set_threads
+from kdcli.engine.loading.selection import usable
+from kdcli.engine.runtime.device import pick_device
 from kdcli.engine.runtime.distributed import take_local_gpu
-from kdcli.engine.runtime.progress import Watcher
+from kdcli.engine.runtime.progress import ProgressReporter
+from kdcli.engine.runtime.threads import pick_teacher_workers, set_threads
 from kdcli.engine.teacher.forward import TeacherForward, class_order, compiled
-from kdcli.engine.teacher.specs import make_manifest, region_spec, teacher_entry, with_classes
-from kdcli.engine.training.setup import absolute_methods, usable
-from kdcli.errors import GateError, OptionError, nearest
+from kdcli.engine.teacher.specs import region_spec, teacher_entry, with_classes
+from kdcli.errors import GateError, OptionError, did_you_mean
 from kdcli.geometry.regions import guard
-from kdcli.methods import find_methods
-from kdcli.methods.base import Pair, check_pair, resolve_options
+from kdcli.methods.base import Pair
+from kdcli.methods.resolve import absolute_methods, check_pair, find_methods, resolve_options
 from kdcli.options import CacheOptions
-from kdcli.store.encoding_policy import plan_tensors, served_by_dense, shard_rows_for
+from kdcli.store.encoding_policy import derived_from_dense, plan_tensors, shard_rows_for
 from kdcli.store.image_codec import PIXELS, encode_pixels
-from kdcli.store.schema import CacheSchema, regions_of, row_tensor
+from kdcli.store.schema import FORMAT_VERSION, StoreSchema, regions_of, row_tensor
 from kdcli.structures import Canvas
 from kdcli.tensors import Need
 
@@ -47,7 +49,7 @@ class Plan:
     source: SampleSource
     positions: NDArray[np.int64]
     views: tuple[str, ...]
-    schema: CacheSchema
+    schema: StoreSchema
     needs: tuple[Need, ...]  # that are stored
     manifest: dict[str, Any]  # its teacher.ap may still be None
     device: torch.device
@@ -59,7 +61,7 @@ class Plan:
         return int(self.positions[position]), self.views[view]
 
 
-def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
+def plan_store(options: CacheOptions, reporter: ProgressReporter) -> Plan:
     """Everything about a store but its rows; reads the annotations and the teacher, writes nothing."""
     threads = set_threads(options.threads)
     if "LOCAL_RANK" in os.environ and options.device != "cpu" and torch.cuda.is_available():
@@ -75,26 +77,26 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     for table in options.methods:
         if table not in methods:
             raise OptionError(
-                f"[methods.{table}] is not used: --method names {', '.join(methods)}{nearest(table, methods)}"
+                f"[methods.{table}] is not used: --method names {', '.join(methods)}{did_you_mean(table, methods)}"
             )
-    lineage = lineage_of(detector.spec.detector)
+    lineage = default_keys(detector.spec.detector)
     pair = Pair(specs, specs, detector.grid, canvas, lineage[-1])
     resolved = {}
     for name, method in methods.items():
         resolved[name] = resolve_options(name, method, lineage, options.methods.get(name, {}), detector.region_defaults)
         check_pair(name, method, resolved[name], pair, detector.spec.name, detector.spec.name)
     needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(resolved[k])}))
-    positions = usable(dataset, options.skip_bad, watcher)
+    positions = usable(dataset, options.skip_bad, reporter)
     source = SampleSource(
         dataset, canvas, options.view_seed, detector.grid, detector.assigner,
         region_spec(detector.region_defaults, methods, resolved), regions_of(needs),
         targets=bool(regions_of(needs)),  # what is positive decides the entries, and nothing of a dense tensor: 1.3 ms
     )  # fmt: skip
-    served = served_by_dense(needs, options.encoding)
-    stored = tuple(n for n in needs if n not in served)
-    schema = CacheSchema(
+    derived = derived_from_dense(needs, options.encoding)
+    stored = tuple(n for n in needs if n not in derived)
+    schema = StoreSchema(
         detector.grid, canvas, len(positions) * len(views), 1, plan_tensors(stored, specs, options.encoding),
-        max_boxes=max((len(dataset.training_boxes(int(p))[0]) for p in positions), default=0), served=served,
+        max_boxes=max((len(dataset.training_boxes(int(p))[0]) for p in positions), default=0), derived_from_dense=derived,
         images=options.cache_images,
     )  # fmt: skip
     row_bytes = sum(a.row_bytes for a in schema.layout())
@@ -120,26 +122,26 @@ def plan_store(options: CacheOptions, watcher: Watcher) -> Plan:
     return Plan(options, forward, source, positions, views, schema, stored, manifest, device, workers)
 
 
-def measure_teacher(plan: Plan, watcher: Watcher) -> float | None:
+def measure_teacher(plan: Plan, reporter: ProgressReporter) -> float | None:
     """The teacher's AP on the val split (None without one), which the manifest keeps.
 
     Raises GateError when it is below ``min_teacher_ap``.
     """
     root = Path(plan.options.data)
     if not has_split(root, "val"):
-        watcher.note("no val split: the teacher's AP is not measured")
+        reporter.message("no val split: the teacher's AP is not measured")
         return None
     val: Dataset = open_split(root, "val")
-    keep = set(usable(val, plan.options.skip_bad, watcher).tolist())
-    watcher.stage("teacher AP", len(keep))
+    keep = set(usable(val, plan.options.skip_bad, reporter).tolist())
+    reporter.stage("teacher AP", len(keep))
     source = validation_source(val, plan.forward.detector, plan.source.canvas)
     found = evaluate(
         plan.forward.detector, val, plan.source.canvas, device=plan.device, batch=plan.forward.micro_batch,
         loader=Loader(source, plan.workers), forward=plan.forward.outputs, relabel=plan.forward.relabel,
-        left_out=frozenset(range(val.num_images)) - keep, advance=watcher.advance,
+        left_out=frozenset(range(val.num_images)) - keep, advance=reporter.advance,
     )  # fmt: skip
     ap = found.metrics.ap
-    watcher.note(f"teacher AP on val: {'not defined' if ap is None else f'{ap:.1f}'}")
+    reporter.message(f"teacher AP on val: {'not defined' if ap is None else f'{ap:.1f}'}")
     require_able(ap, plan.options.min_teacher_ap)
     return ap
 
@@ -186,3 +188,24 @@ def encode_row(plan: Plan, sample: Sample, value: Mapping[str, NDArray[np.float3
     arrays.update({str(path): np.array([count], np.int32) for path, count in counts.items()})
     arrays.update(plan.schema.encode(value, sample.valid.numpy()))
     return arrays
+
+
+def make_manifest(
+    source: SampleSource, views: Sequence[str], teacher: Mapping[str, Any], run: Mapping[str, Any],
+    class_order: Sequence[int], *, left_out: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
+    """All fields of a manifest but the schema. ``run``: precision, micro-batch, threads, device of the teacher."""
+    return {
+        "format": "kdcli.store",
+        "version": FORMAT_VERSION,
+        "teacher": dict(teacher),
+        "teacher_run": dict(run),
+        "dataset": {**source.dataset.fingerprint(), "split": source.dataset.split, "left_out": list(left_out)},
+        "class_order": list(class_order),
+        "canvas": str(source.canvas),
+        "views": list(views),
+        "view_seed": source.view_seed,
+        "assigner": source.assigner.to_json(),
+        "regions": source.region_spec.to_json(),
+        "versions": {name: version(name) for name in ("kdcli", "torch", "torchvision", "zarr")},
+    }

@@ -17,8 +17,8 @@ from kdcli.engine.teacher.specs import with_classes
 from kdcli.geometry.assign import assign
 from kdcli.geometry.regions import RegionSpec, compute_entries
 from kdcli.store.arrays import StoredTensor
-from kdcli.store.encoding_policy import plan_tensors, served_by_dense
-from kdcli.store.schema import MAX_PROPOSALS, CacheSchema
+from kdcli.store.encoding_policy import derived_from_dense, plan_tensors
+from kdcli.store.schema import MAX_PROPOSALS, StoreSchema
 from kdcli.structures import Canvas, Entries
 from kdcli.tensors import DERIVED, FEATURES, Need, TensorSpec
 
@@ -64,9 +64,9 @@ def row_bytes(
     """
     boxes = typical_boxes(canvas)
     needs = tuple(needs)
-    served = served_by_dense(needs, encoding)
-    tensors = plan_tensors([n for n in needs if n not in served], specs, encoding)
-    schema = CacheSchema(detector.grid, canvas, 1, 1, tensors, max_boxes=len(boxes), served=served)
+    derived = derived_from_dense(needs, encoding)
+    tensors = plan_tensors([n for n in needs if n not in derived], specs, encoding)
+    schema = StoreSchema(detector.grid, canvas, 1, 1, tensors, max_boxes=len(boxes), derived_from_dense=derived)
     assigned = assign(detector.assigner, detector.grid, canvas, boxes, canvas.size)
     entries = compute_entries(schema.regions, regions, detector.grid, canvas, boxes, assigned, canvas.size)
     real = {array.path: _rows(t, entries, len(boxes)) for t in tensors for array in schema.tensor_arrays(t).values()}

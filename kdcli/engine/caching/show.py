@@ -13,9 +13,10 @@ from kdcli.data.images import read_image
 from kdcli.data.views import Geometry, render, to_canvas
 from kdcli.errors import StoreError
 from kdcli.geometry.derive import decode_distribution
-from kdcli.store.reader import CacheReader, compare_manifests
-from kdcli.store.schema import collate
-from kdcli.store.storage.local import Where
+from kdcli.store.batch_buffers import collate_arrays
+from kdcli.store.manifest import compare_manifests
+from kdcli.store.reader import StoreReader
+from kdcli.store.storage.base import Where
 from kdcli.structures import Entries, RowKey
 from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, RANK, Need
 
@@ -40,7 +41,7 @@ def read_for_show(store: Where, data: str | None, image_id: int, view: str | Non
 
     Raises StoreError when the row is not in the store, or annotations or image are not those that it was written from.
     """
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     dataset = open_split(Path(data or reader.manifest["origin"]["data"]), reader.manifest["dataset"]["split"])
     differences = compare_manifests({"dataset": dataset.fingerprint()}, reader.manifest)
     if differences:
@@ -60,7 +61,7 @@ def read_for_show(store: Where, data: str | None, image_id: int, view: str | Non
     boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
     labels = [dataset.classes[k].name for k in torch.from_numpy(labels_np)[keep].tolist()]
     schema, canvas = reader.schema, geometry.canvas
-    tensors = schema.decode(collate([row.arrays], reader.layout.values()), [t.need for t in reader.tensors])
+    tensors = schema.decode(collate_arrays([row.arrays], reader.layout.values()), [t.need for t in reader.tensors])
     index = row.entries.index if row.entries is not None else torch.zeros(0, dtype=torch.int64)
     centers = schema.grid.centers(canvas, torch.float32)[index // schema.grid.num_anchors]
     teacher_boxes = teacher_scores = heat = None

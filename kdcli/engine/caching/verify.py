@@ -16,50 +16,53 @@ from zarr.storage import MemoryStore
 from kdcli.data.views import format_views
 from kdcli.detectors.read import AT_PROPOSALS
 from kdcli.engine.caching.plan import Plan, plan_store, teacher_rows
-from kdcli.engine.runtime.progress import Watcher
-from kdcli.engine.teacher.binding import recheck_regions, spread
+from kdcli.engine.loading.region_check import recheck_regions, spread
+from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import KDError, StoreError
 from kdcli.options import CacheOptions, build, layer
+from kdcli.store.arrays import shard_key
+from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.encoding_error import ErrorMeter, summarise
-from kdcli.store.reader import CacheReader, compare_manifests
-from kdcli.store.schema import CacheSchema, row_tensor
-from kdcli.store.schema import collate as collate_rows
-from kdcli.store.storage.local import Place, Where
-from kdcli.store.writer import journal_key, make_arrays, read_journal, read_manifest, shard_key
+from kdcli.store.journal import journal_key, read_journal
+from kdcli.store.manifest import compare_manifests, read_manifest
+from kdcli.store.reader import StoreReader
+from kdcli.store.schema import StoreSchema, row_tensor
+from kdcli.store.storage.base import Storage, Where
+from kdcli.store.writer import make_arrays
 from kdcli.structures import RowKey
 
 
-def verify_checksums(store: Where, watcher: Watcher) -> tuple[int, int]:
+def verify_checksums(store: Where, reporter: ProgressReporter) -> tuple[int, int]:
     """Compare every shard file with the size and crc32c in the journal; returns (files, bytes).
 
     Raises StoreError naming the first file that is missing, torn or changed.
     """
-    reader = CacheReader(store)  # complete, and of a schema that can be read
-    place, layout = reader.place, reader.layout
+    reader = StoreReader(store)  # complete, and of a schema that can be read
+    storage, layout = reader.storage, reader.layout
     _verify_headers(reader)
-    journal = read_journal(place)
-    watcher.stage("verify", len(journal) * len(layout))
+    journal = read_journal(storage)
+    reporter.stage("verify", len(journal) * len(layout))
     files = total = 0
     for shard, entry in sorted(journal.items()):
         for array, spec in layout.items():
             key, recorded = shard_key(spec, shard), entry["files"].get(array)
             if recorded is None:
-                raise StoreError(f"the journal does not name shard file '{place}/{key}'; {_again(place, shard)}")
+                raise StoreError(f"the journal does not name shard file '{storage}/{key}'; {_again(storage, shard)}")
             try:
-                data = place.read(key)
+                data = storage.read(key)
             except FileNotFoundError as error:
                 if isinstance(error, KDError):  # no such bucket
                     raise
-                raise StoreError(f"shard file '{place}/{key}' is missing; {_again(place, shard)}") from error
+                raise StoreError(f"shard file '{storage}/{key}' is missing; {_again(storage, shard)}") from error
             if len(data) != recorded["bytes"] or f"{google_crc32c.value(data):08x}" != recorded["crc32c"]:
-                raise StoreError(f"shard file '{place}/{key}' is not what was written; {_again(place, shard)}")
+                raise StoreError(f"shard file '{storage}/{key}' is not what was written; {_again(storage, shard)}")
             files += 1
             total += len(data)
-            watcher.advance(1)
+            reporter.advance(1)
     return files, total
 
 
-def _verify_headers(reader: CacheReader) -> None:
+def _verify_headers(reader: StoreReader) -> None:
     """The zarr.json of every array and group says what the schema does: other readers of Zarr go by it.
 
     Byte for byte if the zarr-python that wrote the store is the one here, else as zarr-python understands it.
@@ -71,7 +74,7 @@ def _verify_headers(reader: CacheReader) -> None:
     for path in (*reader.layout, "image_id", *sorted(groups)):
         key = f"{path}/zarr.json"
         try:
-            data, wanted = reader.place.read(key), fresh._store_dict[key].to_bytes()
+            data, wanted = reader.storage.read(key), fresh._store_dict[key].to_bytes()
             if b'"level": -1' not in data:  # of a store from before features had that one; any reader decodes both
                 wanted = wanted.replace(b'"level": -1', b'"level": 1')
             same = data == wanted if same_zarr else _metadata(data, path in groups) == _metadata(wanted, path in groups)
@@ -80,7 +83,7 @@ def _verify_headers(reader: CacheReader) -> None:
                 raise
             same = False
         if not same:
-            raise StoreError(f"'{reader.place}/{key}' is not what was written; write the store again")
+            raise StoreError(f"'{reader.storage}/{key}' is not what was written; write the store again")
 
 
 def _metadata(data: bytes, group: bool) -> Any:
@@ -90,25 +93,27 @@ def _metadata(data: bytes, group: bool) -> Any:
     return opened.metadata.to_dict()
 
 
-def verify_teacher(plan: Plan, store: Where, rows: int, watcher: Watcher) -> tuple[int, dict[str, dict[str, Any]]]:
+def verify_teacher(
+    plan: Plan, store: Where, rows: int, reporter: ProgressReporter
+) -> tuple[int, dict[str, dict[str, Any]]]:
     """Run the teacher again on ``rows`` evenly spaced rows and compare; returns (rows compared, error per tensor).
 
     Raises StoreError when the teacher is not the one of the manifest.
     """
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     stored = reader.manifest["teacher"]
     differences = compare_manifests({"weights_sha256": plan.manifest["teacher"]["weights_sha256"]}, stored)
     if differences:
         raise StoreError(f"store '{store}' was written by another teacher: {'; '.join(differences)}")
     recheck_regions(replace(plan.source, reader=reader), plan.positions, plan.views)
     chosen = spread(plan.positions, plan.views, rows)
-    watcher.stage("teacher again", len(chosen))
+    reporter.stage("teacher again", len(chosen))
     meter = ErrorMeter()
     for item in chosen:
         sample = plan.source.load(item)
         row = reader.read(RowKey(plan.source.dataset.image_id(item[0]), item[1]))
         plan.source.check_row(row, sample)
-        decoded = reader.schema.decode(collate_rows([row.arrays], reader.layout.values()), plan.needs)
+        decoded = reader.schema.decode(collate_arrays([row.arrays], reader.layout.values()), plan.needs)
         boxes = decoded.get(AT_PROPOSALS[0].key)  # at which the RoI head is read again
         values = teacher_rows(plan, [sample], None if boxes is None else [boxes.to(plan.device)])
         for tensor in plan.schema.tensors:
@@ -119,18 +124,16 @@ def verify_teacher(plan: Plan, store: Where, rows: int, watcher: Watcher) -> tup
                 raise StoreError(f"{RowKey(plan.source.dataset.image_id(item[0]), item[1])}: its regions have changed")
             keep = plan.schema.valid_rows(tensor, sample.valid).numpy() if tensor.need.dense else None
             meter.add(key, exact, theirs, keep)
-        watcher.advance(1)
+        reporter.advance(1)
     return len(chosen), summarise([meter.sums])
 
 
-def _again(place: Place, shard: int) -> str:
-    return (
-        f"delete '{place}/{journal_key(shard)}' and run the same cache-teacher command again: it writes this shard anew"
-    )
+def _again(storage: Storage, shard: int) -> str:
+    return f"delete '{storage}/{journal_key(shard)}' and run the same cache-teacher command again: it writes this shard anew"
 
 
 def plan_of_store(
-    store: Where, data: str, teacher: str, device: str | None, watcher: Watcher, *, methods: str | None = None,
+    store: Where, data: str, teacher: str, device: str | None, reporter: ProgressReporter, *, methods: str | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None, encoding: str = "default",
 ) -> Plan:  # fmt: skip
     """The plan that wrote ``store``, rebuilt from its manifest with the given data set and teacher.
@@ -139,7 +142,7 @@ def plan_of_store(
     set is not that of the manifest.
     """
     manifest = read_manifest(store)
-    schema = CacheSchema.from_json(manifest["schema"])
+    schema = StoreSchema.from_json(manifest["schema"])
     run, left_out = manifest["teacher_run"], manifest["dataset"]["left_out"]
     fields = {
         "data": data, "teacher": teacher, "method": manifest["methods"] if methods is None else methods,
@@ -149,7 +152,7 @@ def plan_of_store(
         "skip_bad": bool(left_out),
         "encoding": encoding, "methods": layer(manifest["method_options"], settings or {}),
     }  # fmt: skip
-    plan = plan_store(build(CacheOptions, fields), watcher)
+    plan = plan_store(build(CacheOptions, fields), reporter)
     differences = compare_manifests({"dataset": plan.manifest["dataset"]}, manifest)
     if differences:
         raise StoreError(f"store '{store}' belongs to another data set: {'; '.join(differences)}")

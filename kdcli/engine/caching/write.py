@@ -27,18 +27,20 @@ from kdcli.detectors.read import AT_PROPOSALS
 from kdcli.engine.caching.plan import Plan, encode_row, measure_teacher, require_able, teacher_rows
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, Sample, orientation
-from kdcli.engine.runtime.device import Here, helper_threads, usable_cores
-from kdcli.engine.runtime.progress import Watcher
+from kdcli.engine.runtime.progress import ProgressReporter
+from kdcli.engine.runtime.threads import InlineExecutor, thread_pool, usable_cores
 from kdcli.errors import StoreError
+from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.encoding_error import ErrorMeter
-from kdcli.store.locks import hold_file, hold_store
+from kdcli.store.locks import lock_file, lock_store
 from kdcli.store.maintenance import record_errors
-from kdcli.store.reader import compare_manifests
-from kdcli.store.schema import collate as collate_rows
+from kdcli.store.manifest import compare_manifests, read_manifest
 from kdcli.store.schema import row_tensor
 from kdcli.store.shards import pack_chunk
-from kdcli.store.storage.local import Folder, Place, Where, place_of
-from kdcli.store.writer import StoreWriter, create_store, read_manifest
+from kdcli.store.storage.base import Storage, Where
+from kdcli.store.storage.local import LocalStorage
+from kdcli.store.storage.resolve import open_storage
+from kdcli.store.writer import StoreWriter, create_store
 
 MANIFEST_IDENTITY = (
     "teacher",
@@ -78,53 +80,53 @@ class Packed:
     precision: dict[str, dict[str, float]]
 
 
-def takes_turns(plan: Plan) -> bool:
+def interleaved(plan: Plan) -> bool:
     """Whether loading and encoding go between the passes of the teacher, not beside them."""
     return plan.device.type == "cpu" and plan.workers == 0
 
 
 def _encoders(plan: Plan) -> tuple[AbstractContextManager[Executor], int]:
     """Who encodes, with how many threads: half of the cores, up to MAX_THREADS; in turns, those of the teacher."""
-    if not takes_turns(plan):
+    if not interleaved(plan):
         threads = min(MAX_THREADS, max(1, usable_cores() // 2))
     elif sum(a.row_bytes for a in plan.schema.layout()) > SMALL_ROW:
         threads = torch.get_num_threads()
     else:
         # threads that do small steps in Python wait for each other: ld at 256x320 takes two 1.0 ms a row, and one 0.7
-        return Here(), 1
-    return helper_threads(threads, "encode"), threads
+        return InlineExecutor(), 1
+    return thread_pool(threads, "encode"), threads
 
 
-def write_store(plan: Plan, out: Where, watcher: Watcher, part: Part | None = None) -> int:
+def write_store(plan: Plan, out: Where, reporter: ProgressReporter, part: Part | None = None) -> int:
     """Write what is missing of the store at ``out``; returns how many rows were written in this call.
 
     With a ``part``, only the shards of that part: other processes may write the others at the same time. An existing
     store is continued if it is the same one, else StoreError lists the fields that differ; also when another process is
     writing all of it.
     """
-    place = place_of(out)
-    if not isinstance(place, Folder):  # no locks there: each process tries to make it, and one does
-        if not place.exists():
+    storage = open_storage(out)
+    if not isinstance(storage, LocalStorage):  # no locks there: each process tries to make it, and one does
+        if not storage.exists():
             with suppress(FileExistsError):
-                _create(plan, place, watcher)
-        require_same(plan, place)
-        return _write_part(plan, place, part or Part(), watcher)
-    path = place.path
+                _create(plan, storage, reporter)
+        require_same(plan, storage)
+        return _write_part(plan, storage, part or Part(), reporter)
+    path = storage.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with hold_file(path.with_name(f".{path.name}.lock")):  # the others wait for the one that makes it
-        if not place.exists():
-            _create(plan, place, watcher)
-    require_same(plan, place)
-    with hold_store(path, shared=part is not None):
-        return _write_part(plan, place, part or Part(), watcher)
+    with lock_file(path.with_name(f".{path.name}.lock")):  # the others wait for the one that makes it
+        if not storage.exists():
+            _create(plan, storage, reporter)
+    require_same(plan, storage)
+    with lock_store(path, shared=part is not None):
+        return _write_part(plan, storage, part or Part(), reporter)
 
 
-def _create(plan: Plan, out: Place, watcher: Watcher) -> None:
-    manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": measure_teacher(plan, watcher)}}
+def _create(plan: Plan, out: Storage, reporter: ProgressReporter) -> None:
+    manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": measure_teacher(plan, reporter)}}
     create_store(out, plan.schema, manifest, plan.source.dataset.annotations.image_ids[plan.positions])
 
 
-def require_same(plan: Plan, out: Place) -> None:
+def require_same(plan: Plan, out: Storage) -> None:
     """Raises StoreError when the store at ``out`` is not the one of ``plan``, GateError when its teacher is too weak."""
     stored = read_manifest(out)
     ours = {k: plan.manifest[k] for k in MANIFEST_IDENTITY} | {
@@ -140,24 +142,24 @@ def require_same(plan: Plan, out: Place) -> None:
     require_able(stored["teacher"]["ap"], plan.options.min_teacher_ap)
 
 
-def _write_part(plan: Plan, out: Place, part: Part, watcher: Watcher) -> int:
-    rows = _write_shards(plan, out, part, watcher)
+def _write_part(plan: Plan, out: Storage, part: Part, reporter: ProgressReporter) -> int:
+    rows = _write_shards(plan, out, part, reporter)
     record_errors(out)  # by the part that comes last; and by a run that was killed between the last shard and this
     return rows
 
 
-def _write_shards(plan: Plan, out: Place, part: Part, watcher: Watcher) -> int:
+def _write_shards(plan: Plan, out: Storage, part: Part, reporter: ProgressReporter) -> int:
     writer = StoreWriter(out, plan.schema)
     done, mine = writer.done(), part.shards(plan.schema.num_shards)
     ranges = {s: plan.schema.shard_range(s) for s in mine}
     todo = [s for s in mine if s not in done]
-    watcher.stage("cache-teacher", sum(stop - start for start, stop in ranges.values()))
-    watcher.advance(sum(ranges[s][1] - ranges[s][0] for s in mine if s in done))
+    reporter.stage("cache-teacher", sum(stop - start for start, stop in ranges.values()))
+    reporter.advance(sum(ranges[s][1] - ranges[s][0] for s in mine if s in done))
     chunks = {s: _micro_batches(plan, *ranges[s]) for s in todo}
     samples = Loader(plan.source, plan.workers).samples([c for s in todo for c in chunks[s]])
-    (pool, threads), turns, progress = _encoders(plan), takes_turns(plan), _Progress(watcher)
+    (pool, threads), turns, progress = _encoders(plan), interleaved(plan), _Progress(reporter)
     most = 0 if turns else AHEAD * threads * plan.forward.micro_batch
-    with pool as encoders, helper_threads(threads, "write") as writers:
+    with pool as encoders, thread_pool(threads, "write") as writers:
         rows: deque[Future[Packed]] = deque()
         files: deque[Future[int]] = deque()
         for shard in todo:
@@ -169,11 +171,11 @@ def _write_shards(plan: Plan, out: Place, part: Part, watcher: Watcher) -> int:
                 for item, sample, value, reference in zip(items, batch, values, exact, strict=True):
                     packed[item] = encoders.submit(_pack, plan, sample, value, reference)
                 rows.extend(packed[item] for item in items)
-                progress.encoded(rows, most, stalls=not turns)
+                progress.encoded(rows, most, blocks_teacher=not turns)
                 progress.advance(len(items))
             files.append(writers.submit(_write_shard, plan, writer, shard, packed))
             progress.written(files, threads)
-        progress.encoded(rows, 0, stalls=True)
+        progress.encoded(rows, 0, blocks_teacher=True)
         progress.written(files, 0)
     return progress.rows
 
@@ -181,21 +183,24 @@ def _write_shards(plan: Plan, out: Place, part: Part, watcher: Watcher) -> int:
 class _Progress:
     """What the bar says: rows and megabytes a second, how much smaller they became, and how long the teacher waited."""
 
-    def __init__(self, watcher: Watcher) -> None:
+    def __init__(self, reporter: ProgressReporter) -> None:
         self.rows = 0
-        self._watcher = watcher
+        self._watcher = reporter
         self._raw = self._stored = 0
         self._waited = 0.0
         self._started = time.perf_counter()
 
-    def encoded(self, rows: deque[Future[Packed]], most: int, *, stalls: bool) -> None:
-        """Wait for the oldest rows until ``most`` are left, and raise their errors; ``stalls``: the teacher waits for it."""
+    def encoded(self, rows: deque[Future[Packed]], most: int, *, blocks_teacher: bool) -> None:
+        """Wait for the oldest rows until ``most`` are left, and raise their errors.
+
+        ``blocks_teacher``: the teacher waits for it.
+        """
         began = time.perf_counter()
         while len(rows) > most:
             row = rows.popleft().result()
             self._raw += row.raw
             self._stored += sum(map(len, row.chunks.values()))
-        self._waited += (time.perf_counter() - began) * stalls
+        self._waited += (time.perf_counter() - began) * blocks_teacher
 
     def written(self, files: deque[Future[int]], most: int) -> None:
         """Wait for the oldest shards until ``most`` are left. Raises their errors."""
@@ -231,7 +236,7 @@ def _pack(
     encoding, precision = ErrorMeter(), ErrorMeter()
     layout = plan.schema.layout()
     row = encode_row(plan, sample, value)
-    decoded = plan.schema.decode(collate_rows([row], layout), plan.needs)
+    decoded = plan.schema.decode(collate_arrays([row], layout), plan.needs)
     _compare(plan, sample, encoding, value, {k: row_tensor(v) for k, v in decoded.items()})
     if exact is not None:
         _compare(plan, sample, precision, exact, value)

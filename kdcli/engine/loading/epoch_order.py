@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcli.engine.loading.samples import Item, SampleSource, orientation
-from kdcli.store.reader import CacheReader
+from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
 
 # of a shard-local shuffle: 16 shards of ten arrays are fewer files than a reader keeps open, and put 6 % of the pairs of a
@@ -58,7 +58,7 @@ def plan_epoch(
     return [[items[i] for i in batches[k][low:high]] for k in np.lexsort((draw, due))]
 
 
-def shard_windows(reader: CacheReader, keys: list[RowKey], seed: int, epoch: int) -> NDArray[np.int64]:
+def shard_windows(reader: StoreReader, keys: list[RowKey], seed: int, epoch: int) -> NDArray[np.int64]:
     """The window [n], counted from 0, in which each of ``keys`` comes: the shards in random order, cut into equal parts.
 
     A window has 16 shards, or a few more where their number does not divide; below 32 shards there is one window.

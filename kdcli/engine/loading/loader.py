@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
-from kdcli.engine.runtime.device import helper_threads
+from kdcli.engine.runtime.threads import thread_pool
 from kdcli.errors import KDError
-from kdcli.store.reader import CacheReader
+from kdcli.store.reader import StoreReader
 from kdcli.structures import Batch, Entries
 
 PIPE_BYTES = 2**16  # of 240 kB an array takes longer than a tensor
@@ -56,7 +56,7 @@ class Loader:
             yield made
 
     def _here(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
-        with helper_threads(torch.get_num_threads(), "load") as pool:
+        with thread_pool(torch.get_num_threads(), "load") as pool:
             for items in batches:
                 yield collate_fn(self.source.load_batch(items, pool.map))
 
@@ -100,7 +100,7 @@ class _Plan:
         return len(self.batches)
 
 
-def _to_wire(reader: CacheReader | None, samples: list[Sample | KDError]) -> Any:
+def _to_wire(reader: StoreReader | None, samples: list[Sample | KDError]) -> Any:
     """A batch as it travels, its boxes end to end, and how many boxes each image has."""
     good: list[Sample] = []
     for sample in samples:
@@ -143,7 +143,7 @@ def _as_tensor(value: Any) -> Tensor:
 def _sample(sample: Sample, change: _Change) -> Sample:
     names = ("image", "boxes", "labels", "assigned", "valid")
     return replace(
-        sample, room=None, entries=_entries(sample.entries, change), **{n: change(getattr(sample, n)) for n in names}
+        sample, slot=None, entries=_entries(sample.entries, change), **{n: change(getattr(sample, n)) for n in names}
     )  # fmt: skip
 
 

@@ -25,8 +25,8 @@ from kdcli.errors import KDError, StoreError
 from kdcli.geometry.assign import AssignerSpec, assign, from_positives
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec, compute_entries, guard
-from kdcli.store.batch_buffers import Room, join, make_rooms
-from kdcli.store.reader import CacheReader, Row
+from kdcli.store.batch_buffers import BatchSlot, allocate_batch, collate_rows
+from kdcli.store.reader import Row, StoreReader
 from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
 
 T = TypeVar("T")
@@ -48,11 +48,11 @@ class Sample:
     content_hash: bytes
     entries: Entries | None = None
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-    room: Room | None = None  # that large ones of them are in
+    slot: BatchSlot | None = None  # that large ones of them are in
 
 
 @dataclass(frozen=True)
-class Fetched:
+class LoadedImage:
     """What was read for one item."""
 
     geometry: Geometry
@@ -77,7 +77,7 @@ class SampleSource:
     assigner: AssignerSpec
     region_spec: RegionSpec
     regions: frozenset[str] = frozenset()
-    reader: CacheReader | None = None
+    reader: StoreReader | None = None
     targets: bool = True  # False: evaluation, which reads no assignment
     row_definition: str | None = None  # of the reader's rows
     stored_positives: bool = False  # the rows have them, by this assigner, and all it gave follows from them
@@ -109,7 +109,7 @@ class SampleSource:
         Errors are values, in the place of what they are of: a process or a thread that raised one would lose its one line.
         """
         layout = () if self.reader is None else self.reader.layout.values()
-        placed = zip(items, make_rooms(layout, len(items), shared=get_worker_info() is not None), strict=True)
+        placed = zip(items, allocate_batch(layout, len(items), shared=get_worker_info() is not None), strict=True)
         images = [list(views) for _, views in itertools.groupby(placed, key=lambda item: item[0][0])]
         fetched = list(mapping(functools.partial(_attempt, self._fetch), images))
         made: list[Sample | KDError] = []
@@ -120,29 +120,29 @@ class SampleSource:
                 made += [_attempt(self.complete, item, one) for (item, _), one in zip(views, found, strict=True)]
         return made
 
-    def fetch(self, items: Sequence[Item], rooms: Sequence[Room | None] = ()) -> list[Fetched]:
+    def fetch(self, items: Sequence[Item], slots: Sequence[BatchSlot | None] = ()) -> list[LoadedImage]:
         """What ``load`` reads for views of one image, which is decoded once: large, and outside of Python's lock.
 
-        ``rooms``: where their rows go. Raises the same errors.
+        ``slots``: where their rows go. Raises the same errors.
         """
         found, decoded = [], None
-        for item, room in zip(items, rooms or [None] * len(items), strict=True):
+        for item, slot in zip(items, slots or [None] * len(items), strict=True):
             position, view = item
             geometry = self.geometry(item)
-            row = None if self.reader is None else self.reader.read(RowKey(self.dataset.image_id(position), view), room)
+            row = None if self.reader is None else self.reader.read(RowKey(self.dataset.image_id(position), view), slot)
             if row is not None and row.image is not None:
-                found.append(Fetched(geometry, torch.from_numpy(row.image), row.content, row))
+                found.append(LoadedImage(geometry, torch.from_numpy(row.image), row.content, row))
                 continue
             if decoded is None:
                 decoded = read_image(self.dataset.image_path(position), (geometry.height, geometry.width))
             pixels, content_hash = decoded
-            found.append(Fetched(geometry, render(pixels, geometry), content_hash, row))
+            found.append(LoadedImage(geometry, render(pixels, geometry), content_hash, row))
         return found
 
-    def _fetch(self, placed: Sequence[tuple[Item, Room]]) -> list[Fetched]:
-        return self.fetch([item for item, _ in placed], [room for _, room in placed])
+    def _fetch(self, placed: Sequence[tuple[Item, BatchSlot]]) -> list[LoadedImage]:
+        return self.fetch([item for item, _ in placed], [slot for _, slot in placed])
 
-    def complete(self, item: Item, fetched: Fetched) -> Sample:
+    def complete(self, item: Item, fetched: LoadedImage) -> Sample:
         """What ``load`` computes: many small steps, which two threads would do more slowly than one. Raises StoreError."""
         position, view = item
         geometry, row = fetched.geometry, fetched.row
@@ -165,7 +165,7 @@ class SampleSource:
         if row is not None:
             self.check_row(row, sample)
             entries = row.entries
-            sample = replace(sample, entries=entries, arrays=row.arrays, room=row.room)
+            sample = replace(sample, entries=entries, arrays=row.arrays, slot=row.slot)
         if entries is not None and self.stored_positives:
             main = entries.select("main")
             found = from_positives(
@@ -214,12 +214,12 @@ def region_definition(canvas: Canvas, grid: Grid, assigner: AssignerSpec, region
     return repr((str(canvas), grid.to_json(), assigner.to_json(), regions.to_json()))
 
 
-def collate(samples: list[Sample], reader: CacheReader | None) -> Batch:
+def collate(samples: list[Sample], reader: StoreReader | None) -> Batch:
     """Join samples of one orientation into a batch."""
     entries = None
     if samples[0].entries is not None:
         entries = Entries.collate([s.entries for s in samples if s.entries is not None])
-    rows = {} if reader is None else join(samples, reader.layout.values())
+    rows = {} if reader is None else collate_rows(samples, reader.layout.values())
     targets = Targets(
         boxes=[s.boxes for s in samples],
         labels=[s.labels for s in samples],

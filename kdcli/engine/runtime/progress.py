@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 
-class Watcher(Protocol):
+class ProgressReporter(Protocol):
     """Something that may be looking."""
 
     def stage(self, label: str, total: int) -> None:
@@ -16,12 +16,12 @@ class Watcher(Protocol):
         """``units`` more are done; ``info`` is a short state, e.g. the loss."""
         ...
 
-    def note(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """A line to keep: a warning, or the result of an epoch."""
         ...
 
 
-class Silent:
+class NullReporter:
     """Nobody is looking."""
 
     def stage(self, label: str, total: int) -> None:
@@ -30,5 +30,5 @@ class Silent:
     def advance(self, units: int = 1, info: str = "") -> None:
         """Ignored."""
 
-    def note(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Ignored."""

@@ -11,47 +11,30 @@ import torch
 from numpy.typing import NDArray
 
 from kdcli.data.coco import Dataset
-from kdcli.data.views import to_canvas
 from kdcli.detectors.base import Detector
-from kdcli.detectors.build import family_of, lineage_of
-from kdcli.detectors.weights import CheckpointMeta, load_detector
+from kdcli.detectors.build import default_keys, family_of
+from kdcli.detectors.weights import load_detector
+from kdcli.engine.loading.region_check import recheck_regions
 from kdcli.engine.loading.samples import SampleSource, region_definition
 from kdcli.engine.teacher import forward as teachers
-from kdcli.engine.teacher.specs import region_spec, require_match, specs_of, with_classes
+from kdcli.engine.teacher.match import require_match, require_strides
+from kdcli.engine.teacher.specs import TeacherSide, region_spec, specs_of, with_classes
 from kdcli.errors import OptionError, StoreError
-from kdcli.geometry.assign import AssignerSpec, assign, follows_from_positives
-from kdcli.geometry.regions import RegionSpec, compute_entries
-from kdcli.methods import find_methods
-from kdcli.methods.base import Method, Pair, check_pair, resolve_options
+from kdcli.geometry.assign import AssignerSpec, follows_from_positives
+from kdcli.geometry.regions import RegionSpec
+from kdcli.methods.base import Method, Pair
+from kdcli.methods.resolve import check_pair, find_methods, resolve_options
 from kdcli.options import TrainOptions
 from kdcli.store.encoding_policy import plan_tensors
-from kdcli.store.reader import CacheReader
-from kdcli.store.schema import CacheSchema, regions_of
-from kdcli.store.writer import store_digest
-from kdcli.structures import Canvas, RowKey
-from kdcli.tensors import Need, TensorSpec
-
-RECHECKED_ROWS = 64
-RECHECK_TOLERANCE = 1e-3  # of a row's anchors: float64 on another CPU may move a tie
+from kdcli.store.journal import store_digest
+from kdcli.store.reader import StoreReader
+from kdcli.store.schema import StoreSchema, regions_of
+from kdcli.structures import Canvas
+from kdcli.tensors import Need
 
 
 @dataclass(frozen=True)
-class TeacherSide:
-    """What the teacher contributes before the student is known. Either ``reader`` or ``detector`` is set."""
-
-    name: str
-    specs: Mapping[str, TensorSpec]
-    canvas: Canvas
-    views: tuple[str, ...] | None  # of a store; a live teacher takes any
-    ap: float | None
-    sha256: str
-    reader: CacheReader | None = None
-    detector: Detector | None = None
-    meta: CheckpointMeta | None = None
-
-
-@dataclass(frozen=True)
-class JoinedTeacher:
+class BoundTeacher:
     """A teacher that fits: the callable of the loop, the methods, and where their tensors are read."""
 
     forward: teachers.Teacher
@@ -68,10 +51,10 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
     if bool(options.cache) == bool(options.teacher):
         raise OptionError("distill takes either --cache STORE or --teacher CKPT (the live teacher), not both or none")
     if options.cache:
-        reader = CacheReader(options.cache)
+        reader = StoreReader(options.cache)
         entry = reader.manifest.get("teacher")
         if entry is None:
-            raise StoreError(f"store '{reader.place}' names no teacher: `kdcli cache-teacher` did not write it")
+            raise StoreError(f"store '{reader.storage}' names no teacher: `kdcli cache-teacher` did not write it")
         name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
         return TeacherSide(
             name, specs_of(reader.manifest), reader.schema.canvas, reader.views, entry["ap"], entry["weights_sha256"],
@@ -86,7 +69,7 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
 
 
 def inherit_regions(
-    resolved: Mapping[str, Mapping[str, Any]], methods: Mapping[str, type[Method]], reader: CacheReader,
+    resolved: Mapping[str, Mapping[str, Any]], methods: Mapping[str, type[Method]], reader: StoreReader,
     given: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """A store's region options are the run's, unless the user ``given`` others (which then do not match)."""
@@ -97,10 +80,10 @@ def inherit_regions(
     }
 
 
-def join_teacher(
+def bind_teacher(
     side: TeacherSide, student: Detector, methods: Mapping[str, type[Method]], options: TrainOptions,
     source: SampleSource, positions: NDArray[np.int64], views: Sequence[str], device: torch.device,
-) -> JoinedTeacher:  # fmt: skip
+) -> BoundTeacher:  # fmt: skip
     """Build the methods and the teacher's callable.
 
     Raises OptionError when a method cannot work on the two models, and StoreError when the store is another one, lacks
@@ -120,18 +103,18 @@ def join_teacher(
         wanted = sorted(gone & {source.dataset.image_id(int(p)) for p in positions}) if gone else []
         if wanted:
             raise StoreError(
-                f"store '{side.reader.place}' was written without {len(wanted)} images of this run, the first is image "
+                f"store '{side.reader.storage}' was written without {len(wanted)} images of this run, the first is image "
                 f"{wanted[0]}; train with --skip-bad too, or write the store again"
             )
         index_space = (student.grid, student.assigner, source.region_spec) if aligned else None
         require_match(side.reader, source.dataset, source.canvas, views, index_space)
-        reader = _reader_for(side, needs, options, lineage_of(student.spec.detector))
+        reader = _reader_for(side, needs, options, default_keys(student.spec.detector))
         known = aligned and "main" in source.regions and follows_from_positives(student.assigner)
         source = replace(source, reader=reader, row_definition=stored_definition(reader), stored_positives=known)
         if aligned:
             recheck_regions(source, positions, views)
-        return JoinedTeacher(
-            teachers.cached(reader.schema, needs), built, source, side.ap, side.sha256, store_digest(reader.place),
+        return BoundTeacher(
+            teachers.cached(reader.schema, needs), built, source, side.ap, side.sha256, store_digest(reader.storage),
             reader.bytes_on_disk(),
         )  # fmt: skip
     assert side.detector is not None
@@ -144,21 +127,11 @@ def join_teacher(
     order = teachers.class_order([c["name"] for c in side.meta.classes], [c.name for c in source.dataset.classes])
     detector = side.detector.to(device).to(memory_format=torch.channels_last)
     forward = teachers.TeacherForward(detector.eval(), order, options.micro_batch, options.teacher_precision)
-    schema = CacheSchema(student.grid, source.canvas, 1, 1, plan_tensors(needs, side.specs, "lossless"))
-    return JoinedTeacher(teachers.live(forward, needs, schema), built, source, side.ap, side.sha256)
+    schema = StoreSchema(student.grid, source.canvas, 1, 1, plan_tensors(needs, side.specs, "lossless"))
+    return BoundTeacher(teachers.live(forward, needs, schema), built, source, side.ap, side.sha256)
 
 
-def require_strides(side: TeacherSide, student: Detector) -> None:
-    """Feature methods pair cells, so both grids must have the same ones, whatever their anchors. Raises OptionError."""
-    theirs = side.reader.schema.grid if side.reader else side.detector.grid if side.detector else student.grid
-    if theirs.strides != student.grid.strides:
-        raise OptionError(
-            f"teacher {side.name} has maps at strides {list(theirs.strides)}, student {student.spec.name} at "
-            f"{list(student.grid.strides)}; distillation needs the same strides on both sides"
-        )
-
-
-def stored_definition(reader: CacheReader) -> str:
+def stored_definition(reader: StoreReader) -> str:
     """What the guard of a store's rows was made with: for features alone, the student's own anchors may differ."""
     manifest = reader.manifest
     return region_definition(
@@ -169,11 +142,11 @@ def stored_definition(reader: CacheReader) -> str:
 
 def _reader_for(
     side: TeacherSide, needs: tuple[Need, ...], options: TrainOptions, lineage: tuple[str, str]
-) -> CacheReader:
+) -> StoreReader:
     whole = side.reader
     assert whole is not None
     try:
-        return CacheReader(whole.place, needs)
+        return StoreReader(whole.storage, needs)
     except StoreError as error:
         flags = [f"--method {options.method}"]
         stored = whole.manifest["method_options"]
@@ -182,42 +155,4 @@ def _reader_for(
             given = options.methods.get(name, {})
             changed = {o: v for o, v in given.items() if o in plain and plain[o] != v}
             flags += [f"--set {name}.{o}={'none' if v is None else str(v).lower()}" for o, v in changed.items()]
-        raise StoreError(f"{error}; add them: kdcli cache add {whole.place} {' '.join(flags)}") from error
-
-
-def spread(positions: NDArray[np.int64], views: Sequence[str], count: int) -> list[tuple[int, str]]:
-    """At most ``count`` items, evenly over the images and over the views."""
-    step = max(1, len(positions) // count)
-    return [(int(p), views[k % len(views)]) for k, p in enumerate(positions[::step][:count])]
-
-
-def recheck_regions(source: SampleSource, positions: NDArray[np.int64], views: Sequence[str]) -> int:
-    """Compute the entries of up to 64 rows again and compare them with the store's; returns how many rows were compared.
-
-    Raises StoreError when more than 0.1 % of a row's anchors differ.
-    """
-    reader = source.reader
-    if reader is None or not reader.schema.sparse:
-        return 0
-    chosen = spread(positions, views, RECHECKED_ROWS)
-    for item in chosen:
-        geometry = source.geometry(item)
-        boxes_np, _ = source.dataset.training_boxes(item[0])
-        boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
-        boxes = boxes[keep]
-        assigned = assign(source.assigner, source.grid, geometry.canvas, boxes, geometry.content)
-        key = RowKey(source.dataset.image_id(item[0]), item[1])
-        ours = compute_entries(
-            reader.schema.regions, source.region_spec, source.grid, geometry.canvas, boxes, assigned, geometry.content,
-            str(key),
-        )  # fmt: skip
-        theirs = reader.read(key).entries
-        assert theirs is not None
-        mine = set(zip(ours.index.tolist(), ours.flag.tolist(), strict=True))
-        stored = set(zip(theirs.index.tolist(), theirs.flag.tolist(), strict=True))
-        if len(mine ^ stored) > RECHECK_TOLERANCE * source.grid.num_total(geometry.canvas):
-            raise StoreError(
-                f"store '{reader.place}', {key}: {len(mine ^ stored)} region entries differ from those computed here; the "
-                "boxes or the region rules have changed: write the store again"
-            )
-    return len(chosen)
+        raise StoreError(f"{error}; add them: kdcli cache add {whole.storage} {' '.join(flags)}") from error

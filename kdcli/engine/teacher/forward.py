@@ -17,7 +17,7 @@ from torch import Tensor
 from kdcli.detectors.base import Detector
 from kdcli.detectors.read import read
 from kdcli.errors import DataError, OptionError
-from kdcli.store.schema import MAX_PROPOSALS, CacheSchema
+from kdcli.store.schema import MAX_PROPOSALS, StoreSchema
 from kdcli.structures import Batch, Canvas, Entries, Targets
 from kdcli.tensors import CLS_LOGITS, PROPOSAL_BOXES, PROPOSAL_COUNT, PROPOSAL_LOGITS, Need, Tensors
 
@@ -126,7 +126,7 @@ def compiled(forward: TeacherForward, canvas: Canvas) -> TeacherForward:
     return made
 
 
-def live(forward: TeacherForward, needs: tuple[Need, ...], schema: CacheSchema) -> Teacher:
+def live(forward: TeacherForward, needs: tuple[Need, ...], schema: StoreSchema) -> Teacher:
     """The teacher in memory. ``schema`` says which needs are dense, per cell or per anchor."""
 
     def teacher(batch: Batch) -> Tensors:
@@ -149,7 +149,7 @@ def live(forward: TeacherForward, needs: tuple[Need, ...], schema: CacheSchema) 
     return teacher
 
 
-def cached(schema: CacheSchema, needs: tuple[Need, ...]) -> Teacher:
+def cached(schema: StoreSchema, needs: tuple[Need, ...]) -> Teacher:
     """The teacher from a store: decodes, on the batch's device, the arrays that came with the batch."""
 
     def teacher(batch: Batch) -> Tensors:

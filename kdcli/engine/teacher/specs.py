@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from kdcli.data.coco import Dataset
 from kdcli.detectors.base import Detector
-from kdcli.engine.loading.samples import SampleSource
-from kdcli.errors import StoreError
-from kdcli.geometry.assign import AssignerSpec
-from kdcli.geometry.grid import Grid
+from kdcli.detectors.weights import CheckpointMeta
 from kdcli.geometry.regions import RegionSpec
 from kdcli.methods.base import Method
-from kdcli.store.reader import CacheReader, compare_manifests
-from kdcli.store.schema import FORMAT_VERSION
+from kdcli.store.reader import StoreReader
 from kdcli.structures import Canvas
 from kdcli.tensors import CLS_LOGITS, PROPOSAL_LOGITS, TensorSpec
 
@@ -24,27 +19,6 @@ def teacher_entry(detector: Detector, weights_sha256: str, ap: float | None) -> 
     """Who the teacher is, and what it gives."""
     specs = {name: {"per": s.per, "dims": list(s.dims)} for name, s in detector.specs().items()}
     return {"model": detector.spec.to_json(), "weights_sha256": weights_sha256, "ap": ap, "specs": specs}
-
-
-def make_manifest(
-    source: SampleSource, views: Sequence[str], teacher: Mapping[str, Any], run: Mapping[str, Any],
-    class_order: Sequence[int], *, left_out: Sequence[int],
-) -> dict[str, Any]:  # fmt: skip
-    """All fields of a manifest but the schema. ``run``: precision, micro-batch, threads, device of the teacher."""
-    return {
-        "format": "kdcli.store",
-        "version": FORMAT_VERSION,
-        "teacher": dict(teacher),
-        "teacher_run": dict(run),
-        "dataset": {**source.dataset.fingerprint(), "split": source.dataset.split, "left_out": list(left_out)},
-        "class_order": list(class_order),
-        "canvas": str(source.canvas),
-        "views": list(views),
-        "view_seed": source.view_seed,
-        "assigner": source.assigner.to_json(),
-        "regions": source.region_spec.to_json(),
-        "versions": {name: version(name) for name in ("kdcli", "torch", "torchvision", "zarr")},
-    }
 
 
 def specs_of(manifest: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -67,24 +41,16 @@ def region_spec(base: RegionSpec, methods: Mapping[str, type[Method]], options: 
     return RegionSpec(**{**base.to_json(), **changes})
 
 
-def require_match(
-    reader: CacheReader, dataset: Dataset, canvas: Canvas, views: Sequence[str],
-    index_space: tuple[Grid, AssignerSpec, RegionSpec] | None,
-) -> None:  # fmt: skip
-    """Raises StoreError (exit 4) listing every field in which a store differs from the run that wants to read it.
+@dataclass(frozen=True)
+class TeacherSide:
+    """What the teacher contributes before the student is known. Either ``reader`` or ``detector`` is set."""
 
-    ``index_space``: what decides which anchor has which index and region; None when no method reads by anchor index.
-    """
-    ours: dict[str, Any] = {"dataset": dataset.fingerprint(), "canvas": str(canvas)}
-    if index_space is not None:
-        grid, assigner, regions = index_space
-        ours |= {"schema": {"grid": grid.to_json()}, "assigner": assigner.to_json(), "regions": regions.to_json()}
-    differences = compare_manifests(ours, reader.manifest)
-    missing = [v for v in views if v not in reader.views]
-    if missing:
-        differences.append(f"views: the store has {', '.join(reader.views)}, not {', '.join(missing)}")
-    if differences:
-        raise StoreError(
-            f"store '{reader.place}' does not belong to this run: {'; '.join(differences)}; use the settings of the "
-            "store or write another one with `kdcli cache-teacher`"
-        )
+    name: str
+    specs: Mapping[str, TensorSpec]
+    canvas: Canvas
+    views: tuple[str, ...] | None  # of a store; a live teacher takes any
+    ap: float | None
+    sha256: str
+    reader: StoreReader | None = None
+    detector: Detector | None = None
+    meta: CheckpointMeta | None = None

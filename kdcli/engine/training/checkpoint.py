@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from kdcli.engine.training.guards import ZeroGuard
 from kdcli.engine.training.optim import WeightAverage
-from kdcli.engine.training.step import TrainStep, ZeroGuard
+from kdcli.engine.training.step import TrainStep
 from kdcli.errors import OptionError
 from kdcli.files import atomic_save, load_torch
 
@@ -19,7 +20,7 @@ STATE_VERSION = 1
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """Where a run is, and what it has seen so far."""
 
     epoch: int = 0
@@ -57,7 +58,7 @@ class Progress:
 
 def save_state(
     run: Path,
-    progress: Progress,
+    progress: TrainingState,
     step: TrainStep,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -88,10 +89,10 @@ def load_state(
     scaler: torch.amp.GradScaler,
     average: WeightAverage | None,
     guard: ZeroGuard,
-) -> Progress:
+) -> TrainingState:
     """Continue from the state of ``run``, or from the start when it was killed before the first one."""
     if not (run / STATE_FILE).is_file():
-        return Progress()
+        return TrainingState()
     state: Mapping[str, Any] = load_torch(run / STATE_FILE, what="state")
     if state.get("version") != STATE_VERSION:
         raise OptionError(f"'{run / STATE_FILE}' was written by another version of kdcli; start the run again")
@@ -103,6 +104,6 @@ def load_state(
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-    progress = Progress(**state["progress"])
+    progress = TrainingState(**state["progress"])
     guard.counts = dict(progress.zeros)
     return progress

@@ -9,31 +9,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcli.data.check import check_dataset
 from kdcli.data.coco import Dataset, open_split
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.base import Detector, ModelSpec
-from kdcli.detectors.build import build_detector, family_of, lineage_of, parse_model_name
+from kdcli.detectors.build import build_detector, default_keys, family_of, parse_model_name
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.loading.samples import SampleSource
-from kdcli.engine.runtime.device import make_deterministic, pick_amp, pick_device, pick_workers, set_threads
-from kdcli.engine.runtime.progress import Watcher
-from kdcli.engine.teacher.binding import JoinedTeacher, inherit_regions, join_teacher, open_teacher
-from kdcli.errors import DataError, OptionError, UsageError, counted
-from kdcli.methods import find_methods
-from kdcli.methods.base import Method, resolve_options
+from kdcli.engine.loading.selection import usable, with_boxes
+from kdcli.engine.runtime.device import make_deterministic, pick_amp, pick_device
+from kdcli.engine.runtime.progress import ProgressReporter
+from kdcli.engine.runtime.threads import pick_workers, set_threads
+from kdcli.engine.teacher.binding import BoundTeacher, bind_teacher, inherit_regions, open_teacher
+from kdcli.engine.training.run_config import _absolute, absolute_weights
+from kdcli.errors import DataError, OptionError, UsageError
+from kdcli.methods.base import Method
+from kdcli.methods.resolve import absolute_methods, find_methods, resolve_options
 from kdcli.options import TrainOptions
-from kdcli.store.reader import CacheReader
-from kdcli.store.storage.local import absolute
+from kdcli.store.storage.resolve import absolute
 from kdcli.structures import Canvas
 from kdcli.tensors import world_size
 
-BACKBONE_WORDS = ("none", "imagenet")
-DECODED_IMAGES = 1000  # seconds; all of COCO would take minutes at each start
-
 
 @dataclass(frozen=True)
-class Prepared:
+class RunSetup:
     """A run, ready for its first step."""
 
     options: TrainOptions  # resolved: what config.toml holds
@@ -49,10 +47,10 @@ class Prepared:
     student: Detector
     methods: dict[str, Method]
     source: SampleSource
-    teacher: JoinedTeacher | None  # None in plain training
+    teacher: BoundTeacher | None  # None in plain training
 
 
-def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> Prepared:
+def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressReporter) -> RunSetup:
     """Open everything that ``options`` name. ``given``: the fields that the user set rather than left to default.
 
     Raises DataError, OptionError, MissingPathError or StoreError, before anything is written.
@@ -73,15 +71,15 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
     views = side.views if side and side.views and "views" not in given else parse_views(options.views)
 
     pictured = side.reader if side and side.reader and side.reader.schema.images else None
-    positions = usable(train, options.skip_bad, watcher, pictured)
+    positions = usable(train, options.skip_bad, reporter, pictured)
     if options.skip_empty:
-        positions = with_boxes(train, positions, watcher)
-    val_bad = frozenset(range(val.num_images)) - frozenset(usable(val, options.skip_bad, watcher).tolist())
+        positions = with_boxes(train, positions, reporter)
+    val_bad = frozenset(range(val.num_images)) - frozenset(usable(val, options.skip_bad, reporter).tolist())
     torch.manual_seed(options.seed)
     student = make_student(options, len(train.classes))
     resolved = {
         name: resolve_options(
-            name, method, lineage_of(student.spec.detector), options.methods.get(name, {}), student.region_defaults
+            name, method, default_keys(student.spec.detector), options.methods.get(name, {}), student.region_defaults
         )
         for name, method in methods.items()
     }
@@ -99,29 +97,13 @@ def prepare(options: TrainOptions, given: frozenset[str], watcher: Watcher) -> P
         backbone_weights=absolute_weights(options.backbone_weights), method=absolute_methods(options.method),
     )  # fmt: skip
     for name, method in methods.items():
-        if caution := method.caution(family_of(student.spec.detector), resolved[name], len(train.classes)):
-            watcher.note(f"{name}: {caution}")
-    joined = join_teacher(side, student, methods, options, source, positions, views, device) if side else None
-    return Prepared(
+        if warning := method.warning(family_of(student.spec.detector), resolved[name], len(train.classes)):
+            reporter.message(f"{name}: {warning}")
+    joined = bind_teacher(side, student, methods, options, source, positions, views, device) if side else None
+    return RunSetup(
         options, train, val, positions, val_bad, canvas, views, device, amp, pick_workers(options.workers), student,
         joined.methods if joined else {}, joined.source if joined else source, joined,
     )  # fmt: skip
-
-
-def absolute_weights(weights: str) -> str:
-    """``--backbone-weights`` with a path made absolute."""
-    return weights if weights in BACKBONE_WORDS else str(Path(weights).resolve())
-
-
-def absolute_methods(text: str) -> str:
-    """``--method`` with the paths of a user's files made absolute."""
-    parts = [part.strip().rpartition(":") for part in text.split(",")] if text else []
-    return ",".join(f"{Path(path).resolve()}:{name}" if colon else name for path, colon, name in parts)
-
-
-def _absolute(path: str | None) -> str | None:
-    """config.toml runs again from any folder."""
-    return None if path is None else str(Path(path).resolve())
 
 
 def make_student(options: TrainOptions, num_classes: int) -> Detector:
@@ -143,44 +125,3 @@ def make_student(options: TrainOptions, num_classes: int) -> Detector:
             )
         student.load_state_dict(other.state_dict())
     return student
-
-
-def usable(
-    dataset: Dataset, skip_bad: bool, watcher: Watcher, pictured: CacheReader | None = None
-) -> NDArray[np.int64]:
-    """Positions of the images that may be used. Raises DataError on a fault unless ``skip_bad``, which lists them.
-
-    Images are decoded whole when the set is small or when bad ones are to be left out; else their headers are read, and
-    an image that cannot be decoded stops the run when its turn comes. With ``pictured``, a store that has the pixels, no
-    file is opened: the bad ones are those that the store was written without.
-    """
-    decode = skip_bad or dataset.num_images <= DECODED_IMAGES
-    report = check_dataset(dataset, decode=decode, files=pictured is None)
-    report.refuse(skip_bad)
-    for fault in report.faults:
-        watcher.note(f"left out: {fault.where}: {fault.message}")
-    bad = set(report.bad_images)
-    if pictured is not None and skip_bad:
-        gone = set(pictured.manifest["dataset"]["left_out"])
-        lost = {i for i in range(dataset.num_images) if dataset.image_id(i) in gone} - bad
-        if lost:
-            watcher.note(f"left out: {counted(len(lost), 'image')} that store '{pictured.place}' was written without")
-        bad |= lost
-    keep = np.array([i for i in range(dataset.num_images) if i not in bad], dtype=np.int64)
-    return keep
-
-
-def with_boxes(dataset: Dataset, positions: NDArray[np.int64], watcher: Watcher) -> NDArray[np.int64]:
-    """Those of ``positions`` whose image has a box to train on: no crowd, no side below a pixel of the image.
-
-    Raises DataError when none is left.
-    """
-    keep = np.array([len(dataset.training_boxes(int(p))[0]) > 0 for p in positions], dtype=bool)
-    if not keep.any():
-        raise DataError(
-            f"{dataset.annotations_path}: no image has a box to train on; correct it, or leave skip_empty out"
-        )
-    if not keep.all():
-        watcher.note(f"left out: {int((~keep).sum())} of {len(keep)} images, which have no box to train on")
-    kept: NDArray[np.int64] = positions[keep]
-    return kept

@@ -18,13 +18,14 @@ from kdcli.engine.evaluation.evaluate import evaluate, plain_forward, validation
 from kdcli.engine.loading.epoch_order import image_draws, plan_epoch
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.runtime import distributed
-from kdcli.engine.runtime.device import peak_memory_bytes
-from kdcli.engine.runtime.progress import Watcher
+from kdcli.engine.runtime.memory import peak_memory_bytes
+from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.training import run_folder
-from kdcli.engine.training.checkpoint import STATE_FILE, Progress, load_state, save_state
+from kdcli.engine.training.checkpoint import STATE_FILE, TrainingState, load_state, save_state
+from kdcli.engine.training.guards import ZeroGuard, gradient_norms, require_finite, require_sane_gradients
 from kdcli.engine.training.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
-from kdcli.engine.training.setup import Prepared
-from kdcli.engine.training.step import TrainStep, ZeroGuard, gradient_norms, require_finite, require_sane_gradients
+from kdcli.engine.training.setup import RunSetup
+from kdcli.engine.training.step import TrainStep
 from kdcli.files import atomic_save, remove_leftovers
 from kdcli.structures import Batch
 from kdcli.tensors import world_mean, world_size
@@ -35,9 +36,9 @@ RATIO_RANGE = (0.01, 10.0)  # of a term's first value to the detection loss's: o
 class Trainer:
     """One run from its prepared parts; ``fit`` brings it to its end, from wherever it is."""
 
-    def __init__(self, prepared: Prepared, run: Path, watcher: Watcher) -> None:
+    def __init__(self, prepared: RunSetup, run: Path, reporter: ProgressReporter) -> None:
         options = prepared.options
-        self.prepared, self.options, self.run, self.watcher = prepared, options, run, watcher
+        self.prepared, self.options, self.run, self.reporter = prepared, options, run, reporter
         self.device = prepared.device
         distributed.share_batch_norm(prepared.student, prepared.student.spec.bn, self.device)
         self.step = TrainStep(prepared.student, prepared.methods, prepared.amp, options.channels_last).to(self.device)
@@ -50,7 +51,7 @@ class Trainer:
         self.peak_lr = scaled_lr(options.optim, options.batch)
         self.student_parameters = [p for p in prepared.student.parameters() if p.requires_grad]
         self.method_parameters = [p for p in self.step.methods.parameters() if p.requires_grad]
-        self.progress = Progress()
+        self.state = TrainingState()
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch, evaluate, write the run folder's files, and return the final metrics."""
@@ -58,24 +59,24 @@ class Trainer:
         if distributed.is_main():
             remove_leftovers(self.run)
         distributed.barrier()
-        self.progress = load_state(self.run, self.step, self.optimizer, self.scaler, self.average, self.guard)
-        progress = self.progress
+        self.state = load_state(self.run, self.step, self.optimizer, self.scaler, self.average, self.guard)
+        state = self.state
         loader = Loader(self.prepared.source, self.prepared.workers)
         val_loader = Loader(
             validation_source(self.prepared.val, self.prepared.student, self.prepared.canvas), self.prepared.workers
         )
         evaluation: dict[str, Any] = {}
-        while progress.epoch < options.epochs:
-            plan = self._plan(progress.epoch)
-            self.watcher.stage(f"epoch {progress.epoch + 1}/{options.epochs}", len(plan))
-            self.watcher.advance(progress.batch)
+        while state.epoch < options.epochs:
+            plan = self._plan(state.epoch)
+            self.reporter.stage(f"epoch {state.epoch + 1}/{options.epochs}", len(plan))
+            self.reporter.advance(state.batch)
             self._run_epoch(loader, plan)
             # each process saw other images: without this the AP would be that of no checkpoint
             distributed.take_from_main(self.step.buffers())
             if self.average is not None:
                 distributed.take_from_main(self.average.state.values())
-            last = progress.epoch + 1 == options.epochs
-            due = last or (progress.epoch + 1) % options.eval_every == 0
+            last = state.epoch + 1 == options.epochs
+            due = last or (state.epoch + 1) % options.eval_every == 0
             evaluation = self._evaluate(val_loader) if due else {}
             self._finish_epoch(evaluation)
         return self._finish(evaluation)
@@ -88,30 +89,30 @@ class Trainer:
         )  # fmt: skip
 
     def _run_epoch(self, loader: Loader, plan: list[Any]) -> None:
-        progress = self.progress
+        state = self.state
         self.step.train()
-        if progress.batch == 0:
-            progress.sums, progress.shares = {}, {}
-        batches = _timed(loader.batches(plan[progress.batch :]))
+        if state.batch == 0:
+            state.sums, state.shares = {}, {}
+        batches = _timed(loader.batches(plan[state.batch :]))
         mark = time.perf_counter()
         for waited, batch in batches:
             info = self._train_batch(batch, len(plan))
-            progress.batch += 1
-            progress.step += 1
+            state.batch += 1
+            state.step += 1
             now = time.perf_counter()
             self._add(seconds=now - mark, wait_s=waited, images=len(batch.keys) * world_size(), steps=1)
-            progress.wall_s += now - mark
+            state.wall_s += now - mark
             mark = now
-            self.watcher.advance(1, info)
-            if progress.step % self.options.save_steps == 0 and progress.batch < len(plan):
+            self.reporter.advance(1, info)
+            if state.step % self.options.save_steps == 0 and state.batch < len(plan):
                 self._save()
 
     def _train_batch(self, batch: Batch, steps_per_epoch: int) -> str:
-        progress, options = self.progress, self.options
-        lr = self.peak_lr * lr_factor(options.optim, progress.step, steps_per_epoch, options.epochs)
+        state, options = self.state, self.options
+        lr = self.peak_lr * lr_factor(options.optim, state.step, steps_per_epoch, options.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        draws = image_draws(batch.keys, options.seed, progress.epoch)
+        draws = image_draws(batch.keys, options.seed, state.epoch)
         batch = replace(batch, targets=replace(batch.targets, draws=draws)).to(self.device)
         started = time.perf_counter()
         teacher = self.prepared.teacher.forward(batch) if self.prepared.teacher else {}
@@ -123,10 +124,10 @@ class Trainer:
         # the global batch's terms, and whether one is active anywhere: every process then decides the same
         found = world_mean(stacked).tolist()
         values = dict(zip(terms, found[: len(terms)], strict=True))
-        require_finite(values, progress.step)
+        require_finite(values, state.step)
         active = dict(zip(distillation, (flag > 0 for flag in found[len(terms) :]), strict=True))
-        self.guard.check({name: values[name] for name in distillation}, active, progress.step)
-        if progress.batch == 0 and distillation:
+        self.guard.check({name: values[name] for name in distillation}, active, state.step)
+        if state.batch == 0 and distillation:
             self._measure_shares(detection, distillation, values)
         loss = torch.stack(list(terms.values())).sum()
         norm = self._update(loss)
@@ -140,7 +141,7 @@ class Trainer:
         # apart: an adapter's first gradient can be 1e5, and clipped together the student would stand still
         norm, adapters = (self._clip(p) for p in (self.student_parameters, self.method_parameters))
         if not self.scaler.is_enabled():  # the scaler skips such a step by itself and lowers its scale
-            require_finite({"gradient_norm": norm, "adapter_gradient_norm": adapters}, self.progress.step)
+            require_finite({"gradient_norm": norm, "adapter_gradient_norm": adapters}, self.state.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -163,28 +164,28 @@ class Trainer:
             zip(local, world_mean(torch.tensor(list(local.values()), device=self.device)).tolist(), strict=True)
         )
         # a term's first gradient is that of the first measured batch on which it has one
-        first = [n for n in distillation if norms[n] > 0 and n not in self.progress.checked]
+        first = [n for n in distillation if norms[n] > 0 and n not in self.state.checked]
         if first:
             options = {n: self.step.weight_option(n) for n in first}
             require_sane_gradients({n: norms[n] for n in first}, norms["detection"], options)
-            self.progress.checked += first
+            self.state.checked += first
             base = sum(values[n] for n in detection)
             for name in first:
                 ratio = values[name] / max(base, 1e-12)
                 # sparse terms start small by design (LD weighs by the student's own score); a dense one should not
                 low = RATIO_RANGE[0] if any(n.dense for n in self.step.owner(name)[1].needs) else 0.0
                 if not low <= ratio <= RATIO_RANGE[1]:
-                    self.watcher.note(
+                    self.reporter.message(
                         f"warning: {name} starts at {values[name]:.3g}, {ratio:.2g} times the detection loss "
                         f"({base:.3g}); usual is {RATIO_RANGE[0]} to {RATIO_RANGE[1]}"
                     )
         total = sum(norms.values()) or 1.0
-        self.progress.shares = {f"grad_share_{name}": norm / total for name, norm in norms.items()}
+        self.state.shares = {f"grad_share_{name}": norm / total for name, norm in norms.items()}
 
     def _evaluate(self, loader: Loader) -> dict[str, Any]:
         started = time.perf_counter()
         student = self._final_student()
-        self.watcher.stage("evaluate", self.prepared.val.num_images - len(self.prepared.val_left_out))
+        self.reporter.stage("evaluate", self.prepared.val.num_images - len(self.prepared.val_left_out))
         found = evaluate(
             student,
             self.prepared.val,
@@ -194,7 +195,7 @@ class Trainer:
             loader=loader,
             forward=plain_forward(student, self.prepared.amp),
             left_out=self.prepared.val_left_out,
-            advance=self.watcher.advance,
+            advance=self.reporter.advance,
         )
         m = found.metrics
         return {
@@ -212,26 +213,26 @@ class Trainer:
         return student
 
     def _finish_epoch(self, evaluation: dict[str, Any]) -> None:
-        progress = self.progress
-        progress.wall_s += evaluation.get("evaluation_s", 0.0)
-        progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes(self.device))
-        row = progress.epoch_row(self.optimizer.param_groups[0]["lr"], evaluation)
-        progress.history.append(row)
+        state = self.state
+        state.wall_s += evaluation.get("evaluation_s", 0.0)
+        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes(self.device))
+        row = state.epoch_row(self.optimizer.param_groups[0]["lr"], evaluation)
+        state.history.append(row)
         ap = evaluation.get("ap")
         files = ["last"]
-        if ap is not None and (progress.best_ap is None or ap > progress.best_ap):
-            progress.best_ap, progress.best_epoch = ap, progress.epoch + 1
+        if ap is not None and (state.best_ap is None or ap > state.best_ap):
+            state.best_ap, state.best_epoch = ap, state.epoch + 1
             files = ["best", "last"]
         if distributed.is_main():
             checkpoint = self._checkpoint(evaluation)
             for name in files:
                 atomic_save(checkpoint, self.run / "weights" / f"{name}.pt")
-            run_folder.write_results(self.run, progress.history)
-        progress.epoch += 1
-        progress.batch = 0
+            run_folder.write_results(self.run, state.history)
+        state.epoch += 1
+        state.batch = 0
         self._save()
         shown = "" if ap is None else f"  AP {ap:.1f}  AP50 {evaluation['ap50']:.1f}"
-        self.watcher.note(
+        self.reporter.message(
             f"epoch {row['epoch']}/{self.options.epochs}  loss {row['loss']:.3f}{shown}  {row['images_per_s']:.1f} "
             f"images/s  data wait {row['data_wait_percent']:.0f} %  {row['epoch_s']:.0f} s"
         )
@@ -240,13 +241,13 @@ class Trainer:
         classes = [{"id": c.id, "name": c.name} for c in self.prepared.train.classes]
         extra = {
             "ap": evaluation.get("ap"),
-            "epoch": self.progress.epoch + 1,
+            "epoch": self.state.epoch + 1,
             "store": None if self.prepared.teacher is None else self.prepared.teacher.store_hash,
         }
         return export(self._final_student(), classes, str(self.prepared.canvas), extra)
 
     def _finish(self, evaluation: dict[str, Any]) -> dict[str, Any]:
-        progress = self.progress
+        state = self.state
         if not evaluation:  # killed after the last epoch's state, before metrics.json: evaluate again
             self.step.eval()
             val_loader = Loader(
@@ -256,17 +257,17 @@ class Trainer:
             evaluation = self._evaluate(val_loader)
         distributed.barrier()  # the weights are written
         teacher = self.prepared.teacher
-        seconds = [row["epoch_s"] for row in progress.history]
+        seconds = [row["epoch_s"] for row in state.history]
         metrics = {
             **{k: v for k, v in evaluation.items() if k != "evaluation_s"},
-            "best_ap": progress.best_ap,
-            "best_epoch": progress.best_epoch,
-            "epochs": progress.epoch,
-            "wall_s": progress.wall_s,
+            "best_ap": state.best_ap,
+            "best_epoch": state.best_epoch,
+            "epochs": state.epoch,
+            "wall_s": state.wall_s,
             "seconds_per_epoch": sum(seconds) / len(seconds),
-            "peak_memory_bytes": progress.peak_memory_bytes,
-            "train_images_per_s": progress.history[-1]["images_per_s"],
-            "data_wait_percent": progress.history[-1]["data_wait_percent"],
+            "peak_memory_bytes": state.peak_memory_bytes,
+            "train_images_per_s": state.history[-1]["images_per_s"],
+            "data_wait_percent": state.history[-1]["data_wait_percent"],
             "store_bytes": None if teacher is None else teacher.store_bytes,
             "teacher_ap": None if teacher is None else teacher.ap,
             "weights_sha256": {n: load_detector(f)[1].weights_sha256 for n, f in self._weights() if f.is_file()},
@@ -283,10 +284,10 @@ class Trainer:
     def _save(self) -> None:
         if not distributed.is_main():
             return
-        save_state(self.run, self.progress, self.step, self.optimizer, self.scaler, self.average, self.guard)
+        save_state(self.run, self.state, self.step, self.optimizer, self.scaler, self.average, self.guard)
 
     def _add(self, **values: float) -> None:
-        sums = self.progress.sums
+        sums = self.state.sums
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from kdcli.errors import KDError, MissingPathError, OptionError, StoreError
-from kdcli.store.storage.local import OpenFile
+from kdcli.store.storage.base import OpenFile
 from kdcli.store.storage.read_cache import ReadCache
 
 PATIENCE = "KDCLI_REMOTE_PATIENCE"  # seconds that a request is tried again for
@@ -33,7 +33,7 @@ CREDENTIALS = {  # what obstore reads
 Job = dict[str, Any]
 
 
-class Remote:
+class ObjectStorage:
     """A place in an object store. Raises OptionError when obstore is not installed."""
 
     def __init__(self, url: str) -> None:
@@ -118,7 +118,7 @@ class Remote:
 
     def _ask(self, jobs: Sequence[Job], body: bytes = b"", *, missing: bool = False) -> list[tuple[Job, bytes]]:
         """The answers to ``jobs``. ``missing``: an object that is not there is an answer, not FileNotFoundError."""
-        answers = _carrier().ask(self.url, jobs, body) if jobs else []
+        answers = _worker().ask(self.url, jobs, body) if jobs else []
         for job, (head, _) in zip(jobs, answers, strict=True):
             error = head.get("error")
             if error is not None and error != "exists" and not (missing and error == "missing"):
@@ -144,11 +144,11 @@ class Remote:
         )
 
 
-class _Carrier:
-    """The process of ``carrier.py``, with one request at a time."""
+class _Worker:
+    """The process of ``object_store_worker.py``, with one request at a time."""
 
     def __init__(self) -> None:
-        script = Path(__file__).with_name("carrier.py")
+        script = Path(__file__).with_name("object_store_worker.py")
         self._socket, theirs = socket.socketpair()
         self._replies = self._socket.makefile("rb")
         self._lock = threading.Lock()
@@ -166,7 +166,7 @@ class _Carrier:
                 heads: list[Job] = json.loads(self._replies.readline())
                 return [(head, self._replies.read(head["size"])) for head in heads]
             except BaseException as error:
-                stop_carrier()  # what it still has to say is not for the next one who asks
+                stop_worker()  # what it still has to say is not for the next one who asks
                 if isinstance(error, (OSError, ValueError)):
                     raise StoreError(
                         f"'{url}': the process that reads it has ended; run the same command again"
@@ -190,20 +190,20 @@ class _Carrier:
         self._socket.close()
 
 
-_running: _Carrier | None = None
-_parents: list[_Carrier] = []  # kept, as a Popen that goes warns of a process that runs on
+_running: _Worker | None = None
+_parents: list[_Worker] = []  # kept, as a Popen that goes warns of a process that runs on
 _starting = threading.Lock()
 
 
-def _carrier() -> _Carrier:
+def _worker() -> _Worker:
     global _running
     with _starting:
         if _running is None:
-            _running = _Carrier()
+            _running = _Worker()
         return _running
 
 
-def stop_carrier() -> None:
+def stop_worker() -> None:
     """End the process, if there is one; the next read starts another, with the environment of then."""
     global _running
     ending, _running = _running, None
@@ -229,4 +229,4 @@ def _patience() -> float:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-atexit.register(stop_carrier)
+atexit.register(stop_worker)

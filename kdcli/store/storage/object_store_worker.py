@@ -1,7 +1,7 @@
 """Carries the bytes of object stores: a process of its own, because obstore's threads do not survive a fork.
 
-``remote.py`` runs this file as a script. A request is a line of JSON and the bytes to write, a reply a line of JSON and the
-bytes that were read; it ends when its standard input does. The jobs of a request run side by side. What fails for want of
+``object_store.py`` runs this file as a script. A request is a line of JSON and the bytes to write, a reply a line of JSON and
+the bytes read; it ends when its standard input does. The jobs of a request run side by side. What fails for want of
 a network is tried again, longer and longer apart. Nothing of kdcli or torch is imported: it starts in a tenth of a second.
 """
 
@@ -73,7 +73,7 @@ def answer(store: Any, job: Mapping[str, Any], body: bytes, patience: float) -> 
     if isinstance(store, str):
         return {"error": "url", "text": store}, b""
     try:
-        return attempt(lambda: carry(store, job, body), patience)
+        return attempt(lambda: execute(store, job, body), patience)
     except FileNotFoundError as error:
         return {"error": "no bucket" if NO_BUCKET.search(str(error)) else "missing", "text": short(error)}, b""
     except exceptions.AlreadyExistsError as error:
@@ -86,7 +86,7 @@ def answer(store: Any, job: Mapping[str, Any], body: bytes, patience: float) -> 
         return {"error": kind, "text": short(error)}, b""
 
 
-def carry(store: Any, job: Mapping[str, Any], body: bytes) -> Result:
+def execute(store: Any, job: Mapping[str, Any], body: bytes) -> Result:
     """One try at one job."""
     do, key = job["do"], job["key"]
     if do == "read":

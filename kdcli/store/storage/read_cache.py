@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kdcli.errors import NoSpaceError, OptionError
 from kdcli.files import FULL
-from kdcli.store.shards import crc_is_right
+from kdcli.store.checksums import crc_is_right
 
 FOLDER, SIZE = "KDCLI_READ_CACHE", "KDCLI_READ_CACHE_GB"
 SIZE_GB = 20.0

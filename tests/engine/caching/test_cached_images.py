@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from kdcli.cli.cache import store_info
 from kdcli.cli.main import run
 from kdcli.data.shapes import make_shapes
 from kdcli.data.views import PAD_RGB
@@ -26,15 +25,17 @@ from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
 from kdcli.engine.caching.write import write_store
 from kdcli.engine.loading.loader import Loader
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.teacher.forward import TeacherForward
 from kdcli.engine.training import launch
 from kdcli.engine.training.setup import prepare
 from kdcli.errors import DataError, OptionError, StoreError
+from kdcli.store.arrays import shard_key
 from kdcli.store.image_codec import PIXELS, decode_pixels, encode_pixels
-from kdcli.store.reader import CacheReader
-from kdcli.store.schema import CacheSchema
-from kdcli.store.writer import read_manifest, shard_key
+from kdcli.store.info import store_info
+from kdcli.store.manifest import read_manifest
+from kdcli.store.reader import StoreReader
+from kdcli.store.schema import StoreSchema
 from kdcli.structures import Batch, RowKey
 from tests.engine.test_kills import contents
 from tests.engine.training.test_cached_equals_live import prepared, trace
@@ -95,14 +96,14 @@ def test_a_store_without_pictures_is_what_it_was(plain: Path, pictured: Path) ->
     changed = {k for k in ours if ours[k] != theirs[k]}
     assert changed == {"zarr.json", *(k for k in ours if k.startswith("journal/"))}
     assert {k for k in theirs if k not in ours} == {
-        f"{PIXELS}/zarr.json", *(shard_key(CacheReader(pictured).layout[PIXELS], s) for s in range(3))
+        f"{PIXELS}/zarr.json", *(shard_key(StoreReader(pictured).layout[PIXELS], s) for s in range(3))
     }  # fmt: skip
 
 
 def test_zarr_alone_reads_the_pictures(pictured: Path, data: Path) -> None:
     import zarr
 
-    reader = CacheReader(pictured)
+    reader = StoreReader(pictured)
     key = RowKey(reader.image_ids[1], "hflip")
     group: Any = zarr.open_group(str(pictured), mode="r")
     row = reader.row_index(key)
@@ -112,7 +113,7 @@ def test_zarr_alone_reads_the_pictures(pictured: Path, data: Path) -> None:
     ours = reader.read(key).image
     assert ours is not None
     np.testing.assert_array_equal(image, ours, strict=True)
-    through = CacheReader(pictured, direct=False).read(key).image
+    through = StoreReader(pictured, direct=False).read(key).image
     assert through is not None
     np.testing.assert_array_equal(through, ours, strict=True)
 
@@ -148,7 +149,7 @@ def test_training_is_the_same_without_the_files(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_whole_run_needs_the_val_images_alone(pictured: Path, bare: Path, tmp_path: Path, workers: int) -> None:
     fields = asked("distill", bare, cache=str(pictured), method="ld", epochs=1, workers=workers)
-    _, metrics = launch.start(fields, tmp_path / "run", Silent(), overwrite=False)
+    _, metrics = launch.start(fields, tmp_path / "run", NullReporter(), overwrite=False)
     assert metrics["epochs"] == 1
     assert metrics["ap"] is not None
 
@@ -185,9 +186,9 @@ def test_bad_images_are_those_of_the_writing(data: Path, teacher: Path, tmp_path
 
 def test_flipped_bits_of_pictures_are_found(pictured: Path, data: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(pictured, tmp_path / "store"))
-    files, _ = verify_checksums(store, Silent())
-    assert files == 3 * len(CacheReader(store).layout)
-    file = store / shard_key(CacheReader(store).layout[PIXELS], 0)
+    files, _ = verify_checksums(store, NullReporter())
+    assert files == 3 * len(StoreReader(store).layout)
+    file = store / shard_key(StoreReader(store).layout[PIXELS], 0)
     content = file.read_bytes()
     draw = np.random.default_rng(1)
     for position in draw.integers(0, len(content), 20):
@@ -195,8 +196,8 @@ def test_flipped_bits_of_pictures_are_found(pictured: Path, data: Path, tmp_path
         changed[int(position)] ^= 1 << int(draw.integers(8))
         file.write_bytes(changed)
         with pytest.raises(StoreError, match="is not what was written"):
-            verify_checksums(store, Silent())
-        reader = CacheReader(store)
+            verify_checksums(store, NullReporter())
+        reader = StoreReader(store)
         with pytest.raises(StoreError, match=r"fails the checksum|broken index"):  # noqa: PT012
             for row in range(10):
                 reader.read(RowKey(reader.image_ids[row // 2], reader.views[row % 2]))
@@ -206,8 +207,8 @@ def test_verify_with_the_teacher_compares_the_pictures(
     pictured: Path, data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def again(store: Path) -> int:
-        plan = plan_of_store(store, str(data), str(teacher), None, Silent())
-        return verify_teacher(plan, store, 4, Silent())[0]
+        plan = plan_of_store(store, str(data), str(teacher), None, NullReporter())
+        return verify_teacher(plan, store, 4, NullReporter())[0]
 
     assert again(pictured) == 4
     monkeypatch.setattr(caching, "encode_pixels", lambda image: encode_pixels(255 - image))
@@ -219,9 +220,9 @@ def test_verify_with_the_teacher_compares_the_pictures(
 def test_added_tensors_leave_the_pictures(pictured: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(pictured, tmp_path / "store"))
     whole = write(cache_options(data, teacher, method="ld,rm,pfi", cache_images=True), tmp_path / "whole")
-    assert editing.add(store, None, None, "pfi", {}, "default", Silent()) == ["cls_logits@all", "features@all"]
+    assert editing.add(store, None, None, "pfi", {}, "default", NullReporter()) == ["cls_logits@all", "features@all"]
     assert contents(store) == contents(whole)
-    verify_checksums(store, Silent())
+    verify_checksums(store, NullReporter())
 
 
 @pytest.mark.parametrize("methods", ["", "pfi"])
@@ -235,22 +236,22 @@ def test_added_pictures_are_those_of_one_writing(
     if not methods:  # the teacher has nothing to say
         monkeypatch.setattr(TeacherForward, "rows", lambda *_: pytest.fail("a forward pass"))
     tensors = ["cls_logits@all", "features@all"] if methods else []
-    assert editing.add(store, None, None, methods, {}, "default", Silent(), images=True) == [*tensors, PIXELS]
+    assert editing.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == [*tensors, PIXELS]
     assert contents(store) == contents(whole)
-    verify_checksums(store, Silent())
-    assert editing.add(store, None, None, methods, {}, "default", Silent(), images=True) == []
+    verify_checksums(store, NullReporter())
+    assert editing.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == []
 
 
 def test_pruned_pictures_leave_the_store_without_them(plain: Path, pictured: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(pictured, tmp_path / "store"))
-    assert editing.prune_tensors(store, [PIXELS], Silent()) == [PIXELS]
+    assert editing.prune_tensors(store, [PIXELS], NullReporter()) == [PIXELS]
     assert contents(store) == contents(plain)
     with pytest.raises(OptionError, match="has no row/image"):
-        editing.prune_tensors(store, [PIXELS], Silent())
+        editing.prune_tensors(store, [PIXELS], NullReporter())
     kept = Path(shutil.copytree(pictured, tmp_path / "kept"))
-    editing.prune_tensors(kept, ["rank@main"], Silent())
-    assert CacheReader(kept).schema.images
-    verify_checksums(kept, Silent())
+    editing.prune_tensors(kept, ["rank@main"], NullReporter())
+    assert StoreReader(kept).schema.images
+    verify_checksums(kept, NullReporter())
 
 
 def test_pictures_go_through_merge_and_views(
@@ -262,14 +263,14 @@ def test_pictures_go_through_merge_and_views(
 
     sides = [one("identity", "identity", True), one("hflip", "hflip", True)]
     both = tmp_path / "both"
-    assert editing.merge(sides, both, None, Silent()) == 24
+    assert editing.merge(sides, both, None, NullReporter()) == 24
     files = [k for k in contents(pictured) if k.startswith("row/")]
     assert [contents(both)[k] for k in files] == [contents(pictured)[k] for k in files]
     without = one("hflip", "without", False)
     for pair in ([sides[0], without], [without, sides[0]]):
         with pytest.raises(StoreError, match=r"do not go together: schema\.images"):
-            editing.merge(pair, tmp_path / "mixed", None, Silent())
-    assert editing.prune_views(pictured, ["hflip"], tmp_path / "less", Silent()) == 12
+            editing.merge(pair, tmp_path / "mixed", None, NullReporter())
+    assert editing.prune_views(pictured, ["hflip"], tmp_path / "less", NullReporter()) == 12
     assert [contents(tmp_path / "less")[k] for k in files if k in contents(sides[0])] == [
         contents(sides[0])[k] for k in files if k in contents(sides[0])
     ]
@@ -279,9 +280,9 @@ def test_a_store_is_not_continued_the_other_way(
     plain: Path, pictured: Path, data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     for store, pictures in ((plain, True), (pictured, False)):
-        plan = plan_store(cache_options(data, teacher, method="ld,rm", cache_images=pictures), Silent())
+        plan = plan_store(cache_options(data, teacher, method="ld,rm", cache_images=pictures), NullReporter())
         with pytest.raises(StoreError, match=r"schema\.images: store"):
-            write_store(plan, store, Silent())
+            write_store(plan, store, NullReporter())
     # a killed writing with pictures goes on
     broken = Path(shutil.copytree(pictured, tmp_path / "broken"))
     (broken / "journal" / "000002.json").unlink()
@@ -298,17 +299,17 @@ def test_what_a_store_with_pictures_takes(
     assert store_info(plain)["images"] is None
     assert run(["cache", "info", str(pictured)]) == 0
     assert f"{PIXELS}  " in capsys.readouterr().err
-    plan = plan_store(cache_options(data, teacher, method="ld,rm", cache_images=True), Silent())
+    plan = plan_store(cache_options(data, teacher, method="ld,rm", cache_images=True), NullReporter())
     guess = estimate(plan, tmp_path / "store").bytes_by_array[PIXELS]
     assert abs(guess - size) < 0.3 * size
 
 
 def test_an_encoding_of_a_newer_kdcli_is_refused(pictured: Path) -> None:
     schema = read_manifest(pictured)["schema"]
-    assert CacheSchema.from_json(schema).images
+    assert StoreSchema.from_json(schema).images
     for wrong in ("jpeg_xl", 7, True, {}):
         with pytest.raises(StoreError, match="unknown encoding of images"):
-            CacheSchema.from_json({**schema, "images": wrong})
+            StoreSchema.from_json({**schema, "images": wrong})
 
 
 def test_pictures_of_any_pillow_mode(data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_pictures_of_any_pillow_mode(data: Path, teacher: Path, tmp_path: Path) 
     Image.fromarray(noise).save(file, format="PNG")  # grey
     store = write(cache_options(root, teacher, method="rm", cache_images=True), tmp_path / "store")
     fields = asked("distill", root, cache=str(store), method="rm")
-    made = prepare(fields.options(), frozenset(fields.fields), Silent())
-    plan = plan_store(cache_options(root, teacher, method="rm"), Silent())
+    made = prepare(fields.options(), frozenset(fields.fields), NullReporter())
+    plan = plan_store(cache_options(root, teacher, method="rm"), NullReporter())
     for view in made.views:
         assert torch.equal(made.source.load((0, view)).image, plan.source.load((0, view)).image)

@@ -15,10 +15,9 @@ import torch
 from kdcli.cli.main import run
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.caching.write import Part, write_store
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import StoreError
-from kdcli.store.maintenance import write_manifest
-from kdcli.store.writer import read_manifest
+from kdcli.store.manifest import read_manifest, write_manifest
 from tests.engine.test_kills import contents
 from tests.support.small_runs import cache_options, make_teacher
 
@@ -44,24 +43,24 @@ def test_a_compiled_teacher_writes_the_same_rows(
 ) -> None:
     use(monkeypatch, "eager")
     options = cache_options(shapes, teacher, compile=True)
-    plan, out = plan_store(options, Silent()), tmp_path / "store"
+    plan, out = plan_store(options, NullReporter()), tmp_path / "store"
     assert plan.forward.network is not None
-    write_store(plan, out, Silent(), Part(0, 2))
+    write_store(plan, out, NullReporter(), Part(0, 2))
     with pytest.raises(StoreError, match=r"teacher_run.compile: store True, here None"):
-        write_store(plan_store(cache_options(shapes, teacher), Silent()), out, Silent())
-    write_store(plan, out, Silent())
+        write_store(plan_store(cache_options(shapes, teacher), NullReporter()), out, NullReporter())
+    write_store(plan, out, NullReporter())
     ours, plain = contents(out), contents(default_store)
     assert read_manifest(out)["teacher_run"]["compile"] is True
     assert {k for k in plain if ours[k] != plain[k]} == {"zarr.json"}  # the same backend gives the same bits
 
 
 def test_a_store_from_before_goes_on(shapes: Path, teacher: Path, tmp_path: Path) -> None:
-    plan, out = plan_store(cache_options(shapes, teacher, method="rm"), Silent()), tmp_path / "store"
-    write_store(plan, out, Silent(), Part(0, 2))
+    plan, out = plan_store(cache_options(shapes, teacher, method="rm"), NullReporter()), tmp_path / "store"
+    write_store(plan, out, NullReporter(), Part(0, 2))
     manifest = read_manifest(out)
     del manifest["teacher_run"]["compile"]
     write_manifest(out, manifest)
-    assert write_store(plan, out, Silent()) == 20
+    assert write_store(plan, out, NullReporter()) == 20
 
 
 def test_without_a_compiler(
@@ -91,5 +90,5 @@ def test_every_detector_compiles_whole(
     """A break in the graph would be run by Python, silently, and is refused."""
     use(monkeypatch, "eager")
     checkpoint = make_teacher(tmp_path / "teacher.pt", detector=detector, scale=5.0)
-    plan = plan_store(cache_options(shapes, checkpoint, method="cwd", compile=True), Silent())
+    plan = plan_store(cache_options(shapes, checkpoint, method="cwd", compile=True), NullReporter())
     assert plan.forward.network is not None

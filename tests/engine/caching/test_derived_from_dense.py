@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from kdcli.engine.caching.plan import plan_store
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import StoreError
-from kdcli.store.reader import CacheReader
-from kdcli.store.schema import CacheSchema, collate
+from kdcli.store.batch_buffers import collate_arrays
+from kdcli.store.reader import StoreReader
+from kdcli.store.schema import StoreSchema
 from kdcli.structures import Entries, RowKey
 from kdcli.tensors import Need, Tensors
 from tests.support.small_runs import cache_options, write
@@ -24,29 +25,31 @@ EVERYTHING = "ld,rm,pfi,bckd,defeat,defeat_thin,cwd"
 @pytest.mark.parametrize("encoding", ["lossless", "float16", "default"])
 def test_no_tensor_is_stored_twice(shapes: Path, teacher: Path, encoding: str) -> None:
     options = cache_options(shapes, teacher, method=EVERYTHING, methods=IMITATION, encoding=encoding)
-    schema = plan_store(options, Silent()).schema
-    assert {THIN, FINE} <= set(schema.served)
+    schema = plan_store(options, NullReporter()).schema
+    assert {THIN, FINE} <= set(schema.derived_from_dense)
     dense = {t.need.name for t in schema.tensors if t.need.dense}
     twice = {t.need.key for t in schema.tensors if t.need.at_entries and t.need.name in dense}
     # 8 bits of a dense logit are not as exact as the float16 that RM and LD's class term read
     assert twice == ({"cls_logits@main"} if encoding == "default" else set())
-    assert CacheSchema.from_json(schema.to_json()) == schema
+    assert StoreSchema.from_json(schema.to_json()) == schema
 
 
 def rows(store: Path, needs: list[Need], image_ids: list[int]) -> tuple[Tensors, Entries]:
     """What the teacher of a store gives for a batch."""
-    reader = CacheReader(store, needs)
+    reader = StoreReader(store, needs)
     found = [reader.read(RowKey(i, "hflip")) for i in image_ids]
     entries = Entries.collate([r.entries for r in found if r.entries is not None])
-    return reader.schema.decode(collate([r.arrays for r in found], reader.layout.values()), needs, entries), entries
+    return reader.schema.decode(
+        collate_arrays([r.arrays for r in found], reader.layout.values()), needs, entries
+    ), entries
 
 
 def test_served_tensors_are_the_stored_ones(shapes: Path, teacher: Path, tmp_path: Path) -> None:
     common = {"methods": IMITATION, "encoding": "lossless"}
     both = write(cache_options(shapes, teacher, method="ld,defeat,defeat_thin", **common), tmp_path / "both")
     alone = write(cache_options(shapes, teacher, method="ld,defeat_thin", **common), tmp_path / "alone")
-    assert not [t for t in CacheReader(both).schema.tensors if t.need in (THIN, FINE)]
-    images = list(CacheReader(both).image_ids[:3])
+    assert not [t for t in StoreReader(both).schema.tensors if t.need in (THIN, FINE)]
+    images = list(StoreReader(both).image_ids[:3])
     needs = [THIN, FINE, Need("box_distribution", "main+vlr")]
     ours, entries = rows(both, needs, images)
     theirs, same = rows(alone, needs, images)
@@ -57,4 +60,4 @@ def test_served_tensors_are_the_stored_ones(shapes: Path, teacher: Path, tmp_pat
         assert torch.equal(ours[key], value), key
     assert list(rows(both, [Need("features", "all"), THIN], images)[0]) == ["features@all", THIN.key]
     with pytest.raises(StoreError, match="lacks rank@main"):
-        CacheReader(both, [Need("rank", "main")])
+        StoreReader(both, [Need("rank", "main")])

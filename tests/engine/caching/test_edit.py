@@ -11,18 +11,18 @@ import pytest
 
 from kdcli.engine.caching import edit as editing
 from kdcli.engine.caching.verify import verify_checksums
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import OptionError, StoreError
 from kdcli.store import maintenance as mechanics
-from kdcli.store.reader import CacheReader
-from kdcli.store.writer import read_manifest
+from kdcli.store.manifest import read_manifest
+from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
 from tests.engine.test_kills import contents
 from tests.support.small_runs import cache_options, make_teacher, write
 
 
 def add(store: Path, methods: str) -> list[str]:
-    return editing.add(store, None, None, methods, {}, "default", Silent())
+    return editing.add(store, None, None, methods, {}, "default", NullReporter())
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_added_tensors_are_those_of_one_writing(
     whole = write(cache_options(shapes, teacher, method=f"{first},{second}"), tmp_path / "whole")
     add(store, second)
     assert contents(store) == contents(whole)
-    verify_checksums(store, Silent())
+    verify_checksums(store, NullReporter())
     assert add(store, second) == []
     assert contents(store) == contents(whole)
 
@@ -82,7 +82,7 @@ def test_a_killed_add_leaves_a_store_that_reads_and_goes_on(
     with monkeypatch.context() as patch:
         Bomb(patch, mechanics, name, number)
         assert os.WIFSIGNALED(forked(partial(add, store, "pfi")))
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     for image in reader.image_ids:
         reader.read(RowKey(image, "hflip"))
     add(store, "pfi")
@@ -94,7 +94,7 @@ def test_adding_with_another_teacher_is_refused(shapes: Path, teacher: Path, tmp
     other = make_teacher(tmp_path / "other.pt", seed=5)
     before = contents(store)
     with pytest.raises(StoreError, match="weights_sha256"):
-        editing.add(store, None, str(other), "ld", {}, "default", Silent())
+        editing.add(store, None, str(other), "ld", {}, "default", NullReporter())
     assert contents(store) == before
 
 
@@ -102,10 +102,10 @@ def test_pruned_tensors_leave_what_would_have_been_written(shapes: Path, teacher
     store = write(cache_options(shapes, teacher, method="ld,rm,pfi"), tmp_path / "store")
     less = write(cache_options(shapes, teacher, method="rm,pfi"), tmp_path / "less")
     dropped = ["box_distribution@main+vlr", "cls_logits@main"]
-    kept = [t.need.key for t in CacheReader(less).schema.tensors]
-    gone = [t.need.key for t in CacheReader(store).schema.tensors if t.need.key not in kept]
+    kept = [t.need.key for t in StoreReader(less).schema.tensors]
+    gone = [t.need.key for t in StoreReader(store).schema.tensors if t.need.key not in kept]
     assert set(gone) <= set(dropped)
-    assert editing.prune_tensors(store, gone, Silent()) == gone
+    assert editing.prune_tensors(store, gone, NullReporter()) == gone
     assert read_manifest(store)["methods"] == "rm,pfi"
     ours, theirs = contents(store), contents(less)
     entries = {k for k in ours if k.startswith(("entries/", "journal/"))}  # still those of the VLR
@@ -113,7 +113,7 @@ def test_pruned_tensors_leave_what_would_have_been_written(shapes: Path, teacher
     errors = read_manifest(store)["errors"]
     assert set(errors["encoding"]) == set(kept)
     assert errors == read_manifest(less)["errors"]
-    verify_checksums(store, Silent())
+    verify_checksums(store, NullReporter())
 
 
 @pytest.mark.parametrize(("name", "number"), [("write_manifest", 1), ("_write_journal", 3)])
@@ -122,23 +122,25 @@ def test_a_killed_prune_goes_on(
 ) -> None:
     whole = write(cache_options(shapes, teacher, method="ld,pfi"), tmp_path / "whole")
     shutil.copytree(whole, tmp_path / "store")
-    editing.prune_tensors(whole, ["cls_logits@all"], Silent())
+    editing.prune_tensors(whole, ["cls_logits@all"], NullReporter())
     with monkeypatch.context() as patch:
         Bomb(patch, mechanics, name, number)
-        assert os.WIFSIGNALED(forked(partial(editing.prune_tensors, tmp_path / "store", ["cls_logits@all"], Silent())))
-    CacheReader(tmp_path / "store")
-    editing.prune_tensors(tmp_path / "store", ["cls_logits@all"], Silent())
+        assert os.WIFSIGNALED(
+            forked(partial(editing.prune_tensors, tmp_path / "store", ["cls_logits@all"], NullReporter()))
+        )
+    StoreReader(tmp_path / "store")
+    editing.prune_tensors(tmp_path / "store", ["cls_logits@all"], NullReporter())
     assert contents(tmp_path / "store") == contents(whole)
 
 
 def test_what_cannot_be_pruned(lossless_store: Path, tmp_path: Path) -> None:
-    keys = [t.need.key for t in CacheReader(lossless_store).schema.tensors]
+    keys = [t.need.key for t in StoreReader(lossless_store).schema.tensors]
     with pytest.raises(OptionError, match="has no nothing@all"):
-        editing.prune_tensors(lossless_store, ["nothing@all"], Silent())
+        editing.prune_tensors(lossless_store, ["nothing@all"], NullReporter())
     with pytest.raises(OptionError, match="nothing would be left"):
-        editing.prune_tensors(lossless_store, keys, Silent())
+        editing.prune_tensors(lossless_store, keys, NullReporter())
     with pytest.raises(OptionError, match="has no view"):
-        editing.prune_views(lossless_store, ["crop-0"], tmp_path / "out", Silent())
+        editing.prune_views(lossless_store, ["crop-0"], tmp_path / "out", NullReporter())
 
 
 def data(store: Path) -> dict[str, str]:
@@ -151,11 +153,11 @@ def test_views_merge_and_part_again(shapes: Path, teacher: Path, tmp_path: Path)
     one = write(cache_options(shapes, teacher, views="identity", shard_rows=7), tmp_path / "one")
     two = write(cache_options(shapes, teacher, views="hflip", shard_rows=10), tmp_path / "two")
     both = tmp_path / "both"
-    assert editing.merge([two, one], both, None, Silent()) == 48
-    assert CacheReader(both).views == ("hflip", "identity")
+    assert editing.merge([two, one], both, None, NullReporter()) == 48
+    assert StoreReader(both).views == ("hflip", "identity")
     both = tmp_path / "in-order"
     editing.merge(
-        [write(cache_options(shapes, teacher, views="identity"), tmp_path / "three"), two], both, None, Silent()
+        [write(cache_options(shapes, teacher, views="identity"), tmp_path / "three"), two], both, None, NullReporter()
     )
     assert data(both) == data(whole)
     merged, written = read_manifest(both), read_manifest(whole)
@@ -164,11 +166,11 @@ def test_views_merge_and_part_again(shapes: Path, teacher: Path, tmp_path: Path)
     assert set(ours["encoding"]) == set(theirs["encoding"])
     for key, error in theirs["encoding"].items():  # sums of the same rows in another order
         assert ours["encoding"][key] == pytest.approx(error, rel=1e-12)
-    verify_checksums(both, Silent())
-    assert editing.prune_views(whole, ["hflip"], tmp_path / "less", Silent()) == 24
+    verify_checksums(both, NullReporter())
+    assert editing.prune_views(whole, ["hflip"], tmp_path / "less", NullReporter()) == 24
     assert data(tmp_path / "less") == data(tmp_path / "three")
     with pytest.raises(StoreError, match="that another store has too"):
-        editing.merge([one, whole], tmp_path / "twice", None, Silent())
+        editing.merge([one, whole], tmp_path / "twice", None, NullReporter())
     assert not (tmp_path / "twice").exists()
 
 
@@ -176,5 +178,5 @@ def test_stores_that_do_not_go_together(shapes: Path, teacher: Path, tmp_path: P
     one = write(cache_options(shapes, teacher, method="rm", views="identity"), tmp_path / "one")
     other = write(cache_options(shapes, teacher, method="pfi", views="hflip"), tmp_path / "other")
     with pytest.raises(StoreError, match=r"do not go together: schema\.tensors"):
-        editing.merge([one, other], tmp_path / "out", None, Silent())
+        editing.merge([one, other], tmp_path / "out", None, NullReporter())
     assert not (tmp_path / "out").exists()

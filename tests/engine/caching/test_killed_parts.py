@@ -19,10 +19,10 @@ import torch
 from kdcli.engine.caching import write as writing
 from kdcli.engine.caching.plan import Plan, plan_store
 from kdcli.engine.caching.write import Part, write_store
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.teacher.forward import single
-from kdcli.store.schema import CacheSchema
-from kdcli.store.writer import read_manifest
+from kdcli.store.manifest import read_manifest
+from kdcli.store.schema import StoreSchema
 from kdcli.structures import Entries, Targets
 from kdcli.tensors import Need
 from tests.engine.test_kills import contents
@@ -33,7 +33,7 @@ from tests.support.small_runs import cache_options
 class StubTeacher:
     """Numbers that follow from the pixels, after a short rest: what is tried is the writing."""
 
-    schema: CacheSchema
+    schema: StoreSchema
     micro_batch: int = 4
     precision: str = "fp32"
 
@@ -61,8 +61,8 @@ class StubTeacher:
 @pytest.fixture
 def stub_plan(shapes: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """A store of 16 shards with that teacher."""
-    monkeypatch.setattr(writing, "measure_teacher", lambda plan, watcher: 50.0)
-    plan = plan_store(cache_options(shapes, teacher, shard_rows=3), Silent())
+    monkeypatch.setattr(writing, "measure_teacher", lambda plan, reporter: 50.0)
+    plan = plan_store(cache_options(shapes, teacher, shard_rows=3), NullReporter())
     return replace(plan, forward=StubTeacher(plan.schema))  # type: ignore[arg-type]
 
 
@@ -82,7 +82,7 @@ def write_parts(plan: Plan, store: Path, count: int, draw: random.Random, *, kil
         if pid == 0:
             code = 1
             try:
-                write_store(plan, store, Silent(), Part(index, count))
+                write_store(plan, store, NullReporter(), Part(index, count))
                 code = 0
             finally:
                 os._exit(code)
@@ -103,7 +103,7 @@ def write_parts(plan: Plan, store: Path, count: int, draw: random.Random, *, kil
 
 def rounds_of_parts(plan: Plan, folder: Path, counts: Sequence[int], seed: int) -> int:
     """Each of ``counts``: so many parts, killed at random, then another number of them, killed, then a third to the end."""
-    write_store(plan, folder / "whole", Silent())
+    write_store(plan, folder / "whole", NullReporter())
     whole, draw, killed = contents(folder / "whole"), random.Random(seed), 0
     assert "errors" in read_manifest(folder / "whole")
     for step, count in enumerate(counts):
@@ -149,7 +149,9 @@ def children(pid: int) -> list[int]:
 def test_a_killed_torchrun_is_finished_by_another_number(
     shapes: Path, teacher: Path, tmp_path: Path, first: int, second: int, victims: str
 ) -> None:
-    write_store(plan_store(cache_options(shapes, teacher, shard_rows=3), Silent()), tmp_path / "whole", Silent())
+    write_store(
+        plan_store(cache_options(shapes, teacher, shard_rows=3), NullReporter()), tmp_path / "whole", NullReporter()
+    )
     out = tmp_path / "store"
     process = torchrun(first, shapes, teacher, out)
     deadline = time.monotonic() + 500

@@ -12,9 +12,9 @@ from kdcli.engine.caching.row_sizes import TYPICAL_BOXES, missing, row_bytes, sp
 from kdcli.geometry.assign import assign
 from kdcli.geometry.regions import RegionSpec, compute_entries
 from kdcli.methods import METHODS
-from kdcli.methods.base import resolve_options
-from kdcli.store.encoding_policy import plan_tensors, served_by_dense
-from kdcli.store.schema import MAX_PROPOSALS, CacheSchema, regions_of
+from kdcli.methods.resolve import resolve_options
+from kdcli.store.encoding_policy import derived_from_dense, plan_tensors
+from kdcli.store.schema import MAX_PROPOSALS, StoreSchema, regions_of
 from kdcli.structures import Canvas
 from kdcli.tensors import Need
 
@@ -88,10 +88,10 @@ def test_a_row_that_is_written_has_these_bytes() -> None:
         regions_of(needs), model.region_defaults, model.grid, canvas, boxes,
         assign(model.assigner, model.grid, canvas, boxes, canvas.size), canvas.size,
     )  # fmt: skip
-    served = served_by_dense(needs)
-    assert served  # defeat_thin's features: PFI's hold them
-    stored = [n for n in needs if n not in served]
-    schema = CacheSchema(model.grid, canvas, 1, 1, plan_tensors(stored, specs), served=served)
+    derived = derived_from_dense(needs)
+    assert derived  # defeat_thin's features: PFI's hold them
+    stored = [n for n in needs if n not in derived]
+    schema = StoreSchema(model.grid, canvas, 1, 1, plan_tensors(stored, specs), derived_from_dense=derived)
     cells = model.grid.num_cells(canvas)
     values = {
         t.need.key: np.ones((cells if t.need.dense else int(entries.select(t.need.region).sum()), *t.dims), np.float32)

@@ -10,7 +10,7 @@ import pytest
 
 from kdcli.cli.main import run
 from kdcli.engine.caching.verify import verify_checksums
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import StoreError
 
 
@@ -18,7 +18,7 @@ from kdcli.errors import StoreError
 def test_flipped_bits_of_array_headers_are_found(tensor: str, default_store: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(default_store, store)
-    verify_checksums(store, Silent())
+    verify_checksums(store, NullReporter())
     header = store / "tensors" / tensor / "values" / "zarr.json"
     data = header.read_bytes()
     draw = np.random.default_rng(0)
@@ -27,9 +27,9 @@ def test_flipped_bits_of_array_headers_are_found(tensor: str, default_store: Pat
         changed[int(position)] ^= 1 << int(draw.integers(8))
         header.write_bytes(changed)
         with pytest.raises(StoreError, match=r"zarr\.json' is not what was written"):
-            verify_checksums(store, Silent())
+            verify_checksums(store, NullReporter())
     header.write_bytes(data)
-    verify_checksums(store, Silent())
+    verify_checksums(store, NullReporter())
 
 
 def test_features_that_are_entropy_coded_are_what_was_written(default_store: Path, tmp_path: Path) -> None:
@@ -39,11 +39,11 @@ def test_features_that_are_entropy_coded_are_what_was_written(default_store: Pat
     data = header.read_bytes()
     assert data.count(b'"level": -1') == 1
     header.write_bytes(data.replace(b'"level": -1', b'"level": 1'))  # as stores before 2026-11-21 say
-    verify_checksums(store, Silent())
+    verify_checksums(store, NullReporter())
     for wrong in (b'"level":\r1', b'"level": 2', b'"level": -2'):
         header.write_bytes(data.replace(b'"level": -1', wrong))
         with pytest.raises(StoreError, match=r"zarr\.json' is not what was written"):
-            verify_checksums(store, Silent())
+            verify_checksums(store, NullReporter())
 
 
 def test_verify_finds_the_data_by_itself(

@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 from kdcli.cli.main import run
 from kdcli.engine.caching import write as writing
 from kdcli.engine.caching.plan import Plan, plan_store
-from kdcli.engine.caching.write import Part, takes_turns, write_store
+from kdcli.engine.caching.write import Part, interleaved, write_store
 from kdcli.engine.loading.samples import Sample
-from kdcli.engine.runtime.device import pick_teacher_workers, pick_workers
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.runtime.threads import pick_teacher_workers, pick_workers
 from kdcli.errors import GateError, StoreError
-from kdcli.store.maintenance import write_manifest
-from kdcli.store.reader import CacheReader
-from kdcli.store.schema import CacheSchema, collate, row_tensor
-from kdcli.store.writer import StoreWriter, read_manifest, store_digest
+from kdcli.store.batch_buffers import collate_arrays
+from kdcli.store.journal import store_digest
+from kdcli.store.manifest import read_manifest, write_manifest
+from kdcli.store.reader import StoreReader
+from kdcli.store.schema import StoreSchema, row_tensor
+from kdcli.store.writer import StoreWriter
 from kdcli.structures import RowKey
 from tests.engine.test_kills import contents
 from tests.support.small_runs import cache_options
@@ -34,7 +36,7 @@ from tests.support.small_runs import cache_options
 def test_parts_make_the_store_of_one_process(shapes: Path, teacher: Path, default_store: Path, tmp_path: Path) -> None:
     options = cache_options(shapes, teacher)
     out = tmp_path / "parts"
-    rows = [write_store(plan_store(options, Silent()), out, Silent(), Part(k, 3)) for k in (2, 0, 1)]
+    rows = [write_store(plan_store(options, NullReporter()), out, NullReporter(), Part(k, 3)) for k in (2, 0, 1)]
     assert sum(rows) == 48  # 24 images, two views
     assert min(rows) > 0
     assert contents(out) == contents(default_store)
@@ -44,10 +46,12 @@ def test_parts_make_the_store_of_one_process(shapes: Path, teacher: Path, defaul
 def test_parts_go_on_where_others_stopped(shapes: Path, teacher: Path, default_store: Path, tmp_path: Path) -> None:
     options = cache_options(shapes, teacher)
     out = tmp_path / "parts"
-    write_store(plan_store(options, Silent()), out, Silent(), Part(1, 2))
-    before = StoreWriter(out, plan_store(options, Silent()).schema).done()
+    write_store(plan_store(options, NullReporter()), out, NullReporter(), Part(1, 2))
+    before = StoreWriter(out, plan_store(options, NullReporter()).schema).done()
     assert before == {1, 3}
-    assert write_store(plan_store(options, Silent()), out, Silent()) == 28  # shards 0 and 2 of 10 rows, the last of 8
+    assert (
+        write_store(plan_store(options, NullReporter()), out, NullReporter()) == 28
+    )  # shards 0 and 2 of 10 rows, the last of 8
     assert contents(out) == contents(default_store)
 
 
@@ -56,8 +60,8 @@ def test_the_teacher_does_not_wait_for_the_disk(
     shapes: Path, teacher: Path, default_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """The first shard is not written before the teacher has begun the second: with it in between, on a CPU, or beside it."""
-    plan = plan_store(cache_options(shapes, teacher, workers=workers), Silent())
-    assert takes_turns(plan) == (workers == 0)
+    plan = plan_store(cache_options(shapes, teacher, workers=workers), NullReporter())
+    assert interleaved(plan) == (workers == 0)
     real_rows, real_write = writing.teacher_rows, StoreWriter.write_chunks
     rows, went_on, late = [0], threading.Event(), []
 
@@ -74,7 +78,7 @@ def test_the_teacher_does_not_wait_for_the_disk(
 
     monkeypatch.setattr(writing, "teacher_rows", count_rows)
     monkeypatch.setattr(StoreWriter, "write_chunks", write)
-    assert write_store(plan, tmp_path / "store", Silent()) == 48
+    assert write_store(plan, tmp_path / "store", NullReporter()) == 48
     assert late == []
     assert contents(tmp_path / "store") == contents(default_store)
 
@@ -88,37 +92,37 @@ def test_a_teacher_on_a_cpu_takes_turns_unless_told_otherwise() -> None:
 
 
 def test_a_part_is_refused_while_one_process_writes_all(shapes: Path, teacher: Path, tmp_path: Path) -> None:
-    plan = plan_store(cache_options(shapes, teacher, method="rm"), Silent())
+    plan = plan_store(cache_options(shapes, teacher, method="rm"), NullReporter())
     out = tmp_path / "store"
-    write_store(plan, out, Silent(), Part(0, 2))
-    with writing.hold_store(out, shared=False), pytest.raises(StoreError, match="written by another process"):
-        write_store(plan, out, Silent(), Part(1, 2))
+    write_store(plan, out, NullReporter(), Part(0, 2))
+    with writing.lock_store(out, shared=False), pytest.raises(StoreError, match="written by another process"):
+        write_store(plan, out, NullReporter(), Part(1, 2))
 
 
 def test_an_error_behind_the_teacher_stops_the_run(
     shapes: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = CacheSchema.encode, [0]
+    real, calls = StoreSchema.encode, [0]
 
-    def encode(self: CacheSchema, values: Any, valid: NDArray[np.bool_]) -> Any:
+    def encode(self: StoreSchema, values: Any, valid: NDArray[np.bool_]) -> Any:
         calls[0] += 1
         if calls[0] == 25:  # of the third shard
             values = {k: np.full_like(v, np.nan) for k, v in values.items()}
         return real(self, values, valid)
 
-    monkeypatch.setattr(CacheSchema, "encode", encode)
-    plan = plan_store(cache_options(shapes, teacher, method="rm"), Silent())
+    monkeypatch.setattr(StoreSchema, "encode", encode)
+    plan = plan_store(cache_options(shapes, teacher, method="rm"), NullReporter())
     with pytest.raises(GateError, match="not finite"):
-        write_store(plan, tmp_path / "store", Silent())
+        write_store(plan, tmp_path / "store", NullReporter())
     done = StoreWriter(tmp_path / "store", plan.schema).done()
     assert done <= {0, 1}
     assert not [f for f in (tmp_path / "store").rglob("*") if f.suffix in (".tmp", ".lock")]
     monkeypatch.undo()
-    assert write_store(plan, tmp_path / "store", Silent()) == 48 - 10 * len(done)
+    assert write_store(plan, tmp_path / "store", NullReporter()) == 48 - 10 * len(done)
 
 
 def test_the_manifest_has_the_error_of_each_tensor(default_store: Path, lossless_store: Path) -> None:
-    ours, exact = CacheReader(default_store), CacheReader(lossless_store)
+    ours, exact = StoreReader(default_store), StoreReader(lossless_store)
     errors = read_manifest(default_store)["errors"]["encoding"]
     assert set(errors) == {t.need.key for t in ours.schema.tensors}
     for tensor in ours.schema.tensors:
@@ -137,30 +141,32 @@ def test_the_manifest_has_the_error_of_each_tensor(default_store: Path, lossless
     assert {e["worst"] for e in read_manifest(lossless_store)["errors"]["encoding"].values()} == {0.0}
 
 
-def row_of(reader: CacheReader, image: int, view: str) -> dict[str, Any]:
+def row_of(reader: StoreReader, image: int, view: str) -> dict[str, Any]:
     row = reader.read(RowKey(image, view))
     needs = tuple(t.need for t in reader.schema.tensors)
-    return {k: row_tensor(v) for k, v in reader.schema.decode(collate([row], reader.schema.layout()), needs).items()}
+    return {
+        k: row_tensor(v) for k, v in reader.schema.decode(collate_arrays([row], reader.schema.layout()), needs).items()
+    }
 
 
 def test_errors_come_with_the_last_shard_or_after_a_kill(
     shapes: Path, teacher: Path, default_store: Path, tmp_path: Path
 ) -> None:
-    plan, out = plan_store(cache_options(shapes, teacher), Silent()), tmp_path / "store"
-    write_store(plan, out, Silent(), Part(0, 2))
+    plan, out = plan_store(cache_options(shapes, teacher), NullReporter()), tmp_path / "store"
+    write_store(plan, out, NullReporter(), Part(0, 2))
     assert "errors" not in read_manifest(out)
-    write_store(plan, out, Silent(), Part(1, 2))
+    write_store(plan, out, NullReporter(), Part(1, 2))
     assert contents(out) == contents(default_store)
     digest = store_digest(out)
     write_manifest(
         out, {k: v for k, v in read_manifest(out).items() if k != "errors"}
     )  # killed before they were written
     assert store_digest(out) == digest
-    assert write_store(plan, out, Silent()) == 0
+    assert write_store(plan, out, NullReporter()) == 0
     assert contents(out) == contents(default_store)
 
 
-class Notes(Silent):
+class Notes(NullReporter):
     """Keeps what the bar says."""
 
     def __init__(self) -> None:
@@ -172,10 +178,10 @@ class Notes(Silent):
 
 
 def test_the_bar_says_how_fast_and_what_waits(shapes: Path, teacher: Path, tmp_path: Path) -> None:
-    watcher = Notes()
-    write_store(plan_store(cache_options(shapes, teacher), Silent()), tmp_path / "store", watcher)
+    reporter = Notes()
+    write_store(plan_store(cache_options(shapes, teacher), NullReporter()), tmp_path / "store", reporter)
     for word in ("images/s", "MB/s", "smaller than float32", "waiting on the disk"):
-        assert word in watcher.infos[-1]
+        assert word in reporter.infos[-1]
 
 
 @pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2"])

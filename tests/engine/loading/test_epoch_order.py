@@ -17,8 +17,8 @@ from kdcli.detectors.dense.recipes import GFL
 from kdcli.engine.loading import epoch_order as sampling
 from kdcli.engine.loading.epoch_order import plan_epoch, shard_windows
 from kdcli.engine.loading.samples import Item, SampleSource
-from kdcli.engine.runtime.progress import Silent
-from kdcli.engine.training import launch
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.training import launch, run_config
 from kdcli.errors import OptionError
 from kdcli.geometry.regions import RegionSpec
 from kdcli.options import TrainOptions
@@ -175,14 +175,16 @@ def test_a_stopped_run_goes_on_in_the_same_order(
 ) -> None:
     monkeypatch.setattr(sampling, "WINDOW_SHARDS", 1)  # five windows of five images
     fields = asked("distill", shapes, cache=str(default_store), method="rm", shuffle="shards", save_steps=2, epochs=1)
-    _, whole = launch.start(fields, tmp_path / "whole", Silent(), overwrite=False)
+    _, whole = launch.start(fields, tmp_path / "whole", NullReporter(), overwrite=False)
     assert tomllib.loads((tmp_path / "whole" / "config.toml").read_text())["shuffle"] == "shards"
     with pytest.raises(Stop):
         launch.start(fields, tmp_path / "run", Stopping(), overwrite=False)
-    _, resumed = launch.resume(tmp_path / "run", launch.from_flags("distill", {}, {}, None, {}), Silent())
+    _, resumed = launch.resume(tmp_path / "run", run_config.from_flags("distill", {}, {}, None, {}), NullReporter())
     assert weights(resumed) == weights(whole)
     with pytest.raises(OptionError, match="shuffle: shards -> full"):
-        launch.resume(tmp_path / "run", launch.from_flags("distill", {"shuffle": "full"}, {}, None, {}), Silent())
+        launch.resume(
+            tmp_path / "run", run_config.from_flags("distill", {"shuffle": "full"}, {}, None, {}), NullReporter()
+        )
 
 
 def test_it_needs_a_store(shapes: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

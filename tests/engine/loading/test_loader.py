@@ -17,10 +17,10 @@ from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.loading import loader, samples
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, Sample, SampleSource
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training.setup import prepare
 from kdcli.errors import DataError
-from kdcli.store import batch_buffers as rooms
+from kdcli.store import batch_buffers
 from tests.support.small_runs import asked, cache_options
 
 VIEWS = "identity,hflip,crop-2"
@@ -37,7 +37,9 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def source(shapes: Path, teacher: Path, threads: None) -> SampleSource:
     """All regions and views of the drawn images; three threads."""
-    plan = plan_store(cache_options(shapes, teacher, views=VIEWS, method="ld,rm,defeat_thin", threads=3), Silent())
+    plan = plan_store(
+        cache_options(shapes, teacher, views=VIEWS, method="ld,rm,defeat_thin", threads=3), NullReporter()
+    )
     return plan.source
 
 
@@ -100,9 +102,9 @@ def test_neighbours_share_one_reading(source: SampleSource, monkeypatch: pytest.
 def test_batches_of_large_rows_do_not_depend_on_who_makes_them(
     shapes: Path, default_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rooms, "LEAST_BYTES", 1000)
+    monkeypatch.setattr(batch_buffers, "LEAST_BYTES", 1000)
     fields = asked("distill", shapes, cache=str(default_store), method="pfi", micro_batch=2)
-    source = prepare(fields.options(), frozenset(fields.fields), Silent()).source
+    source = prepare(fields.options(), frozenset(fields.fields), NullReporter()).source
     assert source.reader is not None
     plan = [[(k, view) for k in (0, 1)] for view in source.reader.views]
     here, there = (list(Loader(source, workers).batches(plan)) for workers in (0, 1))
@@ -110,7 +112,7 @@ def test_batches_of_large_rows_do_not_depend_on_who_makes_them(
         alone = [source.load(item) for item in items]
         assert same(one, other)
         assert same(one, samples.collate(alone, source.reader))
-        assert all(s.room is None for s in alone)
+        assert all(s.slot is None for s in alone)
     paths = [path for path, value in there[0].rows.items() if value[0].nbytes >= 1000]
     assert "tensors/features@all/values" in paths
     assert all(there[0].rows[path].is_shared() for path in paths if there[0].rows[path].nbytes > loader.PIPE_BYTES)
@@ -120,7 +122,7 @@ def test_batches_of_large_rows_do_not_depend_on_who_makes_them(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_first_error_of_a_batch_is_raised(shapes: Path, teacher: Path, tmp_path: Path, workers: int) -> None:
     data = shutil.copytree(shapes, tmp_path / "data")
-    source = plan_store(cache_options(data, teacher, method="rm", threads=3), Silent()).source
+    source = plan_store(cache_options(data, teacher, method="rm", threads=3), NullReporter()).source
     for position in (1, 2):
         source.dataset.image_path(position).write_bytes(b"no picture")
     loaded = Loader(source, workers).samples([[(0, "identity")], [(k, "identity") for k in range(4)]])

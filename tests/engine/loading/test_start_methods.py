@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, SampleSource
-from kdcli.engine.runtime.progress import Silent
-from kdcli.store.reader import CacheReader, Row
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.store.reader import Row, StoreReader
 from kdcli.structures import RowKey
 from tests.support.small_runs import cache_options
 
@@ -30,7 +30,7 @@ STARTS = ("fork", "spawn", "forkserver")
 class Rows(Dataset[Any]):
     """The rows of a reader, as plain bytes, with the process that read them."""
 
-    def __init__(self, reader: CacheReader, keys: list[RowKey]) -> None:
+    def __init__(self, reader: StoreReader, keys: list[RowKey]) -> None:
         self.reader, self.keys = reader, keys
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ def plain(row: Row) -> dict[str, bytes]:
     return {**fixed, **entries, **{path: value.tobytes() for path, value in row.arrays.items()}}
 
 
-def all_keys(reader: CacheReader) -> list[RowKey]:
+def all_keys(reader: StoreReader) -> list[RowKey]:
     """Every row, in order."""
     return [RowKey(image, view) for image in reader.image_ids for view in reader.views]
 
@@ -69,7 +69,7 @@ more_than_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create
 
 def read_in_workers(store: Path, start: str, workers: int) -> None:
     """Read all rows here, then in workers that get this used reader, and here again while they read."""
-    reader = CacheReader(store)
+    reader = StoreReader(store)
     keys = all_keys(reader)
     ours = [plain(reader.read(key)) for key in keys]  # opens the shard files that a forked worker inherits
     assert open_files(store)
@@ -101,7 +101,7 @@ def test_several_workers_read_the_rows_that_the_parent_reads(default_store: Path
 
 
 def test_forked_readers_do_not_move_each_others_place_in_a_file(default_store: Path) -> None:
-    reader = CacheReader(default_store)
+    reader = StoreReader(default_store)
     keys = all_keys(reader)
     ours = [plain(reader.read(key)) for key in keys]
     pids = []
@@ -121,7 +121,7 @@ def test_forked_readers_do_not_move_each_others_place_in_a_file(default_store: P
 
 
 def test_a_used_reader_travels_light(default_store: Path) -> None:
-    reader = CacheReader(default_store)
+    reader = StoreReader(default_store)
     fresh = pickle.dumps(reader)
     ours = [plain(reader.read(key)) for key in all_keys(reader)]
     used = pickle.dumps(reader)
@@ -137,7 +137,7 @@ def test_a_used_reader_travels_light(default_store: Path) -> None:
 
 def test_a_reader_that_goes_closes_its_files(default_store: Path) -> None:
     gc.collect()  # readers of other tests
-    reader = CacheReader(default_store)
+    reader = StoreReader(default_store)
     assert not open_files(default_store)
     reader.read(all_keys(reader)[0])
     assert len(open_files(default_store)) == len(reader.layout)
@@ -161,8 +161,8 @@ def start_method(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_batches_of_training_do_not_depend_on_the_start_method(
     shapes: Path, teacher: Path, default_store: Path, start_method: str
 ) -> None:
-    plan = plan_store(cache_options(shapes, teacher), Silent())
-    source = replace(plan.source, reader=CacheReader(default_store, plan.needs))
+    plan = plan_store(cache_options(shapes, teacher), NullReporter())
+    source = replace(plan.source, reader=StoreReader(default_store, plan.needs))
     items = [(k, view) for k in range(12) for view in plan.views]
     wide = [item for item in items if source.geometry(item).canvas == source.canvas]
     batches = [wide[k : k + 3] for k in range(0, len(wide), 3)]

@@ -15,7 +15,7 @@ from kdcli.engine.evaluation.evaluate import evaluate, validation_source
 from kdcli.engine.loading.epoch_order import plan_epoch
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import collate
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.teacher.forward import TeacherForward
 from kdcli.files import atomic_save
 from kdcli.tensors import PROPOSAL_BOXES, PROPOSAL_LOGITS, Need
@@ -38,7 +38,7 @@ def test_detections_are_in_the_data_sets_order(shapes: Path, tmp_path: Path) -> 
     other = reversed_classes(teacher, tmp_path / "r.pt")
     found = []
     for file in (teacher, other):
-        plan = plan_store(cache_options(shapes, file, method="defeat", methods=DEFEAT), Silent())
+        plan = plan_store(cache_options(shapes, file, method="defeat", methods=DEFEAT), NullReporter())
         source = validation_source(plan.source.dataset, plan.forward.detector, plan.source.canvas)
         found.append(
             evaluate(
@@ -53,16 +53,16 @@ def test_detections_are_in_the_data_sets_order(shapes: Path, tmp_path: Path) -> 
 
 def test_a_teacher_of_more_classes_is_measured(shapes: Path, tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "t.pt", detector="faster_rcnn")
-    plan = plan_store(cache_options(shapes, teacher, method="defeat", methods=DEFEAT), Silent())
+    plan = plan_store(cache_options(shapes, teacher, method="defeat", methods=DEFEAT), NullReporter())
     larger = replace(plan.forward, class_order=(5, 2, 0))
     assert larger.relabel is not None
     assert larger.relabel.tolist() == [2, -1, 1, -1, -1, 0, -1, -1]
-    assert measure_teacher(plan, Silent()) is not None
+    assert measure_teacher(plan, NullReporter()) is not None
 
 
 def test_a_class_that_the_data_set_lacks_is_background(shapes: Path, tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "t.pt", detector="faster_rcnn")
-    plan = plan_store(cache_options(shapes, teacher, method="defeat", methods=DEFEAT), Silent())
+    plan = plan_store(cache_options(shapes, teacher, method="defeat", methods=DEFEAT), NullReporter())
     batch = collate([plan.source.load((k, "identity")) for k in (0,)], None)
     whole = plan.forward.rows(batch.images, batch.targets, batch.entries, BOTH)[0]
     few: TeacherForward = replace(plan.forward, class_order=(5, 2, 0))
@@ -74,7 +74,7 @@ def test_a_class_that_the_data_set_lacks_is_background(shapes: Path, tmp_path: P
 
 @pytest.mark.parametrize(("batch", "world"), [(9, 4), (5, 2), (8, 8)])
 def test_every_process_has_images(shapes: Path, tmp_path: Path, batch: int, world: int) -> None:
-    plan = plan_store(cache_options(shapes, make_teacher(tmp_path / "t.pt"), method="rm"), Silent())
+    plan = plan_store(cache_options(shapes, make_teacher(tmp_path / "t.pt"), method="rm"), NullReporter())
     place = {"seed": 0, "epoch": 0, "batch": batch, "world": world}
     shares = [plan_epoch(plan.source, plan.positions, ("identity",), rank=r, **place) for r in range(world)]
     for parts in zip(*shares, strict=True):

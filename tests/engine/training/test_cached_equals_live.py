@@ -13,11 +13,11 @@ from kdcli.engine.loading import samples
 from kdcli.engine.loading.epoch_order import plan_epoch
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import collate
-from kdcli.engine.runtime.progress import Silent
-from kdcli.engine.training.setup import Prepared, prepare
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.step import TrainStep
 from kdcli.engine.training.trainer import Trainer
-from kdcli.store.reader import CacheReader
+from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
 from tests.support.small_runs import asked
 
@@ -25,14 +25,14 @@ STEPS = 20
 METHODS = ("ld", "rm", "pfi", "ld,rm,pfi")
 
 
-def prepared(shapes: Path, method: str, **side: Any) -> Prepared:
+def prepared(shapes: Path, method: str, **side: Any) -> RunSetup:
     fields = asked("distill", shapes, method=method, epochs=4, **side)
-    return prepare(fields.options(), frozenset(fields.fields), Silent())
+    return prepare(fields.options(), frozenset(fields.fields), NullReporter())
 
 
-def trace(run: Prepared, folder: Path, steps: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def trace(run: RunSetup, folder: Path, steps: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Every loss term of the first ``steps`` steps, and the weights after them."""
-    trainer = Trainer(run, folder, Silent())
+    trainer = Trainer(run, folder, NullReporter())
     trainer.step.train()
     losses: list[dict[str, float]] = []
     loader = Loader(run.source, 0)
@@ -137,7 +137,7 @@ def gradients(
 
 
 def test_direct_and_zarr_readers_agree(default_store: Path) -> None:
-    direct, through_zarr = CacheReader(default_store), CacheReader(default_store, direct=False)
+    direct, through_zarr = StoreReader(default_store), StoreReader(default_store, direct=False)
     keys = [RowKey(i, v) for i in direct.image_ids[:6] for v in direct.views]
     for key in keys:
         ours, theirs = direct.read(key), through_zarr.read(key)

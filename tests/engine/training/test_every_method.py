@@ -18,14 +18,15 @@ from torch import Tensor
 from kdcli.detectors.build import DETECTORS, ModelSpec, build_detector
 from kdcli.engine.loading.epoch_order import image_draws, plan_epoch
 from kdcli.engine.loading.loader import Loader
-from kdcli.engine.runtime.progress import Silent
-from kdcli.engine.training.setup import Prepared, prepare
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.step import TrainStep
 from kdcli.engine.training.trainer import Trainer
 from kdcli.errors import OptionError
 from kdcli.methods import METHODS
-from kdcli.methods.base import Pair, check_pair, resolve_options
-from kdcli.store.reader import CacheReader
+from kdcli.methods.base import Pair
+from kdcli.methods.resolve import check_pair, resolve_options
+from kdcli.store.reader import StoreReader
 from kdcli.structures import Batch
 from tests.support.lifelike import CROWD, LARGE, SMALL, lifelike_teacher, make_crowd
 from tests.support.small_runs import asked, cache_options, make_teacher, write
@@ -98,13 +99,13 @@ class Sides:
     lossless: Path  # on SMALL
     default: Path  # on LARGE, one view: an error of 8 bits is seen on thousands of cells, on few it is luck
 
-    def run(self, **changes: Any) -> Prepared:
+    def run(self, **changes: Any) -> RunSetup:
         """A run from the teacher or a store; the student has another width and backbone than the teacher."""
         name, _, box = self.case.detector.partition("+")
         model = {"name": f"{name}_shufflenet_v2_x0_5", "head_channels": 32, "box": box or "default"}
         common = {"method": ",".join(self.case.methods), "methods": self.case.options, "epochs": 4, "model": model}
         fields = asked("distill", self.data, **{"canvas": str(SMALL), **common, **changes})
-        return prepare(fields.options(), frozenset(fields.fields), Silent())
+        return prepare(fields.options(), frozenset(fields.fields), NullReporter())
 
 
 @pytest.fixture(scope="module")
@@ -125,16 +126,16 @@ def sides(request: pytest.FixtureRequest, crowd: Path, tmp_path_factory: pytest.
     return Sides(case, crowd, teacher, write(lossless, folder / "lossless"), write(default, folder / "default"))
 
 
-def batches_of(run: Prepared) -> Iterator[Batch]:
+def batches_of(run: RunSetup) -> Iterator[Batch]:
     """The batches of an epoch with their draws, as the loop makes them."""
     plan = plan_epoch(run.source, run.positions, run.views, seed=0, epoch=0, batch=run.options.batch)
     for batch in Loader(run.source, 0).batches(plan):
         yield replace(batch, targets=replace(batch.targets, draws=image_draws(batch.keys, 0, 0)))
 
 
-def trace(run: Prepared, folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor], set[int]]:
+def trace(run: RunSetup, folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor], set[int]]:
     """Every loss term of the steps of an epoch, the weights after it, and how many boxes its images had."""
-    trainer = Trainer(run, folder, Silent())
+    trainer = Trainer(run, folder, NullReporter())
     trainer.step.train()
     losses: list[dict[str, float]] = []
     boxes: set[int] = set()
@@ -196,7 +197,7 @@ def test_default_encodings_stay_close(sides: Sides, monkeypatch: pytest.MonkeyPa
 def test_nothing_is_stored_twice(shapes: Path, tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "teacher.pt")
     store = write(cache_options(shapes, teacher, method="pfi,bckd,defeat,drkd,cwd,pkd,fgd"), tmp_path / "store")
-    stored = [t.need.key for t in CacheReader(store).schema.tensors]
+    stored = [t.need.key for t in StoreReader(store).schema.tensors]
     assert stored == ["boxes@all", "cls_logits@all", "features@all"]
 
 
@@ -226,13 +227,13 @@ def test_bf16_trains_from_a_store_and_stays_close(sides: Sides, monkeypatch: pyt
         assert float(term) == pytest.approx(float(exact[name]), rel=BF16, abs=1e-12), name
 
 
-def full_batch(run: Prepared) -> Batch:
+def full_batch(run: RunSetup) -> Batch:
     """Four images of 64x96 and not 96x64: on a map of width 1, oneDNN's bf16 gradient of a stride-2 convolution's weight
     reads memory that nobody wrote (PyTorch 2.14, P6 to P7)."""
     return next(b for b in batches_of(run) if len(b.keys) == 4 and b.targets.canvas == SMALL)
 
 
-def joined(step: TrainStep, batch: Batch, run: Prepared) -> dict[str, Tensor]:
+def joined(step: TrainStep, batch: Batch, run: RunSetup) -> dict[str, Tensor]:
     """All terms of ``batch``, with the teacher of ``run``."""
     assert run.teacher is not None
     detection, distillation = step(batch, run.teacher.forward(batch))

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from kdcli.engine.loading.loader import Loader
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training import launch
 from kdcli.engine.training.checkpoint import STATE_FILE
+from kdcli.engine.training.guards import ZERO_STEPS, ZeroGuard, gradient_norms, require_finite
 from kdcli.engine.training.optim import check_ownership
 from kdcli.engine.training.setup import prepare
-from kdcli.engine.training.step import ZERO_STEPS, ZeroGuard, gradient_norms, require_finite
 from kdcli.errors import GateError, NoSpaceError, OptionError
 from kdcli.files import atomic_save
 from kdcli.geometry.grid import Grid
@@ -54,12 +54,12 @@ def mine(tmp_path: Path) -> str:
 
 def run(shapes: Path, store: Path, method: str, out: Path, **options: float) -> None:
     fields = asked("distill", shapes, cache=str(store), method=method, methods={"mine": options}, epochs=12)
-    launch.start(fields, out, Silent(), overwrite=False)
+    launch.start(fields, out, NullReporter(), overwrite=False)
 
 
 def test_a_users_method_trains(shapes: Path, lossless_store: Path, mine: str, tmp_path: Path) -> None:
     fields = asked("distill", shapes, cache=str(lossless_store), method=mine, methods={"mine": {"factor": 0.01}})
-    folder, metrics = launch.start(fields, tmp_path / "run", Silent(), overwrite=False)
+    folder, metrics = launch.start(fields, tmp_path / "run", NullReporter(), overwrite=False)
     assert metrics["epochs"] == 2
     header = (folder / "results.csv").read_text().splitlines()[0].split(",")
     assert {"mine_mse", "grad_share_mine_mse", "grad_share_detection"} <= set(header)
@@ -139,7 +139,7 @@ def test_one_class_has_no_class_term(shapes: Path) -> None:
 def test_random_numbers_of_a_run_do_not_depend_on_its_loaders(shapes: Path) -> None:
     """A resumed run makes new loaders; torch's random state must not notice."""
     fields = asked("train", shapes)
-    run = prepare(fields.options(), frozenset(fields.fields), Silent())
+    run = prepare(fields.options(), frozenset(fields.fields), NullReporter())
     before = torch.get_rng_state()
     for workers in (0, 1):
         list(Loader(run.source, workers).batches([[(0, "identity")], [(1, "hflip")]]))
@@ -161,4 +161,6 @@ def test_an_unowned_adapter_is_found() -> None:
 def test_both_or_no_teacher_is_refused(shapes: Path, lossless_store: Path, teacher: Path, tmp_path: Path) -> None:
     for side in ({}, {"cache": str(lossless_store), "teacher": str(teacher)}):
         with pytest.raises(OptionError, match="either --cache STORE or --teacher CKPT"):
-            launch.start(asked("distill", shapes, method="ld", **side), tmp_path / "run", Silent(), overwrite=False)
+            launch.start(
+                asked("distill", shapes, method="ld", **side), tmp_path / "run", NullReporter(), overwrite=False
+            )

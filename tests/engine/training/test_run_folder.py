@@ -13,8 +13,8 @@ import torch
 
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.loading.epoch_order import plan_epoch
-from kdcli.engine.runtime.progress import Silent
-from kdcli.engine.training import launch
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.training import launch, run_config
 from kdcli.engine.training.optim import WeightAverage, lr_factor, make_optimizer, scaled_lr
 from kdcli.engine.training.setup import prepare
 from kdcli.engine.training.trainer import Trainer
@@ -37,7 +37,9 @@ def weights(metrics: dict[str, Any]) -> str:
 @pytest.fixture(scope="module")
 def plain(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """One finished plain run."""
-    return launch.start(asked("train", shapes), tmp_path_factory.mktemp("runs") / "plain", Silent(), overwrite=False)
+    return launch.start(
+        asked("train", shapes), tmp_path_factory.mktemp("runs") / "plain", NullReporter(), overwrite=False
+    )
 
 
 def test_the_run_folder(plain: tuple[Path, dict[str, Any]]) -> None:
@@ -58,24 +60,24 @@ def test_the_run_folder(plain: tuple[Path, dict[str, Any]]) -> None:
 def test_config_runs_again_as_it_is(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, metrics = plain
     fields = read_toml(folder / "config.toml")
-    again = launch.from_flags("train", fields, {}, None, {})
-    _, repeated = launch.start(again, tmp_path / "again", Silent(), overwrite=False)
+    again = run_config.from_flags("train", fields, {}, None, {})
+    _, repeated = launch.start(again, tmp_path / "again", NullReporter(), overwrite=False)
     assert weights(repeated) == weights(metrics)
     assert tomllib.loads((tmp_path / "again" / "config.toml").read_text()) == fields
 
 
 def test_workers_do_not_change_the_result(shapes: Path, plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    _, metrics = launch.start(asked("train", shapes, workers=2), tmp_path / "run", Silent(), overwrite=False)
+    _, metrics = launch.start(asked("train", shapes, workers=2), tmp_path / "run", NullReporter(), overwrite=False)
     assert weights(metrics) == weights(plain[1])
 
 
 def test_seeds_differ_and_baseline_and_student_see_the_same_pixels(
     shapes: Path, default_store: Path, plain: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    _, other = launch.start(asked("train", shapes, seed=1), tmp_path / "seed", Silent(), overwrite=False)
+    _, other = launch.start(asked("train", shapes, seed=1), tmp_path / "seed", NullReporter(), overwrite=False)
     assert weights(other) != weights(plain[1])
     baseline, student = asked("train", shapes), asked("distill", shapes, cache=str(default_store), method="ld")
-    runs = [prepare(a.options(), frozenset(a.fields), Silent()) for a in (baseline, student)]
+    runs = [prepare(a.options(), frozenset(a.fields), NullReporter()) for a in (baseline, student)]
     plans = [plan_epoch(r.source, r.positions, r.views, seed=0, epoch=3, batch=4) for r in runs]
     assert plans[0] == plans[1]
     for ours, theirs in zip(runs[0].student.state_dict().values(), runs[1].student.state_dict().values(), strict=True):
@@ -86,7 +88,7 @@ class Stop(Exception):
     """Raised by ``Stopping``."""
 
 
-class Stopping(Silent):
+class Stopping(NullReporter):
     """Stops a run in its fifth step."""
 
     def __init__(self) -> None:
@@ -102,10 +104,10 @@ class Stopping(Silent):
 def test_a_stopped_run_goes_on_where_it_was(shapes: Path, tmp_path: Path) -> None:
     """Stopped inside an epoch, right after a state was written: the same weights and history as without the stop."""
     fields = asked("train", shapes, save_steps=2, optim={"lr": 0.02, "ema": True})
-    _, whole = launch.start(fields, tmp_path / "whole", Silent(), overwrite=False)
+    _, whole = launch.start(fields, tmp_path / "whole", NullReporter(), overwrite=False)
     with pytest.raises(Stop):
         launch.start(fields, tmp_path / "run", Stopping(), overwrite=False)
-    _, resumed = launch.resume(tmp_path / "run", launch.from_flags("train", {}, {}, None, {}), Silent())
+    _, resumed = launch.resume(tmp_path / "run", run_config.from_flags("train", {}, {}, None, {}), NullReporter())
     assert weights(resumed) == weights(whole)
     assert resumed["ap"] == whole["ap"]
     assert files(tmp_path / "run") == FILES
@@ -116,30 +118,32 @@ def test_a_run_goes_on_with_a_store_that_moved(
 ) -> None:
     shutil.copytree(default_store, tmp_path / "store")
     fields = asked("distill", shapes, method="rm", cache=str(tmp_path / "store"), save_steps=2)
-    _, whole = launch.start(fields, tmp_path / "whole", Silent(), overwrite=False)
+    _, whole = launch.start(fields, tmp_path / "whole", NullReporter(), overwrite=False)
     run = tmp_path / "run"
     with pytest.raises(Stop):
         launch.start(fields, run, Stopping(), overwrite=False)
     (tmp_path / "store").rename(tmp_path / "moved")
     with pytest.raises(MissingPathError, match="does not exist"):
-        launch.resume(run, launch.from_flags("distill", {}, {}, None, {}), Silent())
+        launch.resume(run, run_config.from_flags("distill", {}, {}, None, {}), NullReporter())
     before = (run / "config.toml").read_bytes()
     with pytest.raises(OptionError, match="store changed since the run began"):
-        launch.resume(run, launch.from_flags("distill", {}, {"cache": str(lossless_store)}, None, {}), Silent())
+        launch.resume(
+            run, run_config.from_flags("distill", {}, {"cache": str(lossless_store)}, None, {}), NullReporter()
+        )
     with pytest.raises(OptionError, match=r"optim\.lr: 0\.02 -> 0\.5"):
-        launch.resume(run, launch.from_flags("distill", {}, {}, None, {"optim": {"lr": 0.5}}), Silent())
+        launch.resume(run, run_config.from_flags("distill", {}, {}, None, {"optim": {"lr": 0.5}}), NullReporter())
     assert (run / "config.toml").read_bytes() == before
-    moved = launch.from_flags("distill", {}, {"cache": str(tmp_path / "moved")}, None, {})
-    _, resumed = launch.resume(run, moved, Silent())
+    moved = run_config.from_flags("distill", {}, {"cache": str(tmp_path / "moved")}, None, {})
+    _, resumed = launch.resume(run, moved, NullReporter())
     assert weights(resumed) == weights(whole)
     assert read_toml(run / "config.toml")["cache"] == str(tmp_path / "moved")
 
 
 def test_a_queue_keeps_finished_runs(shapes: Path, tmp_path: Path) -> None:
     fields = asked("train", shapes, epochs=1)
-    first = launch.queue(fields, [0], tmp_path, Silent(), overwrite=False)
+    first = launch.queue(fields, [0], tmp_path, NullReporter(), overwrite=False)
     stamp = (tmp_path / "seed-0" / "metrics.json").stat().st_mtime_ns
-    both = launch.queue(fields, [0, 1], tmp_path, Silent(), overwrite=False)
+    both = launch.queue(fields, [0, 1], tmp_path, NullReporter(), overwrite=False)
     assert (tmp_path / "seed-0" / "metrics.json").stat().st_mtime_ns == stamp
     assert both[0] == first[0]
     assert [run.name for run, _ in both] == ["seed-0", "seed-1"]
@@ -147,20 +151,20 @@ def test_a_queue_keeps_finished_runs(shapes: Path, tmp_path: Path) -> None:
 
 def test_init_from_takes_the_weights(shapes: Path, plain: tuple[Path, dict[str, Any]]) -> None:
     fields = asked("train", shapes, init_from=str(plain[0]))
-    run = prepare(fields.options(), frozenset(fields.fields), Silent())
+    run = prepare(fields.options(), frozenset(fields.fields), NullReporter())
     theirs = load_detector(plain[0])[0].state_dict()
     assert all(torch.equal(v, theirs[k]) for k, v in run.student.state_dict().items())
 
 
 def test_bf16_autocast_and_adamw_train(shapes: Path, tmp_path: Path) -> None:
     fields = asked("train", shapes, amp="bf16", epochs=1, optim={"name": "adamw", "lr": 1e-3, "schedule": "cosine"})
-    _, metrics = launch.start(fields, tmp_path / "run", Silent(), overwrite=False)
+    _, metrics = launch.start(fields, tmp_path / "run", NullReporter(), overwrite=False)
     assert metrics["epochs"] == 1
 
 
 def test_every_image_comes_once_an_epoch_in_one_orientation(shapes: Path) -> None:
     fields = asked("train", shapes, views="identity,hflip,crop-2")
-    run = prepare(fields.options(), frozenset(fields.fields), Silent())
+    run = prepare(fields.options(), frozenset(fields.fields), NullReporter())
     seen = []
     for epoch in range(3):
         plan = plan_epoch(run.source, run.positions, run.views, seed=0, epoch=epoch, batch=5)
@@ -206,7 +210,7 @@ def test_weight_average() -> None:
 
 def test_two_trainers_do_not_share_state(shapes: Path) -> None:
     fields = asked("train", shapes)
-    one = Trainer(prepare(fields.options(), frozenset(fields.fields), Silent()), Path(), Silent())
-    two = Trainer(prepare(fields.options(), frozenset(fields.fields), Silent()), Path(), Silent())
+    one = Trainer(prepare(fields.options(), frozenset(fields.fields), NullReporter()), Path(), NullReporter())
+    two = Trainer(prepare(fields.options(), frozenset(fields.fields), NullReporter()), Path(), NullReporter())
     assert one.progress is not two.progress
     assert one.progress.history is not two.progress.history

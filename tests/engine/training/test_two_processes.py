@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.small_runs import make_teacher
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEPS = 3
 CANVAS = "64x96"
 TOLERANCE = 1e-8

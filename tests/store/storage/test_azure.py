@@ -36,11 +36,11 @@ def test_the_end_of_an_object_without_ranges_from_the_end(length: int, monkeypat
     from obstore.exceptions import NotSupportedError
     from obstore.store import MemoryStore
 
-    from kdcli.store.storage.object_store_worker import carry
+    from kdcli.store.storage.object_store_worker import execute
 
     store, job = MemoryStore(), {"do": "tail", "key": "a", "length": length}
     obstore.put(store, "a", b"0123456789")
-    usual, real = carry(store, job, b""), obstore.get
+    usual, real = execute(store, job, b""), obstore.get
 
     def get(store: Any, key: str, *, options: Any) -> Any:
         if "suffix" in options["range"]:
@@ -48,7 +48,7 @@ def test_the_end_of_an_object_without_ranges_from_the_end(length: int, monkeypat
         return real(store, key, options=options)
 
     monkeypatch.setattr(obstore, "get", get)
-    assert carry(store, job, b"") == usual
+    assert execute(store, job, b"") == usual
     assert usual[1] == b"0123456789"[-length:]
     assert usual[0]["whole"] == 10
 
@@ -99,9 +99,9 @@ def _azure(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", endpoint)
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", ACCOUNT)
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", KEY)
-    remote_module.stop_carrier()
+    remote_module.stop_worker()
     yield
-    remote_module.stop_carrier()
+    remote_module.stop_worker()
 
 
 @pytest.mark.slow

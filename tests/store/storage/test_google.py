@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from kdcli.errors import MissingPathError
-from kdcli.store.reader import CacheReader
+from kdcli.store.reader import StoreReader
 from kdcli.store.storage import object_store as remote_module
-from kdcli.store.storage.local import place_of
+from kdcli.store.storage.resolve import open_storage
 from tests.support.object_case import assert_taken_up_again, assert_that_of_a_folder
 
 pytest.importorskip("moto")
@@ -77,9 +77,9 @@ def _google(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GOOGLE_BASE_URL", f"http://{HOST}:{port}")
     monkeypatch.setenv("GOOGLE_BEARER_TOKEN", "t")
     monkeypatch.setenv("KDCLI_REMOTE_PATIENCE", "5")
-    remote_module.stop_carrier()
+    remote_module.stop_worker()
     yield
-    remote_module.stop_carrier()
+    remote_module.stop_worker()
 
 
 def test_a_store_is_that_of_a_folder(tmp_path: Path) -> None:
@@ -91,15 +91,15 @@ def test_a_store_is_taken_up_again() -> None:
 
 
 def test_the_first_to_create_an_object_has_made_it() -> None:
-    place = place_of(f"gs://{BUCKET}/first")
-    assert place.create("a", b"ours")
-    assert place.create("a", b"ours")  # the answer to our first try was lost
-    assert not place.create("a", b"theirs")
-    assert place.read("a") == b"ours"
-    place.delete("a")
-    assert not place.has("a")
+    storage = open_storage(f"gs://{BUCKET}/first")
+    assert storage.create("a", b"ours")
+    assert storage.create("a", b"ours")  # the answer to our first try was lost
+    assert not storage.create("a", b"theirs")
+    assert storage.read("a") == b"ours"
+    storage.delete("a")
+    assert not storage.has("a")
 
 
 def test_a_bucket_that_is_not_there() -> None:
     with pytest.raises(MissingPathError, match="nothing-here"):
-        CacheReader("gs://nothing-here/store")
+        StoreReader("gs://nothing-here/store")

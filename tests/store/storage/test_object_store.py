@@ -24,14 +24,15 @@ from torch.utils.data import DataLoader
 from kdcli.cli.main import run
 from kdcli.engine.caching.edit import merge
 from kdcli.engine.caching.verify import verify_checksums
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training import launch
 from kdcli.errors import MissingPathError, OptionError, StoreError
-from kdcli.store.reader import CacheReader
+from kdcli.store.journal import read_journal, store_digest
+from kdcli.store.reader import StoreReader
 from kdcli.store.storage import object_store as remote_module
-from kdcli.store.storage.local import place_of
-from kdcli.store.storage.object_store import Remote
-from kdcli.store.writer import StoreWriter, create_store, read_journal, store_digest
+from kdcli.store.storage.object_store import ObjectStorage
+from kdcli.store.storage.resolve import open_storage
+from kdcli.store.writer import StoreWriter, create_store
 from tests.store.test_many_writers import fill, forked
 from tests.support.small_runs import asked, cache_options
 from tests.support.small_runs import write as write_real
@@ -68,7 +69,7 @@ def server() -> Iterator[Server]:
 def _s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     use(monkeypatch, server.port)
     yield
-    remote_module.stop_carrier()
+    remote_module.stop_worker()
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def prefix(url: str) -> str:
     return url.removeprefix(f"s3://{BUCKET}/")
 
 
-def read_everything(reader: CacheReader) -> None:
+def read_everything(reader: StoreReader) -> None:
     for index, key in enumerate(keys()):
         assert_row_equal(reader.read(key), make_row(SCHEMA, index))
 
@@ -111,19 +112,19 @@ def test_objects_are_a_folders_files(server: Server, whole: str, tmp_path: Path)
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "zarr"])
 def test_every_row_comes_back(whole: str, direct: bool) -> None:
-    read_everything(CacheReader(whole, direct=direct))
+    read_everything(StoreReader(whole, direct=direct))
 
 
 def test_a_row_is_two_requests(whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for: list[list[str]] = []
-    real = Remote._ask
+    real = ObjectStorage._ask
 
-    def spy(self: Remote, jobs: Any, body: bytes = b"", *, missing: bool = False) -> Any:
+    def spy(self: ObjectStorage, jobs: Any, body: bytes = b"", *, missing: bool = False) -> Any:
         asked_for.append([job["do"] for job in jobs])
         return real(self, jobs, body, missing=missing)
 
-    reader = CacheReader(whole)
-    monkeypatch.setattr(Remote, "_ask", spy)
+    reader = StoreReader(whole)
+    monkeypatch.setattr(ObjectStorage, "_ask", spy)
     reader.read(keys()[0])
     arrays = len(reader.layout)
     assert asked_for == [["tail"] * arrays, ["range"] * arrays]
@@ -135,7 +136,7 @@ def test_a_row_is_two_requests(whole: str, monkeypatch: pytest.MonkeyPatch) -> N
 class Rows:
     """What a data worker reads."""
 
-    def __init__(self, reader: CacheReader) -> None:
+    def __init__(self, reader: StoreReader) -> None:
         self.reader = reader
 
     def __len__(self) -> int:
@@ -147,7 +148,7 @@ class Rows:
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_data_workers_read(whole: str, start: str) -> None:
-    reader = CacheReader(whole)
+    reader = StoreReader(whole)
     reader.read(keys()[0])  # obstore's threads would now be lost by a fork
     context = multiprocessing.get_context(start)
     loader = DataLoader(
@@ -166,7 +167,7 @@ def test_a_killed_writer_goes_on(server: Server, url: str) -> None:
     os.waitpid(pid, 0)
     assert len(read_journal(url)) < SCHEMA.num_shards
     with pytest.raises(StoreError, match=r"incomplete: \d of 4"):
-        CacheReader(url)
+        StoreReader(url)
     fill(url, list(range(SCHEMA.num_shards)), 0)
     assert server.objects(prefix(url)) == server.objects("whole")
 
@@ -197,7 +198,7 @@ def test_a_journalled_shard_is_not_written_again(server: Server, url: str, monke
     assert StoreWriter(url, SCHEMA).write_shard(1, other, {}) == 0
     assert server.objects(prefix(url)) == before
     # two at the same time: neither has seen the other's journal entry when it began
-    monkeypatch.setattr(Remote, "has", lambda self, key: False)
+    monkeypatch.setattr(ObjectStorage, "has", lambda self, key: False)
     write_shards(url, SCHEMA, [1])  # the same numbers
     assert server.objects(prefix(url)) == before
     with pytest.raises(StoreError, match="by two processes at the same time"):
@@ -228,7 +229,7 @@ def breaking(proxy: Proxy) -> Iterator[list[float]]:
 
 
 def test_reading_goes_on_when_the_network_breaks(proxy: Proxy, whole: str) -> None:
-    reader = CacheReader(whole)
+    reader = StoreReader(whole)
     with breaking(proxy) as cuts:
         while len(cuts) < 4:
             read_everything(reader)
@@ -244,7 +245,7 @@ def test_writing_goes_on_when_the_network_breaks(server: Server, proxy: Proxy, w
 
 def test_a_network_that_stays_away_is_one_line(proxy: Proxy, whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, proxy.port, patience=0.5)
-    reader = CacheReader(whole)
+    reader = StoreReader(whole)
     proxy.cut()
     began = time.monotonic()
     with pytest.raises(StoreError, match="no answer from the object store") as caught:
@@ -257,8 +258,8 @@ def test_a_network_that_stays_away_is_one_line(proxy: Proxy, whole: str, monkeyp
 
 
 def test_a_carrier_that_was_killed_is_one_line(whole: str) -> None:
-    reader = CacheReader(whole)
-    remote_module._carrier()._process.kill()
+    reader = StoreReader(whole)
+    remote_module._worker()._process.kill()
     with pytest.raises(StoreError, match="the process that reads it has ended"):
         reader.read(keys()[0])
     read_everything(reader)
@@ -299,9 +300,9 @@ def test_errors_of_the_command_line(
 
 def test_a_path_is_no_url() -> None:
     with pytest.raises(OptionError, match="pass it as a str"):
-        place_of(Path("s3://bucket/store"))
+        open_storage(Path("s3://bucket/store"))
     with pytest.raises(MissingPathError):
-        CacheReader(Path("no/such/store"))
+        StoreReader(Path("no/such/store"))
 
 
 def test_a_broken_object_is_found(server: Server, url: str) -> None:
@@ -311,28 +312,28 @@ def test_a_broken_object_is_found(server: Server, url: str) -> None:
     data[10] ^= 1
     server.client.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
     with pytest.raises(StoreError, match=r"fails the checksum of its row 0; run `kdcli cache verify`"):
-        CacheReader(url).read(keys()[4])
+        StoreReader(url).read(keys()[4])
     with pytest.raises(StoreError, match="is not what was written"):
-        verify_checksums(url, Silent())
+        verify_checksums(url, NullReporter())
     server.client.delete_object(Bucket=BUCKET, Key=key)
     with pytest.raises(StoreError, match="is missing"):
-        CacheReader(url).read(keys()[4])
+        StoreReader(url).read(keys()[4])
     with pytest.raises(StoreError, match=r"is missing; delete '.*/journal/000001.json'"):
-        verify_checksums(url, Silent())
+        verify_checksums(url, NullReporter())
 
 
-class Fetched:
+class LoadedImage:
     """Counts the chunks that come over the network."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.chunks = 0
-        real = Remote._ask
+        real = ObjectStorage._ask
 
-        def spy(place: Remote, jobs: Any, body: bytes = b"", *, missing: bool = False) -> Any:
+        def spy(storage: ObjectStorage, jobs: Any, body: bytes = b"", *, missing: bool = False) -> Any:
             self.chunks += sum(job["do"] == "range" for job in jobs)
-            return real(place, jobs, body, missing=missing)
+            return real(storage, jobs, body, missing=missing)
 
-        monkeypatch.setattr(Remote, "_ask", spy)
+        monkeypatch.setattr(ObjectStorage, "_ask", spy)
 
 
 def kept(folder: Path) -> list[Path]:
@@ -342,13 +343,13 @@ def kept(folder: Path) -> list[Path]:
 def test_the_read_cache(server: Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_store(url, SCHEMA)
     monkeypatch.setenv("KDCLI_READ_CACHE", str(tmp_path / "kept"))
-    fetched = Fetched(monkeypatch)
-    reader = CacheReader(url)
+    fetched = LoadedImage(monkeypatch)
+    reader = StoreReader(url)
     read_everything(reader)
     files, arrays = kept(tmp_path / "kept"), len(reader.layout)
     assert len(files) == fetched.chunks == SCHEMA.rows * arrays
     fetched.chunks = 0
-    read_everything(CacheReader(url))
+    read_everything(StoreReader(url))
     assert fetched.chunks == 0
     # a flipped bit, a torn file, an empty one: fetched again, and right the next time
     for k, change in enumerate((lambda d: bytes([d[0] ^ 4]) + d[1:], lambda d: d[: len(d) // 2], lambda d: b"")):
@@ -361,7 +362,7 @@ def test_the_read_cache(server: Server, url: str, tmp_path: Path, monkeypatch: p
     key = f"{prefix(url)}/row/identity/c/0/0"
     other = server.client.get_object(Bucket=BUCKET, Key=f"{prefix(url)}/row/identity/c/1/0")["Body"].read()
     server.client.put_object(Bucket=BUCKET, Key=key, Body=other)
-    row = CacheReader(url).read(keys()[0])
+    row = StoreReader(url).read(keys()[0])
     assert row.content + row.guard == make_row(SCHEMA, 4)["row/identity"].tobytes()
 
 
@@ -371,8 +372,8 @@ def test_the_read_cache_is_bounded_with_several_processes(
     bound = 2 * 2**20  # of the 1.1 MB that each store would take, eight times
     monkeypatch.setenv("KDCLI_READ_CACHE", str(tmp_path))
     monkeypatch.setenv("KDCLI_READ_CACHE_GB", str(bound / 2**30))
-    reader = CacheReader(whole)
-    reader.place._cache._share //= 4  # type: ignore[attr-defined]
+    reader = StoreReader(whole)
+    reader.storage._cache._share //= 4  # type: ignore[attr-defined]
     pids = [forked(partial(read_everything, reader)) for _ in range(2)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
     used = sum(f.stat().st_blocks * 512 for f in kept(tmp_path))
@@ -429,7 +430,7 @@ def test_a_size_that_is_no_number(whole: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("KDCLI_READ_CACHE", "somewhere")
     monkeypatch.setenv("KDCLI_READ_CACHE_GB", "much")
     with pytest.raises(OptionError, match="KDCLI_READ_CACHE_GB='much' is not a number"):
-        place_of(whole)
+        open_storage(whole)
 
 
 def test_a_real_store_and_a_run_from_it(
@@ -448,7 +449,7 @@ def test_a_real_store_and_a_run_from_it(
     assert run(["cache", "verify", url]) == 0
     assert run(["cache", "bench", url, "--rows", "8", "--batch", "4", "--workers", "1"]) == 0
 
-    class Stopped(Silent):
+    class Stopped(NullReporter):
         """Ends a run after its first epoch."""
 
         def stage(self, label: str, total: int) -> None:
@@ -459,9 +460,9 @@ def test_a_real_store_and_a_run_from_it(
     with pytest.raises(KeyboardInterrupt):
         launch.start(wanted, tmp_path / "run", Stopped(), overwrite=False)
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["cache"] == url
-    _, stopped = launch.resume(tmp_path / "run", wanted, Silent())
+    _, stopped = launch.resume(tmp_path / "run", wanted, NullReporter())
     _, straight = launch.start(
-        asked("distill", shapes, method="rm", cache=str(local), workers=0), tmp_path / "local-run", Silent(),
+        asked("distill", shapes, method="rm", cache=str(local), workers=0), tmp_path / "local-run", NullReporter(),
         overwrite=False,
     )  # fmt: skip
     assert stopped["weights_sha256"] == straight["weights_sha256"]
@@ -472,7 +473,7 @@ def test_merging_stores_of_both_kinds(server: Server, shapes: Path, teacher: Pat
     for view, where in (("identity", tmp_path / "identity"), ("hflip", f"{url}/hflip")):
         parts.append(where)
         write_real(cache_options(shapes, teacher, method="rm", views=view), where)
-    merge(parts, f"{url}/both", None, Silent())
-    merge([parts[0], f"{url}/hflip"], tmp_path / "both", None, Silent())
+    merge(parts, f"{url}/both", None, NullReporter())
+    merge([parts[0], f"{url}/hflip"], tmp_path / "both", None, NullReporter())
     assert server.objects(f"{prefix(url)}/both") == contents(tmp_path / "both")
-    np.testing.assert_array_equal(CacheReader(f"{url}/both").image_ids, CacheReader(tmp_path / "both").image_ids)
+    np.testing.assert_array_equal(StoreReader(f"{url}/both").image_ids, StoreReader(tmp_path / "both").image_ids)

@@ -71,9 +71,11 @@ class BCKDCase:
 
     def boxes(self, distribution: Tensor) -> Tensor:
         """Decoded, in strides."""
-        place = (self.targets.canvas, torch.float32)
-        stride = ANCHOR_GRID.anchor_strides(*place)
-        return decode_distribution(distribution, ANCHOR_GRID.centers(*place) / stride[:, None], torch.ones_like(stride))
+        storage = (self.targets.canvas, torch.float32)
+        stride = ANCHOR_GRID.anchor_strides(*storage)
+        return decode_distribution(
+            distribution, ANCHOR_GRID.centers(*storage) / stride[:, None], torch.ones_like(stride)
+        )
 
     def box_rows(self, form: str) -> Tensor:
         """The box loss of every anchor, [B, N]: not gated, not normalised, of weight 1."""

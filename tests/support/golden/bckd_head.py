@@ -73,13 +73,13 @@ def box_losses(bckd: BCKDCase, edges: Tensor) -> tuple[dict[str, Tensor], Tensor
     """GFL's two box losses, and main LD of weight 1, by level, with this repository's weights of the positives."""
     targets = bckd.targets
     found = gather_positives(targets)
-    place = (found.image, found.anchor)
-    rows, boxes = bckd.distribution[place], bckd.boxes(bckd.distribution)[place]
+    storage = (found.image, found.anchor)
+    rows, boxes = bckd.distribution[storage], bckd.boxes(bckd.distribution)[storage]
     stride = ANCHOR_GRID.anchor_strides(targets.canvas, torch.float32)[found.anchor, None]
     goal = found.boxes / stride
     center = ANCHOR_GRID.centers(targets.canvas, torch.float32)[found.anchor] / stride
     distance = encode_distances(center, goal).clamp(0, rows.shape[-1] - 1 - DFL_MARGIN)
-    weight = bckd.logits.detach()[place].sigmoid().amax(dim=-1) + BOX_WEIGHT_EXTRA
+    weight = bckd.logits.detach()[storage].sigmoid().amax(dim=-1) + BOX_WEIGHT_EXTRA
     total = weight.sum() + 1e-6
     level = torch.bucketize(found.anchor, torch.tensor(bckd.sizes).cumsum(0), right=True)
 
@@ -90,4 +90,4 @@ def box_losses(bckd: BCKDCase, edges: Tensor) -> tuple[dict[str, Tensor], Tensor
         "loss_bbox": GIOU_WEIGHT * by_level(1 - aligned_giou(boxes, goal)) / total,
         "loss_dfl": DFL_WEIGHT * by_level(distribution_focal(rows, distance).mean(dim=-1)) / total,
     }
-    return losses, by_level(edges[place]) / MAIN_DIVISOR
+    return losses, by_level(edges[storage]) / MAIN_DIVISOR

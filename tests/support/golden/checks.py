@@ -239,8 +239,8 @@ def check_gfl_predict(case: Case) -> None:
     canvas = canvas_of(inputs)
     maps = [inputs[f"bbox_l{k}"] for k in range(LEVELS)]
     distribution = flat(maps, (4, maps[0].shape[1] // 4))
-    place = (canvas, torch.float32)
-    boxes = decode_distribution(distribution, ANCHOR_GRID.centers(*place), ANCHOR_GRID.anchor_strides(*place))
+    storage = (canvas, torch.float32)
+    boxes = decode_distribution(distribution, ANCHOR_GRID.centers(*storage), ANCHOR_GRID.anchor_strides(*storage))
     sizes = ANCHOR_GRID.level_sizes(canvas)
     for name, whole in (("integral", integral(distribution)), ("decoded", boxes)):
         for level, part in enumerate(whole.split(sizes, dim=1)):

@@ -18,7 +18,7 @@ FG_WEIGHT, BG_WEIGHT = 3.0, 12.0  # the released weights, of VOC
 CLS_WEIGHT = 2.0
 
 
-def place_of(inputs: dict[str, Tensor], tag: str) -> tuple[Grid, Canvas]:
+def open_storage(inputs: dict[str, Tensor], tag: str) -> tuple[Grid, Canvas]:
     """The grid of the inputs ``s4`` or ``s8``, and their canvas from the size of the finest map."""
     grid = Grid(strides=STRIDES[tag])
     height, width = inputs[f"{tag}_feat_student_l0"].shape[-2:]
@@ -27,7 +27,7 @@ def place_of(inputs: dict[str, Tensor], tag: str) -> tuple[Grid, Canvas]:
 
 def masks_of(case: Case, tag: str, batch: str) -> Tensor:
     """Foreground cells [B, P] of a batch, by our rule."""
-    grid, canvas = place_of(case.file("defeat_neck_inputs"), tag)
+    grid, canvas = open_storage(case.file("defeat_neck_inputs"), tag)
     boxes = [case.file("batches")[f"{name}_gt_bboxes"] for name in images(case, batch)]
     return torch.stack([defeat_cells(b, grid, canvas) for b in boxes])
 
@@ -37,7 +37,7 @@ def check_defeat_inputs(case: Case) -> None:
     found = {(m[1], m[2]) for m in case.arrays.matching(r"(s\d)_(\w+)_gtmask_l\d").values()}
     assert found
     for tag, batch in sorted(found):
-        grid, canvas = place_of(case.arrays, tag)
+        grid, canvas = open_storage(case.arrays, tag)
         shapes = grid.level_shapes(canvas)
         levels = masks_of(case, tag, batch).split([h * w for h, w in shapes], dim=1)
         for k, (ours, shape) in enumerate(zip(levels, shapes, strict=True)):
@@ -70,7 +70,7 @@ def squared_or_l1(difference: Tensor, form: str) -> Tensor:
 def check_neck_form(case: Case, batch: str, form: str) -> None:
     """One batch with or without adapters."""
     tag, inputs, name = case.batch, case.file("defeat_neck_inputs"), f"{batch}_{form}"
-    grid, canvas = place_of(inputs, tag)
+    grid, canvas = open_storage(inputs, tag)
     shapes = grid.level_shapes(canvas)
     maps = [inputs[f"{tag}_feat_student_l{k}"].clone().requires_grad_() for k in range(LEVELS)]
     channels = (maps[0].shape[1],)

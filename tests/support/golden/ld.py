@@ -101,8 +101,8 @@ def ld_case(case: Case, batch: str) -> LDCase:
     ]
     entries = Entries.collate(parts)
     trailing = (4, box[0].shape[1] // 4)
-    place = (entries.image, entries.index)
-    ours, theirs = flat(box, trailing)[place], flat([teacher[f"bbox_l{k}"] for k in range(LEVELS)], trailing)[place]
+    storage = (entries.image, entries.index)
+    ours, theirs = flat(box, trailing)[storage], flat([teacher[f"bbox_l{k}"] for k in range(LEVELS)], trailing)[storage]
     temperature = case.setting(10.0, "loss_ld_T", "ld_T", "T")
     return LDCase(case, cls, box, targets, entries, kl_rows(ours, theirs, temperature).sum(dim=-1))
 
@@ -136,8 +136,8 @@ def check_ld_repo(case: Case) -> None:
 
     def terms(on: Tensor) -> Terms:
         main = ld.entries.select("main") & on
-        place = (ld.entries.image[main], ld.entries.index[main])
-        classes = ld.logits[place], teacher[place]
+        storage = (ld.entries.image[main], ld.entries.index[main])
+        classes = ld.logits[storage], teacher[storage]
         return {
             "loss_ld": ld.main_loss(on),
             "loss_ld_vlr": ld.vlr_loss(on),
@@ -198,11 +198,11 @@ def general_instances_of_batch(case: Case, ld: LDCase, theirs: Tensor) -> tuple[
     """The repository's picks, over all images of a level at once."""
     canvas = ld.targets.canvas
     sizes = ANCHOR_GRID.level_sizes(canvas)
-    place = (canvas, torch.float32)
+    storage = (canvas, torch.float32)
     edges = [flat(maps, (4, maps[0].shape[1] // 4)) for maps in (
         ld.box, [case.file("inputs_teacher")[f"bbox_l{k}"] for k in range(LEVELS)]
     )]  # fmt: skip
-    boxes = [decode_distribution(e, ANCHOR_GRID.centers(*place), ANCHOR_GRID.anchor_strides(*place)) for e in edges]
+    boxes = [decode_distribution(e, ANCHOR_GRID.centers(*storage), ANCHOR_GRID.anchor_strides(*storage)) for e in edges]
     image, cell, level, start = [], [], [], 0
     for k, size in enumerate(sizes):
         part = slice(start, start + size)

@@ -25,7 +25,7 @@ COUNTED_SHARDS = 32  # of which the micro-batches are counted
 
 
 @dataclass(frozen=True)
-class Counted:
+class ElementCounts:
     """The real elements of each array: entries, boxes, valid cells, pixels of the image; 1 for what has none of these."""
 
     items: tuple[Item, ...]  # the rows that were counted
@@ -33,7 +33,7 @@ class Counted:
     totals: dict[str, float]  # by array path, over all rows of the store
 
 
-def count_units(plan: Plan) -> Counted:
+def count_units(plan: Plan) -> ElementCounts:
     """Count the elements of up to COUNT_ROWS rows, scattered over the store, in about COUNT_SECONDS at most.
 
     When these are not all rows, totals follow the number of annotated boxes, which is known for every image.
@@ -50,7 +50,7 @@ def count_units(plan: Plan) -> Counted:
     boxes = np.diff(plan.source.dataset.annotations.box_offsets)[plan.positions].astype(np.float64)
     known = boxes[np.array(rows) // len(plan.views)]
     totals = {path: plan.schema.rows * mean_at(values, known, float(boxes.mean())) for path, values in units.items()}
-    return Counted(tuple(plan.item(r) for r in rows), units, totals)
+    return ElementCounts(tuple(plan.item(r) for r in rows), units, totals)
 
 
 def mean_at(values: NDArray[np.int64], known: NDArray[np.float64], mean: float) -> float:

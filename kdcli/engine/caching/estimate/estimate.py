@@ -13,24 +13,26 @@ from pathlib import Path
 import numpy as np
 
 from kdcli.data.coco import has_split, open_split
-from kdcli.engine.caching.estimate.count import Counted, count_micro_batches, count_units, element_bytes, rows_of
-from kdcli.engine.caching.estimate.probe import Pace, Probe, run_probe
+from kdcli.engine.caching.estimate.count import ElementCounts, count_micro_batches, count_units, element_bytes, rows_of
+from kdcli.engine.caching.estimate.probe import Probe, StageTimings, run_probe
 from kdcli.engine.caching.plan import Plan
 from kdcli.engine.caching.write import Part
 from kdcli.engine.evaluation.evaluate import evaluation_batches, validation_source
 from kdcli.engine.loading.samples import Item
-from kdcli.engine.runtime.device import usable_cores
+from kdcli.engine.runtime.threads import usable_cores
 from kdcli.store.image_codec import PIXELS
-from kdcli.store.schema import CacheSchema
+from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import pack_chunk
-from kdcli.store.storage.local import Folder, Where, place_of
+from kdcli.store.storage.base import Where
+from kdcli.store.storage.local import LocalStorage
+from kdcli.store.storage.resolve import open_storage
 
 EPOCHS = 12  # of a usual student
 MARGIN = 1.1  # bytes are known to 10 %: ask for that much more room
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What one process has to do."""
 
     rows: int
@@ -79,9 +81,9 @@ def estimate(plan: Plan, out: Where, part: Part | None = None) -> Estimate:
 
     Beside ``out``, in a folder that is gone afterwards, some rows are written to time the disk.
     """
-    place = place_of(out)
+    storage = open_storage(out)
     counted = count_units(plan)
-    probe = run_probe(plan, counted, place)
+    probe = run_probe(plan, counted, storage)
     by_array = array_bytes(plan.schema, counted, probe)
     total = sum(by_array.values())
     everything = Part().shards(plan.schema.num_shards)
@@ -95,7 +97,7 @@ def estimate(plan: Plan, out: Where, part: Part | None = None) -> Estimate:
         rows=plan.schema.rows, bytes_total=total, bytes_by_tensor=tensor_bytes(plan.schema, by_array),
         bytes_by_array=by_array, bytes_raw=_raw_bytes(plan.schema, counted), seconds=seconds,
         rows_per_s=work.rows / seconds, slowest=max(stages, key=lambda name: stages[name]),
-        disk_timed=probe.on_target, free_bytes=free_bytes(place), counted_rows=len(counted.items),
+        disk_timed=probe.on_target, free_bytes=free_bytes(storage), counted_rows=len(counted.items),
         probed_rows=len(probe.chosen), break_even=break_even(whole, len(plan.positions), image_seconds),
     )  # fmt: skip
 
@@ -107,7 +109,7 @@ def break_even(store_seconds: float, images: int, image_seconds: float) -> Break
     return BreakEven(live, store_seconds / live, store_seconds / live / EPOCHS, EPOCHS, store_seconds)
 
 
-def stage_seconds(pace: Pace, work: Work) -> dict[str, float]:
+def stage_seconds(pace: StageTimings, work: Workload) -> dict[str, float]:
     """Seconds that each stage needs for all rows. They overlap, so that the slowest decides.
 
     ``teacher``: forward passes, with what goes on between them, and the slowing down by what goes on beside them.
@@ -124,7 +126,7 @@ def stage_seconds(pace: Pace, work: Work) -> dict[str, float]:
     }
 
 
-def run_seconds(pace: Pace, work: Work) -> float:
+def run_seconds(pace: StageTimings, work: Workload) -> float:
     """Seconds of a whole run: the teacher's AP on val, the start, the rows, and the end."""
     loading, passes = work.val_rows * pace.load, work.val_batches * pace.evaluate
     if work.workers:  # beside the passes, which it slows down
@@ -136,7 +138,7 @@ def run_seconds(pace: Pace, work: Work) -> float:
     return val + start + max(stage_seconds(pace, work).values()) + pace.drain
 
 
-def array_bytes(schema: CacheSchema, counted: Counted, probe: Probe) -> dict[str, int]:
+def array_bytes(schema: StoreSchema, counted: ElementCounts, probe: Probe) -> dict[str, int]:
     """Bytes of each array on the disk: a row of nothing but padding, what each element adds to it, and the index."""
     found = {}
     index = schema.num_shards * (16 * schema.shard_rows + 4)
@@ -149,7 +151,7 @@ def array_bytes(schema: CacheSchema, counted: Counted, probe: Probe) -> dict[str
     return found
 
 
-def tensor_bytes(schema: CacheSchema, by_array: dict[str, int]) -> dict[str, int]:
+def tensor_bytes(schema: StoreSchema, by_array: dict[str, int]) -> dict[str, int]:
     """Bytes by tensor, of ``images`` if they are stored, and of ``index``: what a row is and which entries it has."""
     found = {t.need.key: sum(by_array[a.path] for a in schema.tensor_arrays(t).values()) for t in schema.tensors}
     if schema.images:
@@ -159,22 +161,22 @@ def tensor_bytes(schema: CacheSchema, by_array: dict[str, int]) -> dict[str, int
 
 def free_bytes(where: Where) -> int | None:
     """Free bytes on the disk that a folder is or will be on; None for an object store."""
-    place = place_of(where)
-    if not isinstance(place, Folder):
+    storage = open_storage(where)
+    if not isinstance(storage, LocalStorage):
         return None
-    folder = place.path.absolute()
+    folder = storage.path.absolute()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
-def _work(plan: Plan, shards: range, total: int) -> Work:
+def _work(plan: Plan, shards: range, total: int) -> Workload:
     rows, root, size = rows_of(plan, shards), Path(plan.options.data), plan.forward.micro_batch
     val: list[list[Item]] = []
     if has_split(root, "val"):
         source = validation_source(open_split(root, "val"), plan.forward.detector, plan.source.canvas)
         val = evaluation_batches(source, list(range(source.dataset.num_images)), size)
-    return Work(
+    return Workload(
         rows=rows, micro_batches=count_micro_batches(plan, shards), micro_batch=size,
         shards=len(shards), bytes=round(total * rows / plan.schema.rows),
         val_rows=sum(map(len, val)), val_batches=len(val), workers=plan.workers,
@@ -182,7 +184,7 @@ def _work(plan: Plan, shards: range, total: int) -> Work:
     )  # fmt: skip
 
 
-def _raw_bytes(schema: CacheSchema, counted: Counted) -> int:
+def _raw_bytes(schema: StoreSchema, counted: ElementCounts) -> int:
     """Of proposals as many as fit: the teacher decides how many there are."""
     proposals = {
         a.path for t in schema.tensors if t.need.region == "proposals" for a in schema.tensor_arrays(t).values()

@@ -20,16 +20,18 @@ import numpy as np
 import torch
 
 from kdcli.data.coco import has_split
-from kdcli.engine.caching.estimate.count import Counted, element_bytes
+from kdcli.engine.caching.estimate.count import ElementCounts, element_bytes
 from kdcli.engine.caching.plan import Plan, teacher_rows
-from kdcli.engine.caching.write import takes_turns, write_store
+from kdcli.engine.caching.write import interleaved, write_store
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, Sample, SampleSource, orientation
-from kdcli.engine.runtime.device import usable_cores
-from kdcli.engine.runtime.progress import Silent
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.runtime.threads import usable_cores
 from kdcli.errors import KDError
-from kdcli.store.storage.local import Folder, Place
-from kdcli.store.writer import create_store, shard_key
+from kdcli.store.arrays import shard_key
+from kdcli.store.storage.base import Storage
+from kdcli.store.storage.local import LocalStorage
+from kdcli.store.writer import create_store
 
 LEAST_BATCHES, MOST_BATCHES = 2, 16
 SHARE = 8  # at most one in so many micro-batches of the store is run as a probe
@@ -40,7 +42,7 @@ LOAD_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
-class Pace:
+class StageTimings:
     """Seconds, measured on this machine."""
 
     load: float  # a row, in one data process; without one, by all threads of this one
@@ -60,7 +62,7 @@ class Pace:
 class Probe:
     """What a few rows took."""
 
-    pace: Pace
+    pace: StageTimings
     chosen: tuple[int, ...]  # of the counted rows
     chunk_bytes: dict[str, int]  # by array path, of these rows
     on_target: bool  # False: the disk that was timed is not the one of the store
@@ -86,7 +88,7 @@ class _LoadedSource(SampleSource):
         return [self.samples[item] for item in items]
 
 
-class _Clock(Silent):
+class _Clock(NullReporter):
     """When each micro-batch was handed on."""
 
     def __init__(self) -> None:
@@ -97,7 +99,7 @@ class _Clock(Silent):
             self.times.append(time.perf_counter())
 
 
-def run_probe(plan: Plan, counted: Counted, place: Place) -> Probe:
+def run_probe(plan: Plan, counted: ElementCounts, storage: Storage) -> Probe:
     """Load, run, encode and write a few micro-batches of the rows that were ``counted``. Leaves nothing behind."""
     size = plan.forward.micro_batch
     sizes = _sizes(plan, counted)
@@ -108,7 +110,7 @@ def run_probe(plan: Plan, counted: Counted, place: Place) -> Probe:
     chosen = [p for b in _pick(sizes, max(LEAST_BATCHES, batches), size) for p in b]
     loaded = _load(plan, counted, chosen)
     evaluate = _time_evaluation(plan, first.samples) if has_split(Path(plan.options.data), "val") else 0.0
-    folder, on_target = _folder(plan, place, len(chosen))
+    folder, on_target = _folder(plan, storage, len(chosen))
     with tempfile.TemporaryDirectory(prefix=".kdcli-probe-", dir=folder) as scratch:
         return _write(plan, chosen, loaded, alone, evaluate, Path(scratch), on_target)
 
@@ -118,7 +120,7 @@ def loads(plan: Plan) -> bool:
     return plan.workers == 0 or (plan.device.type == "cpu" and torch.get_num_threads() >= usable_cores())
 
 
-def _sizes(plan: Plan, counted: Counted) -> list[int]:
+def _sizes(plan: Plan, counted: ElementCounts) -> list[int]:
     """Counted rows of the commoner orientation, by their bytes before compression."""
     of = [orientation(plan.source, item).size for item in counted.items]
     common = Counter(of).most_common(1)[0][0]
@@ -143,7 +145,7 @@ class _Loaded:
     apart: float  # seconds that a row takes longer by itself, as in the probe's own store
 
 
-def _load(plan: Plan, counted: Counted, chosen: list[int]) -> _Loaded:
+def _load(plan: Plan, counted: ElementCounts, chosen: list[int]) -> _Loaded:
     """As the writer does it: with one thread, as a data process, or in this one."""
     items = [counted.items[p] for p in chosen]
     images = list(dict.fromkeys(position for position, _ in items))[: -(-len(items) // len(plan.views))]
@@ -188,10 +190,10 @@ def _time_evaluation(plan: Plan, samples: list[Sample]) -> float:
     return seconds[-1]
 
 
-def _folder(plan: Plan, place: Place, rows: int) -> tuple[Path | None, bool]:
+def _folder(plan: Plan, storage: Storage, rows: int) -> tuple[Path | None, bool]:
     """The folder that the store will be in, if it can be written to; else None, and False: the system's own."""
-    if isinstance(place, Folder):
-        parent = place.path.absolute().parent
+    if isinstance(storage, LocalStorage):
+        parent = storage.path.absolute().parent
         room = 4 * rows * sum(a.row_bytes for a in plan.schema.layout())
         if parent.is_dir() and os.access(parent, os.W_OK) and shutil.disk_usage(parent).free > room:
             return parent, True
@@ -223,12 +225,12 @@ def _write(
     front = (times[-1] - times[0]) / (batches - 1) if batches > 1 else alone
     if loads(plan):
         front = max(alone, front - size * loaded.apart)
-    pace = Pace(
+    pace = StageTimings(
         load=loaded.wall, load_cpu=loaded.cpu, teacher=alone, front=front,
         front_cpu=cpu / batches - (size * loaded.apart if plan.workers == 0 else 0.0),
         start=max(size * loaded.wall if plan.workers else 0.0, times[0] - started - front),
         # the first micro-batch is encoded from here on, the last one until the end
-        encode=0.0 if takes_turns(plan) else max(0.0, ended - times[0] - shard - written * byte) / rows,
+        encode=0.0 if interleaved(plan) else max(0.0, ended - times[0] - shard - written * byte) / rows,
         drain=ended - times[-1], shard=shard, byte=byte, evaluate=evaluate,
     )  # fmt: skip
     # a shard file ends in 16 bytes for each row and a checksum of 4
@@ -238,7 +240,7 @@ def _write(
 
 def _time_disk(plan: Plan, files: dict[str, bytes], scratch: Path) -> tuple[float, float]:
     """Seconds to write the files of a shard, and seconds a byte of them, synced."""
-    disk = Folder(scratch / "disk")
+    disk = LocalStorage(scratch / "disk")
     seconds = []
     for shard, part in enumerate((1, 1, None)):  # the first makes the folders of the arrays
         started = time.perf_counter()

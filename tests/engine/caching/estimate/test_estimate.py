@@ -15,20 +15,20 @@ import pytest
 from kdcli.cli.main import run
 from kdcli.engine.caching.estimate import count as counting
 from kdcli.engine.caching.estimate.count import count_micro_batches, count_units, mean_at, scattered, units_of
-from kdcli.engine.caching.estimate.estimate import Estimate, Work, break_even, estimate, run_seconds, stage_seconds
-from kdcli.engine.caching.estimate.probe import Pace
+from kdcli.engine.caching.estimate.estimate import Estimate, Workload, break_even, estimate, run_seconds, stage_seconds
+from kdcli.engine.caching.estimate.probe import StageTimings
 from kdcli.engine.caching.plan import Plan, plan_store
 from kdcli.engine.caching.write import Part, write_store
-from kdcli.engine.runtime.progress import Silent
-from kdcli.store.storage.local import Place
-from kdcli.store.writer import read_journal
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.store.journal import read_journal
+from kdcli.store.storage.base import Storage
 from tests.support.small_runs import cache_options
 
 STAGES = {"teacher", "loading", "encoding", "disk", "cores"}
 
 
 def plan_of(data: Path, teacher: Path, method: str, **changes: Any) -> Plan:
-    return plan_store(cache_options(data, teacher, method=method, **changes), Silent())
+    return plan_store(cache_options(data, teacher, method=method, **changes), NullReporter())
 
 
 def written_bytes(store: Path) -> dict[str, int]:
@@ -96,14 +96,14 @@ def test_bytes_are_those_of_the_store(
         {t.need.key for t in plan.schema.tensors} | {"index"} | ({"images"} if "cache_images" in changes else set())
     )
     assert set(found.bytes_by_tensor) == stored
-    write_store(plan, tmp_path / "store", Silent())
+    write_store(plan, tmp_path / "store", NullReporter())
     agree(found, tmp_path / "store")
 
 
 def test_uneven_images(uneven: Path, teacher: Path, tmp_path: Path) -> None:
     plan = plan_of(uneven, teacher, "ld")
     found = estimate(plan, tmp_path / "store")
-    write_store(plan, tmp_path / "store", Silent())
+    write_store(plan, tmp_path / "store", NullReporter())
     agree(found, tmp_path / "store")
     counts = [units_of(plan, plan.item(r))["entries/index"] for r in range(48)]
     assert sum(counts[:: 48 // 16][:16]) == 0  # 16 evenly spaced rows would have seen no entry at all
@@ -149,7 +149,7 @@ def test_mean_follows_what_is_known() -> None:
     assert mean_at(np.array([0, 10]), np.array([10.0, 20.0]), 0.0) == 0
 
 
-class Passes(Silent):
+class Passes(NullReporter):
     """Counts the micro-batches that the writer runs."""
 
     def __init__(self) -> None:
@@ -168,11 +168,11 @@ def test_micro_batches_are_those_of_the_writer(shapes: Path, teacher: Path, tmp_
     assert count_micro_batches(plan, range(plan.schema.num_shards)) == passes.count
 
 
-PACE = Pace(
+PACE = StageTimings(
     load=0.01, load_cpu=0.008, teacher=0.4, front=0.5, front_cpu=0.9, encode=0.02, start=0.2, drain=0.3, shard=0.2, byte=1e-8,
     evaluate=0.6,
 )  # fmt: skip
-WORK = Work(
+WORK = Workload(
     rows=800, micro_batches=110, micro_batch=8, shards=4, bytes=10**8, val_rows=80, val_batches=11, workers=2, cores=2
 )  # fmt: skip
 
@@ -219,8 +219,8 @@ class Elsewhere:
 
 
 def test_an_object_store_has_no_end(shapes: Path, teacher: Path) -> None:
-    place: Any = Elsewhere()
-    checked: Place = place
+    storage: Any = Elsewhere()
+    checked: Storage = storage
     found = estimate(plan_of(shapes, teacher, "rm"), checked)
     assert found.free_bytes is None
     assert not found.disk_timed

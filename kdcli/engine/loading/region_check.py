@@ -1,0 +1,57 @@
+"""Whether the regions of a store are those that are computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcli.data.views import to_canvas
+from kdcli.engine.loading.samples import SampleSource
+from kdcli.errors import StoreError
+from kdcli.geometry.assign import assign
+from kdcli.geometry.regions import compute_entries
+from kdcli.structures import RowKey
+
+RECHECKED_ROWS = 64
+RECHECK_TOLERANCE = 1e-3  # of a row's anchors: float64 on another CPU may move a tie
+
+
+def spread(positions: NDArray[np.int64], views: Sequence[str], count: int) -> list[tuple[int, str]]:
+    """At most ``count`` items, evenly over the images and over the views."""
+    step = max(1, len(positions) // count)
+    return [(int(p), views[k % len(views)]) for k, p in enumerate(positions[::step][:count])]
+
+
+def recheck_regions(source: SampleSource, positions: NDArray[np.int64], views: Sequence[str]) -> int:
+    """Compute the entries of up to 64 rows again and compare them with the store's; returns how many rows were compared.
+
+    Raises StoreError when more than 0.1 % of a row's anchors differ.
+    """
+    reader = source.reader
+    if reader is None or not reader.schema.sparse:
+        return 0
+    chosen = spread(positions, views, RECHECKED_ROWS)
+    for item in chosen:
+        geometry = source.geometry(item)
+        boxes_np, _ = source.dataset.training_boxes(item[0])
+        boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
+        boxes = boxes[keep]
+        assigned = assign(source.assigner, source.grid, geometry.canvas, boxes, geometry.content)
+        key = RowKey(source.dataset.image_id(item[0]), item[1])
+        ours = compute_entries(
+            reader.schema.regions, source.region_spec, source.grid, geometry.canvas, boxes, assigned, geometry.content,
+            str(key),
+        )  # fmt: skip
+        theirs = reader.read(key).entries
+        assert theirs is not None
+        mine = set(zip(ours.index.tolist(), ours.flag.tolist(), strict=True))
+        stored = set(zip(theirs.index.tolist(), theirs.flag.tolist(), strict=True))
+        if len(mine ^ stored) > RECHECK_TOLERANCE * source.grid.num_total(geometry.canvas):
+            raise StoreError(
+                f"store '{reader.storage}', {key}: {len(mine ^ stored)} region entries differ from those computed here; the "
+                "boxes or the region rules have changed: write the store again"
+            )
+    return len(chosen)

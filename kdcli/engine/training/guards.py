@@ -1,0 +1,69 @@
+"""What stops a run that has gone wrong: values that are not finite, terms that drown the detection loss or do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.errors import GateError
+
+ZERO_STEPS = 50  # a term may be exactly 0 for so many active steps in a row
+GRADIENT_LIMIT = 100.0  # times the detection loss's gradient norm
+
+
+def require_finite(terms: Mapping[str, float], step: int) -> None:
+    """Stop before the optimiser moves. Raises GateError with the step and every term."""
+    if all(abs(v) < float("inf") for v in terms.values()):  # false for nan too
+        return
+    listed = ", ".join(f"{k}={v:.4g}" for k, v in terms.items())
+    raise GateError(
+        f"step {step}: the loss is not finite ({listed}); the weights were not changed. Lower the learning rate "
+        "(--set optim.lr=...), lengthen the warm-up or clip the gradient (--set optim.clip=10)"
+    )
+
+
+def gradient_norms(parameters: list[nn.Parameter], terms: Mapping[str, Tensor]) -> dict[str, float]:
+    """Norm of the gradient of each term with respect to ``parameters``; keeps the graph."""
+    norms = {}
+    for name, term in terms.items():
+        if not term.requires_grad:
+            norms[name] = 0.0
+            continue
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        squares = [g.float().square().sum() for g in gradients if g is not None]
+        norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return norms
+
+
+def require_sane_gradients(norms: Mapping[str, float], detection: float, options: Mapping[str, str]) -> None:
+    """Raises GateError when a term's first gradient would drown the detection loss: it ruins students silently.
+
+    ``options``: the ``--set`` key that scales each term.
+    """
+    for name, norm in norms.items():
+        if norm > GRADIENT_LIMIT * detection:
+            raise GateError(
+                f"{name}: its first gradient norm is {norm:.3g}, {norm / max(detection, 1e-12):.0f} times that of the "
+                f"detection loss ({detection:.3g}); lower its weight (--set {options[name]}=...)"
+            )
+
+
+class ZeroGuard:
+    """Stops a run whose distillation term is exactly 0 for long, although its region was not empty."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def check(self, terms: Mapping[str, float], active: Mapping[str, bool], step: int) -> None:
+        """Count one step. Raises GateError after ZERO_STEPS active zeros in a row."""
+        for name, value in terms.items():
+            if not active[name]:
+                continue
+            self.counts[name] = 0 if value != 0 else self.counts.get(name, 0) + 1
+            if self.counts[name] >= ZERO_STEPS:
+                raise GateError(
+                    f"step {step}: {name} was exactly 0 for {ZERO_STEPS} steps although its region was not empty; "
+                    "the distillation does nothing. Check the teacher and the method's options"
+                )

@@ -1,0 +1,103 @@
+"""From flags, ``--config`` and ``--set`` to the options of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcli.data.views import format_views, parse_views
+from kdcli.detectors.build import default_keys, parse_model_name
+from kdcli.errors import OptionError, UsageError, did_you_mean
+from kdcli.methods.resolve import absolute_methods, find_methods, resolve_options
+from kdcli.options import TrainOptions, build, layer
+from kdcli.store.storage.resolve import absolute
+from kdcli.structures import Canvas
+
+BACKBONE_WORDS = ("none", "imagenet")
+
+PATH_FIELDS = ("data", "teacher", "init_from")
+CONTENT_FIELDS = ("data", "teacher", "cache")  # known by their contents
+
+
+def absolute_weights(weights: str) -> str:
+    """``--backbone-weights`` with a path made absolute."""
+    return weights if weights in BACKBONE_WORDS else str(Path(weights).resolve())
+
+
+def _absolute(path: str | None) -> str | None:
+    """config.toml runs again from any folder."""
+    return None if path is None else str(Path(path).resolve())
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What the user asked for: plain fields over the defaults."""
+
+    command: str
+    fields: Mapping[str, Any]
+
+    def options(self) -> TrainOptions:
+        """The options, unresolved. Raises OptionError for what is unknown or missing."""
+        options = build(TrainOptions, {**self.fields, "command": self.command})
+        if not options.data:
+            raise UsageError("--data is missing: name the data set folder")
+        if self.command == "distill" and not options.method:
+            raise UsageError("--method is missing: name one or more of `kdcli methods`, e.g. --method ld")
+        require_known(options.methods, options.method)
+        return options
+
+
+def from_flags(
+    command: str, fields: Mapping[str, Any], given: Mapping[str, Any], model: str | None,
+    tables: Mapping[str, Mapping[str, Any]],
+) -> RunRequest:  # fmt: skip
+    """Merge a config file's ``fields``, flags and ``--set`` tables, later ones winning."""
+    if fields.get("command", command) != command:
+        raise OptionError(f"the config file is for `kdcli {fields['command']}`, not for `kdcli {command}`")
+    merged = layer(fields, given, {"model": {"name": model}} if model else {})
+    known = find_methods(str(merged["method"])) if merged.get("method") else {}
+    for table, values in tables.items():
+        if table in known:
+            merged = layer(merged, {"methods": {table: values}})
+        elif table in ("model", "optim"):
+            merged = layer(merged, {table: values})
+        elif table == "train":
+            merged = layer(merged, values)
+        else:
+            choices = [*known, "model", "optim", "train"]
+            raise OptionError(f"--set {table}.…: unknown table '{table}'{did_you_mean(table, choices)}")
+    return RunRequest(command, merged)
+
+
+def require_known(tables: Mapping[str, object], methods: str) -> None:
+    """Raises OptionError for a table of a method that is not in the comma list ``methods``: it would do nothing."""
+    known = find_methods(methods) if methods else {}
+    for table in tables:
+        if table not in known:
+            there = f"--method names {', '.join(known)}" if known else "there is no --method"
+            raise OptionError(f"[methods.{table}] is not used: {there}{did_you_mean(table, known)}")
+
+
+def _resolved(fields: Mapping[str, Any], stored: TrainOptions) -> dict[str, Any]:
+    """The fields as ``prepare`` writes them to config.toml, so that the same flags compare equal."""
+    ways: dict[str, Callable[[str], str]] = {
+        **dict.fromkeys(PATH_FIELDS, lambda v: str(Path(v).resolve())),
+        "cache": absolute,
+        "backbone_weights": absolute_weights,
+        "method": absolute_methods,
+        "canvas": lambda v: str(Canvas.parse(v)),
+        "views": lambda v: format_views(parse_views(v)),
+    }
+    resolved: dict[str, Any] = {n: ways[n](value) if n in ways else value for n, value in fields.items()}
+    known = find_methods(stored.method) if stored.method else {}
+    for name in set(known) & set(resolved.get("methods", {})):
+        given = resolved["methods"][name]
+        read = resolve_options(name, known[name], default_keys(parse_model_name(stored.model.name)[0]), given)
+        # TOML has no null: an option that is None is not in config.toml
+        kept = {k: read[k] for k in given if read[k] is not None}
+        resolved["methods"] = {**resolved["methods"], name: kept}
+    if resolved.get("model", {}).get("bn") == "auto":
+        resolved["model"] = {**resolved["model"], "bn": stored.model.bn}
+    return resolved

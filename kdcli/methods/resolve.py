@@ -1,0 +1,123 @@
+"""From what ``--method`` and ``--set`` say to methods, their options and what they read."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdcli.errors import OptionError, did_you_mean
+from kdcli.geometry.regions import RegionSpec
+from kdcli.methods import METHODS
+from kdcli.methods.base import Method, Pair, method_options
+from kdcli.options import convert
+from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOX_REGRESSION, DERIVED, FEATURES
+from kdcli.userfile import run_file
+
+
+def absolute_methods(text: str) -> str:
+    """``--method`` with the paths of a user's files made absolute."""
+    parts = [part.strip().rpartition(":") for part in text.split(",")] if text else []
+    return ",".join(f"{Path(path).resolve()}:{name}" if colon else name for path, colon, name in parts)
+
+
+def find_methods(text: str) -> dict[str, type[Method]]:
+    """Read a comma list such as ``ld,pfi`` or ``ld,./mine.py:Mine``. A user's method is named by its class, lower case.
+
+    Raises OptionError for an unknown name (with the nearest), MissingPathError for a file that is not there, UsageError
+    for one that fails.
+    """
+    found: dict[str, type[Method]] = {}
+    for part in (p.strip() for p in text.split(",")):
+        if ":" in part:
+            name, method = _load(part)
+        elif part in METHODS:
+            name, method = part, METHODS[part]
+        else:
+            raise OptionError(f"unknown method '{part}'{did_you_mean(part, METHODS)}")
+        if name in found:
+            raise OptionError(f"method '{name}' is named twice in '{text}'")
+        found[name] = method
+    return found
+
+
+def _load(part: str) -> tuple[str, type[Method]]:
+    path_text, _, class_name = part.rpartition(":")
+    path = Path(path_text)
+    module = run_file("method file", path)
+    method = getattr(module, class_name, None)
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise OptionError(f"'{part}': {path} has no class {class_name} derived from kdcli.methods.base.Method")
+    return class_name.lower(), method
+
+
+def resolve_options(
+    name: str, method: type[Method], detector: str | tuple[str, ...], given: Mapping[str, Any],
+    regions: RegionSpec | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """All options of a method: its defaults, those for ``detector`` (the first of several names that has some), then what
+    was ``given``.
+
+    ``regions``: the detector's own, which its region options start from. Raises OptionError for an unknown option, with
+    the nearest name, for a value of the wrong type, and for a number that no loss can use.
+    """
+    known = method_options(method)
+    for option in given:
+        if option not in known:
+            raise OptionError(f"unknown option '{name}.{option}'{did_you_mean(option, known)}")
+    resolved = {n: p.default for n, p in known.items()}
+    if regions is not None:
+        resolved |= {o: getattr(regions, o) for o in method.region_options if hasattr(regions, o)}
+    names = (detector,) if isinstance(detector, str) else detector
+    resolved |= dict(next((method.defaults[n] for n in names if n in method.defaults), {}))
+    hints = typing.get_type_hints(method.__init__)
+    for option, value in given.items():
+        if option not in hints:
+            raise OptionError(f"option '{name}.{option}' of {method.__name__}.__init__ has no type hint; write one")
+        resolved[option] = convert(f"{name}.{option}", value, hints[option])
+    for option, value in resolved.items():
+        if value is inspect.Parameter.empty:
+            raise OptionError(f"option '{name}.{option}' has no default; give one with --set {name}.{option}=VALUE")
+        _check_number(f"{name}.{option}", value)
+    weights = [v for o, v in resolved.items() if o.endswith("weight") and isinstance(v, float)]
+    if weights and not any(weights):
+        raise OptionError(f"method '{name}' has no term: all its weights are 0; leave it out, or set one")
+    return resolved
+
+
+def _check_number(option: str, value: Any) -> None:
+    """Weights push towards the teacher, never away; a temperature or a reference divides."""
+    if not isinstance(value, float):
+        return
+    if not math.isfinite(value):
+        raise OptionError(f"{option} = {value}: must be a finite number")
+    if option.endswith("weight") and value < 0:
+        raise OptionError(f"{option} = {value}: must not be negative")
+    if option.endswith(("temperature", "batch_ref")) and value <= 0:
+        raise OptionError(f"{option} = {value}: must be above 0")
+
+
+def check_pair(
+    name: str, method: type[Method], options: Mapping[str, Any], pair: Pair, student: str, teacher: str
+) -> None:
+    """Raise OptionError when ``student`` or ``teacher`` (model names) lacks a tensor that the method needs."""
+    for need in method.reads(options):
+        wanted = DERIVED.get(need.name, need.name)
+        for side, model, specs in (("student", student, pair.student), ("teacher", teacher, pair.teacher)):
+            if wanted not in specs:
+                box = wanted == BOX_DISTRIBUTION and BOX_REGRESSION in specs
+                fix = "train it with --set model.box=distribution; " if box else ""
+                raise OptionError(
+                    f"method '{name}' needs {wanted}, which the {side} {model} does not give; {fix}"
+                    f"`kdcli methods` lists which detectors each method works on"
+                )
+        if wanted != FEATURES and wanted not in BACKBONE:
+            ours, theirs = pair.student[wanted].dims, pair.teacher[wanted].dims
+            if ours != theirs:
+                raise OptionError(
+                    f"method '{name}' compares {wanted} element by element: student {student} has {list(ours)}, "
+                    f"teacher {teacher} has {list(theirs)}; they must agree"
+                )
