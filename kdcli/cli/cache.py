@@ -96,7 +96,7 @@ def verify(
         files, size = verify_checksums(store, reporter)
         result: dict[str, Any] = {"files": files, "bytes": size, "rows_compared": 0, "differences": {}}
         if teacher:
-            plan = plan_of_store(store, data or read_manifest(store)["origin"]["data"], teacher, device, reporter)
+            plan = plan_of_store(store, data or read_manifest(store).origin.data, teacher, device, reporter)
             result["rows_compared"], result["differences"] = verify_teacher(plan, store, rows, reporter)
         reporter.message(f"{store}: {files} shard files, {size / 2**20:.1f} MB, every checksum is right")
         for key, error in result["differences"].items():

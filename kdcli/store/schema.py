@@ -35,7 +35,6 @@ from kdcli.store.image_codec import PIXEL_ENCODING, PIXELS
 from kdcli.structures import Canvas, Entries
 from kdcli.tensors import PROPOSAL_COUNT, Need, Tensors
 
-FORMAT_VERSION = 1
 GEOMETRY_LENGTH = 11  # numbers of data.views.Geometry.to_array
 SHARD_BYTES = 128 * 2**20  # raw bytes of one shard over all arrays: what the writer holds in memory
 MAX_SHARD_ROWS = 256

@@ -20,8 +20,7 @@ from kdcli.engine.teacher import forward as teachers
 from kdcli.engine.teacher.match import require_match, require_strides
 from kdcli.engine.teacher.specs import TeacherSide, region_spec, specs_of, with_classes
 from kdcli.errors import OptionError, StoreError
-from kdcli.geometry.assign import AssignerSpec, follows_from_positives
-from kdcli.geometry.regions import RegionSpec
+from kdcli.geometry.assign import follows_from_positives
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.resolve import check_pair, find_methods, resolve_options
 from kdcli.options import TrainOptions
@@ -52,13 +51,10 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
         raise OptionError("distill takes either --cache STORE or --teacher CKPT (the live teacher), not both or none")
     if options.cache:
         reader = StoreReader(options.cache)
-        entry = reader.manifest.get("teacher")
-        if entry is None:
-            raise StoreError(f"store '{reader.storage}' names no teacher: `kdcli cache-teacher` did not write it")
-        name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
+        teacher = reader.manifest.teacher
         return TeacherSide(
-            name, specs_of(reader.manifest), reader.schema.canvas, reader.views, entry["ap"], entry["weights_sha256"],
-            reader=reader,
+            teacher.name, specs_of(reader.manifest), reader.schema.canvas, reader.views, teacher.ap,
+            teacher.weights_sha256, reader=reader,
         )  # fmt: skip
     detector, meta = load_detector(str(options.teacher))
     ap = meta.extra.get("ap")
@@ -73,7 +69,7 @@ def inherit_regions(
     given: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """A store's region options are the run's, unless the user ``given`` others (which then do not match)."""
-    stored = RegionSpec.from_json(reader.manifest["regions"]).to_json()
+    stored = reader.manifest.region_spec.to_json()
     return {
         name: {**values, **{o: stored[o] for o in methods[name].region_options if o not in given.get(name, {})}}
         for name, values in resolved.items()
@@ -95,11 +91,11 @@ def bind_teacher(
     built = {name: method(pair, **options.methods[name]) for name, method in methods.items()}
     needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(options.methods[k])}))
     require_strides(side, student)
-    base = RegionSpec.from_json(side.reader.manifest["regions"]) if side.reader else student.region_defaults
+    base = side.reader.manifest.region_spec if side.reader else student.region_defaults
     source = replace(source, region_spec=region_spec(base, methods, options.methods), regions=regions_of(needs))
     aligned = any(m.index_aligned for m in methods.values())
     if side.reader is not None:
-        gone = set(side.reader.manifest["dataset"]["left_out"])
+        gone = set(side.reader.manifest.dataset.left_out)
         wanted = sorted(gone & {source.dataset.image_id(int(p)) for p in positions}) if gone else []
         if wanted:
             raise StoreError(
@@ -134,10 +130,7 @@ def bind_teacher(
 def stored_definition(reader: StoreReader) -> str:
     """What the guard of a store's rows was made with: for features alone, the student's own anchors may differ."""
     manifest = reader.manifest
-    return region_definition(
-        reader.schema.canvas, reader.schema.grid, AssignerSpec.from_json(manifest["assigner"]),
-        RegionSpec.from_json(manifest["regions"]),
-    )  # fmt: skip
+    return region_definition(reader.schema.canvas, reader.schema.grid, manifest.assigner_spec, manifest.region_spec)
 
 
 def _reader_for(
@@ -149,7 +142,7 @@ def _reader_for(
         return StoreReader(whole.storage, needs)
     except StoreError as error:
         flags = [f"--method {options.method}"]
-        stored = whole.manifest["method_options"]
+        stored = whole.manifest.method_options
         for name, method in find_methods(options.method).items():
             plain = {**resolve_options(name, method, lineage, {}), **stored.get(name, {})}
             given = options.methods.get(name, {})

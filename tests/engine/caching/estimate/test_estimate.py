@@ -35,8 +35,8 @@ def written_bytes(store: Path) -> dict[str, int]:
     """Bytes of each array of a store that is there."""
     found: dict[str, int] = {}
     for entry in read_journal(store).values():
-        for path, file in entry["files"].items():
-            found[path] = found.get(path, 0) + file["bytes"]
+        for path, file in entry.files.items():
+            found[path] = found.get(path, 0) + file.bytes
     return found
 
 
