@@ -149,8 +149,9 @@ def test_a_store_is_verified(capsys: pytest.CaptureFixture[str], made: Path) -> 
     assert found["rows_compared"] == 6
     stored = out_json(capsys, "cache", "info", made / "store")["tensors"]
     assert found["differences"].keys() == stored.keys() == {"box_distribution@main+vlr", "cls_logits@main", "rank@main"}
-    for key, difference in found["differences"].items():  # the error of the encoding, here of half of the rows
-        assert difference["rms"] == pytest.approx(stored[key]["error"]["rms"], rel=0.2), key
+    for key, difference in found["differences"].items():  # nothing but the error of the encoding, of half of the rows
+        assert 0 < difference["worst"] <= 1.01 * stored[key]["error"]["worst"], key
+        assert difference["rms"] < 2 * stored[key]["error"]["rms"], key
 
 
 def test_a_damaged_store_is_found(made: Path, tmp_path: Path) -> None:
