@@ -16,7 +16,7 @@ from kdcli.store.info import store_info
 
 if TYPE_CHECKING:
     from kdcli.engine.caching.estimate.estimate import BreakEven, Estimate
-    from kdcli.engine.caching.plan import Plan
+    from kdcli.engine.caching.plan import StorePlan
     from kdcli.engine.caching.write import Part
     from kdcli.engine.runtime.progress import ProgressReporter
     from kdcli.options import CacheOptions
@@ -89,7 +89,7 @@ def cache_teacher(
     part = _part(shard)
     with reporting(part is None or shard is not None or part.index == 0) as reporter:
         plan = plan_store(options, reporter)
-        keep_freed_memory(plan.device)
+        keep_freed_memory(plan.teacher.device)
         if estimate:
             return _report_estimate(make_estimate(plan, storage, part), reporter, json)
         info = _write(plan, storage, part, reporter)
@@ -98,7 +98,7 @@ def cache_teacher(
     return 0
 
 
-def _write(plan: Plan, storage: Storage, part: Part | None, reporter: ProgressReporter) -> dict[str, Any]:
+def _write(plan: StorePlan, storage: Storage, part: Part | None, reporter: ProgressReporter) -> dict[str, Any]:
     """Write the store, or go on with it; what it holds then. Raises NoSpaceError before anything is written."""
     from kdcli.engine.caching.estimate.estimate import estimate
     from kdcli.engine.caching.write import write_store
