@@ -23,7 +23,7 @@ from kdcli.errors import OptionError, StoreError
 from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.regions import RegionSpec
 from kdcli.methods.base import Method, Pair
-from kdcli.methods.resolve import check_pair, find_methods, resolve_options
+from kdcli.methods.resolve import all_needs, check_pair, resolve_all
 from kdcli.options import TrainOptions
 from kdcli.store.encoding_policy import plan_tensors
 from kdcli.store.journal import store_digest
@@ -93,7 +93,7 @@ def bind_teacher(
     for name, method in methods.items():
         check_pair(name, method, options.methods[name], pair, student.spec.name, side.name)
     built = {name: method(pair, **options.methods[name]) for name, method in methods.items()}
-    needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(options.methods[k])}))
+    needs = all_needs(methods, options.methods)
     require_strides(side, student)
     base = RegionSpec.from_json(side.reader.manifest["regions"]) if side.reader else student.region_defaults
     source = source.with_regions(region_spec(base, methods, options.methods), regions_of(needs))
@@ -108,7 +108,7 @@ def bind_teacher(
             )
         index_space = (student.grid, student.assigner, source.region_spec) if aligned else None
         require_match(side.reader, source.dataset, source.canvas, views, index_space)
-        reader = _reader_for(side, needs, options, default_keys(student.spec.detector))
+        reader = _reader_for(side.reader, needs, methods, options, default_keys(student.spec.detector))
         source = source.with_store(reader, stored_definition(reader), index_aligned=aligned)
         if aligned:
             recheck_regions(source, reader, positions, views)
@@ -140,17 +140,17 @@ def stored_definition(reader: StoreReader) -> str:
 
 
 def _reader_for(
-    side: TeacherSide, needs: tuple[Need, ...], options: TrainOptions, lineage: tuple[str, str]
-) -> StoreReader:
-    whole = side.reader
-    assert whole is not None
+    whole: StoreReader, needs: tuple[Need, ...], methods: Mapping[str, type[Method]], options: TrainOptions,
+    lineage: tuple[str, str],
+) -> StoreReader:  # fmt: skip
+    """The reader of what ``needs`` name. Raises StoreError with the command that adds what is missing."""
     try:
         return StoreReader(whole.storage, needs)
     except StoreError as error:
         flags = [f"--method {options.method}"]
         stored = whole.manifest["method_options"]
-        for name, method in find_methods(options.method).items():
-            plain = {**resolve_options(name, method, lineage, {}), **stored.get(name, {})}
+        for name, defaults in resolve_all(methods, lineage, {}).items():
+            plain = {**defaults, **stored.get(name, {})}
             given = options.methods.get(name, {})
             changed = {o: v for o, v in given.items() if o in plain and plain[o] != v}
             flags += [f"--set {name}.{o}={'none' if v is None else str(v).lower()}" for o, v in changed.items()]
