@@ -17,7 +17,7 @@ from kdcli.tensors import CLS_LOGITS, PROPOSAL_LOGITS, TensorSpec
 
 def teacher_entry(detector: Detector, weights_sha256: str, ap: float | None) -> dict[str, Any]:
     """Who the teacher is, and what it gives."""
-    specs = {name: {"per": s.per, "dims": list(s.dims)} for name, s in detector.specs().items()}
+    specs = {name: {"per": str(s.per), "dims": list(s.dims)} for name, s in detector.specs().items()}
     return {"model": detector.spec.to_json(), "weights_sha256": weights_sha256, "ap": ap, "specs": specs}
 
 
