@@ -106,7 +106,7 @@ class Entries:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Targets:
     """What a batch should be detected as. Not crowd, sides >= 1 canvas pixel.
 

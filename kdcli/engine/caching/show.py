@@ -22,7 +22,7 @@ from kdcli.structures import Entries, RowKey
 from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, MAIN_OR_VLR, RANK, Need, Region
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShownRow:
     """A row for drawing; boxes are xyxy canvas pixels."""
 
@@ -81,4 +81,7 @@ def read_for_show(store: Where, data: str | None, image_id: int, view: str | Non
     if "features@all" in tensors:
         height, width = schema.grid.level_shapes(canvas)[0]
         heat = tensors["features@all"][0, : height * width].abs().mean(dim=-1).reshape(height, width)
-    return ShownRow(key, image, boxes, names, row.entries, centers, teacher_boxes, teacher_scores, heat)
+    return ShownRow(
+        key=key, image=image, boxes=boxes, labels=names, entries=row.entries, centers=centers,
+        teacher_boxes=teacher_boxes, teacher_scores=teacher_scores, heat=heat,
+    )  # fmt: skip

@@ -33,7 +33,7 @@ from kdcli.structures import Canvas
 from kdcli.tensors import Need
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BoundTeacher:
     """A teacher that fits: the callable of the loop, the methods, and where their tensors are read."""
 
@@ -57,14 +57,15 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
             raise StoreError(f"store '{reader.storage}' names no teacher: `kdcli cache-teacher` did not write it")
         name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
         return TeacherSide(
-            name, specs_of(reader.manifest), reader.schema.canvas, reader.views, entry["ap"], entry["weights_sha256"],
-            reader=reader,
+            name=name, specs=specs_of(reader.manifest), canvas=reader.schema.canvas, views=reader.views, ap=entry["ap"],
+            sha256=entry["weights_sha256"], reader=reader,
         )  # fmt: skip
     detector, meta = load_detector(str(options.teacher))
     ap = meta.extra.get("ap")
     return TeacherSide(
-        detector.spec.name, with_classes(detector.specs(), len(train.classes)), Canvas.parse(meta.canvas), None,
-        ap if isinstance(ap, float) else None, meta.weights_sha256, detector=detector, meta=meta,
+        name=detector.spec.name, specs=with_classes(detector.specs(), len(train.classes)),
+        canvas=Canvas.parse(meta.canvas), views=None, ap=ap if isinstance(ap, float) else None,
+        sha256=meta.weights_sha256, detector=detector, meta=meta,
     )  # fmt: skip
 
 
@@ -113,8 +114,8 @@ def bind_teacher(
         if aligned:
             recheck_regions(source, reader, positions, views)
         return BoundTeacher(
-            teachers.cached(reader.schema, needs), built, source, side.ap, side.sha256, store_digest(reader.storage),
-            reader.bytes_on_disk(),
+            forward=teachers.cached(reader.schema, needs), methods=built, source=source, ap=side.ap, sha256=side.sha256,
+            store_hash=store_digest(reader.storage), store_bytes=reader.bytes_on_disk(),
         )  # fmt: skip
     assert side.detector is not None
     assert side.meta is not None
@@ -127,7 +128,9 @@ def bind_teacher(
     detector = side.detector.to(device).to(memory_format=torch.channels_last)
     forward = teachers.TeacherForward(detector.eval(), order, options.micro_batch, options.teacher_precision)
     schema = StoreSchema(student.grid, source.canvas, 1, 1, plan_tensors(needs, side.specs, "lossless"))
-    return BoundTeacher(teachers.live(forward, needs, schema), built, source, side.ap, side.sha256)
+    return BoundTeacher(
+        forward=teachers.live(forward, needs, schema), methods=built, source=source, ap=side.ap, sha256=side.sha256
+    )
 
 
 def stored_definition(reader: StoreReader) -> str:

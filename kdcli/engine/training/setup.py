@@ -30,7 +30,7 @@ from kdcli.structures import Canvas
 from kdcli.tensors import world_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSetup:
     """A run, ready for its first step."""
 
@@ -96,8 +96,9 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
             reporter.message(f"{name}: {warning}")
     joined = bind_teacher(side, student, methods, options, source, positions, views, device) if side else None
     return RunSetup(
-        options, train, val, positions, val_bad, canvas, views, device, amp, pick_workers(options.workers), student,
-        joined.methods if joined else {}, joined.source if joined else source, joined,
+        options=options, train=train, val=val, positions=positions, val_left_out=val_bad, canvas=canvas, views=views,
+        device=device, amp=amp, workers=pick_workers(options.workers), student=student,
+        methods=joined.methods if joined else {}, source=joined.source if joined else source, teacher=joined,
     )  # fmt: skip
 
 

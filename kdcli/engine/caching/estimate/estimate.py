@@ -32,7 +32,7 @@ EPOCHS = 12  # of a usual student
 MARGIN = 1.1  # bytes are known to 10 %: ask for that much more room
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What one process has to do."""
 
@@ -58,7 +58,7 @@ class BreakEven:
     store_seconds: float  # by one process
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a store will take."""
 
