@@ -35,7 +35,7 @@ class TeacherRecord:
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
-        specs = {name: {"per": spec.per, "dims": list(spec.dims)} for name, spec in self.specs.items()}
+        specs = {name: {"per": str(spec.per), "dims": list(spec.dims)} for name, spec in self.specs.items()}
         return {"model": dict(self.model), "weights_sha256": self.weights_sha256, "ap": self.ap, "specs": specs}
 
     @staticmethod

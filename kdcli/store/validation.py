@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from kdcli.store.encodings import Box16, ChannelAffine
 from kdcli.store.schema import StoreSchema
-from kdcli.tensors import Need
+from kdcli.tensors import Need, Per, Region, per_level
 
 T = TypeVar("T")
-DENSE_PER = ("cell", "anchor", "level0", "level1", "level2", "level3", "level4")
+DENSE_PER = (Per.CELL, Per.ANCHOR, *(per_level(k) for k in range(5)))
 
 
 def require(right: bool, what: str) -> None:
@@ -74,10 +74,15 @@ def check_readable(schema: StoreSchema) -> None:
     """Raises ValueError for a finished store's schema by which its arrays could be read, but not decoded."""
     stored = {t.need for t in schema.tensors}
     for need in schema.derived_from_dense:
-        require(Need(need.name, "all") in stored, f"{need.key}, which no dense tensor serves")
+        require(Need(need.name, Region.ALL) in stored, f"{need.key}, which no dense tensor serves")
     for tensor in schema.tensors:
         need = tensor.need
-        kind = {"all": DENSE_PER, "gt": ("box",), "proposals": ("proposal",)}.get(need.region, ("cell", "anchor"))
+        kinds: dict[str, tuple[str, ...]] = {
+            Region.ALL: DENSE_PER,
+            Region.GT: (Per.BOX,),
+            Region.PROPOSALS: (Per.PROPOSAL,),
+        }
+        kind = kinds.get(need.region, (Per.CELL, Per.ANCHOR))
         require(tensor.per in kind, f"{need.key} per {tensor.per}")
         # these have a scale for each level, and sparse rows have no levels
         by_level = isinstance(tensor.encoding, ChannelAffine | Box16)

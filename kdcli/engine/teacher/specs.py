@@ -41,7 +41,7 @@ def region_spec(base: RegionSpec, methods: Mapping[str, type[Method]], options: 
     return RegionSpec(**{**base.to_json(), **changes})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherSide:
     """What the teacher contributes before the student is known. Either ``reader`` or ``detector`` is set."""
 
