@@ -123,7 +123,13 @@ def make_store(path: Path, images: int, shard_rows: int) -> None:
     needs = (Need("features", "all"), Need("cls_logits", "main"))
     specs = {"features": TensorSpec("cell", (128,)), "cls_logits": TensorSpec("anchor", (20,))}
     canvas = Canvas(96, 128)
-    schema = StoreSchema(GFL.grid, canvas, images * len(VIEWS), shard_rows, plan_tensors(needs, specs))
+    schema = StoreSchema(
+        grid=GFL.grid,
+        canvas=canvas,
+        rows=images * len(VIEWS),
+        shard_rows=shard_rows,
+        tensors=plan_tensors(needs, specs),
+    )
     create_store(path, manifest_of(schema, images), np.arange(1, images + 1))
     draw = np.random.default_rng(0)
     chunks: dict[str, list[bytes]] = {}

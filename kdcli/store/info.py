@@ -8,7 +8,7 @@ from kdcli.store.storage.base import Where
 
 
 def store_info(store: Where) -> dict[str, Any]:
-    """The manifest of a store with its sizes and measured errors, as JSON."""
+    """The manifest of a store with its sizes and measured errors, as JSON. Raises MissingPathError or StoreError."""
     from kdcli.store.encoding_error import errors_of
     from kdcli.store.image_codec import PIXEL_ENCODING, PIXELS
     from kdcli.store.journal import read_journal, store_digest

@@ -35,7 +35,7 @@ _Chunks = dict[str, tuple[ShardFile, bytes]]  # by array path
 _UNKNOWN = np.uint8(255 - sum(FLAGS.values()))  # bits that no region has
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One stored row: arrays by path (sparse ones cut to their real length) and what ties it to its image."""
 
@@ -96,7 +96,7 @@ class StoreReader:
         return position * len(self.views) + self.views.index(key.view)
 
     def read_all(self, keys: Sequence[RowKey], *, shared: bool = False) -> list[Row]:
-        """The rows of a batch, with room in ``shared`` memory or not. Raises StoreError as ``read`` does."""
+        """The rows of a batch, in ``shared`` memory or not. Raises StoreError as ``read`` does."""
         slots = allocate_batch(self.layout.values(), len(keys), shared=shared)
         return [self.read(key, slot) for key, slot in zip(keys, slots, strict=True)]
 
@@ -127,7 +127,10 @@ class StoreReader:
         geometry = self._array(chunks, "row/geometry", index, None)
         image = self._image(chunks, index, geometry) if self.schema.images else None
         entries = _entries_of(parts) if parts else None
-        return Row(arrays, entries, identity[:32], identity[32:], geometry, image, slot)
+        return Row(
+            arrays=arrays, entries=entries, content=identity[:32], guard=identity[32:], geometry=geometry, image=image,
+            slot=slot,
+        )  # fmt: skip
 
     def shard_of(self, key: RowKey) -> int:
         """The shard that the row of ``key`` is in. Raises StoreError as ``row_index`` does."""

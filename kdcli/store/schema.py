@@ -46,7 +46,7 @@ MAX_PROPOSALS = 1000  # of a teacher's RPN after NMS; the ground-truth boxes com
 ENTRY_DTYPES = {"index": "int32", "flag": "uint8", "gt": "int16", "weight": "float32"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoreSchema:
     """Every array of a store, from the grid, the canvas and the needs."""
 

@@ -206,7 +206,7 @@ def _small_store(path: Path) -> np.ndarray[Any, Any]:
     """Image 1 in two views; returns the edge logits [5, 4, 17] of the second."""
     needs = (Need("box_distribution", "main+vlr"), Need("cls_logits", "main"))
     specs = {"box_distribution": TensorSpec("anchor", (4, 17)), "cls_logits": TensorSpec("anchor", (3,))}
-    schema = StoreSchema(GFL.grid, Canvas(64, 64), 2, 2, plan_tensors(needs, specs))
+    schema = StoreSchema(grid=GFL.grid, canvas=Canvas(64, 64), rows=2, shard_rows=2, tensors=plan_tensors(needs, specs))
     create_store(path, make_manifest(schema), np.array([1]))
     rng = np.random.default_rng(0)
     rows, edges = [], np.zeros(0, np.float32)

@@ -57,7 +57,10 @@ NEEDS = (
 
 def make_schema(encoding: str = "default", needs: tuple[Need, ...] = NEEDS) -> StoreSchema:
     """The schema of the store."""
-    return StoreSchema(GRID, CANVAS, len(IMAGE_IDS) * len(VIEWS), SHARD_ROWS, plan_tensors(needs, SPECS, encoding))
+    return StoreSchema(
+        grid=GRID, canvas=CANVAS, rows=len(IMAGE_IDS) * len(VIEWS), shard_rows=SHARD_ROWS,
+        tensors=plan_tensors(needs, SPECS, encoding),
+    )  # fmt: skip
 
 
 def make_manifest(schema: StoreSchema, **changes: Any) -> Manifest:

@@ -97,7 +97,8 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
     derived = derived_from_dense(needs, options.encoding)
     stored = tuple(n for n in needs if n not in derived)
     schema = StoreSchema(
-        detector.grid, canvas, len(positions) * len(views), 1, plan_tensors(stored, specs, options.encoding),
+        grid=detector.grid, canvas=canvas, rows=len(positions) * len(views), shard_rows=1,
+        tensors=plan_tensors(stored, specs, options.encoding),
         max_boxes=max((len(dataset.training_boxes(int(p))[0]) for p in positions), default=0), derived_from_dense=derived,
         images=options.cache_images,
     )  # fmt: skip

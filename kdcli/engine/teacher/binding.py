@@ -122,7 +122,10 @@ def bind_teacher(
     order = teachers.class_order([c["name"] for c in side.meta.classes], [c.name for c in source.dataset.classes])
     detector = side.detector.to(device).to(memory_format=torch.channels_last)
     forward = teachers.TeacherForward(detector.eval(), order, options.micro_batch, options.teacher_precision)
-    schema = StoreSchema(student.grid, source.canvas, 1, 1, plan_tensors(needs, side.specs, "lossless"))
+    schema = StoreSchema(
+        grid=student.grid, canvas=source.canvas, rows=1, shard_rows=1,
+        tensors=plan_tensors(needs, side.specs, "lossless"),
+    )  # fmt: skip
     return BoundTeacher(
         forward=teachers.live(forward, needs, schema), methods=built, source=source, ap=side.ap, sha256=side.sha256
     )
