@@ -158,7 +158,7 @@ def _table_faults(dataset: Dataset) -> Iterator[Fault]:
     for row in np.flatnonzero(notes.category < 0).tolist():
         message = f"annotation {notes.annotation_ids[row]} has a category_id that 'categories' does not list"
         yield Fault("unknown category", _box(dataset, row, owner), message, int(owner[row]))
-    for annotation_id, image_id in notes.unreferenced_arrays.tolist():
+    for annotation_id, image_id in notes.orphans.tolist():
         message = f"annotation {annotation_id} is on image id {image_id}, which 'images' does not list"
         yield Fault("unknown image", f"annotation {annotation_id}", message)
 

@@ -57,7 +57,7 @@ class Annotations:
     crowd: NDArray[np.bool_]  # [M]
     area: NDArray[np.float64]  # [M] square pixels, of the mask where there is one
     annotation_ids: NDArray[np.int64]  # [M]
-    unreferenced_arrays: NDArray[np.int64]  # [O, 2] annotation id and image id of annotations whose image is not listed
+    orphans: NDArray[np.int64]  # [O, 2] annotation id and image id of annotations whose image is not listed
     categories: tuple[Category, ...]
     sha256: str  # of the JSON file, hexadecimal
 

@@ -145,7 +145,7 @@ def _boxes(
     inside = image < len(image_ids)
     listed[inside] = image_ids[image[inside]] == wanted[inside]
     ids = np.array([r.id for r in records], dtype=np.int64)
-    unreferenced_arrays = np.stack([ids[~listed], wanted[~listed]], axis=1)
+    orphans = np.stack([ids[~listed], wanted[~listed]], axis=1)
     kept = np.flatnonzero(listed)
     order = kept[np.argsort(image[kept], kind="stable")]
     position = {id_: k for k, id_ in enumerate(category_ids)}
@@ -159,7 +159,7 @@ def _boxes(
         "crowd": np.array([r.iscrowd or False for r in records], dtype=np.bool_)[order],
         "area": np.where(np.isnan(area), boxes[:, 2] * boxes[:, 3], area),  # some exporters leave the area out
         "annotation_ids": ids[order],
-        "orphans": unreferenced_arrays,
+        "orphans": orphans,
     }
 
 

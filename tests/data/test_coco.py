@@ -193,7 +193,7 @@ def test_annotations_of_unlisted_images_are_kept_apart(tmp_path: Path, content: 
     path = tmp_path / "a.json"
     path.write_text(json.dumps(content))
     notes = load_annotations(path)
-    assert notes.unreferenced_arrays.tolist() == [[9, 9999]]
+    assert notes.orphans.tolist() == [[9, 9999]]
     assert notes.annotation_ids.tolist() == [11, 12, 10]
 
 
