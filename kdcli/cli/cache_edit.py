@@ -22,6 +22,9 @@ def add(
     cache_images: Annotated[
         bool, typer.Option("--cache-images", help="Add the resized images, so that training opens no image file.")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Device for the teacher (default: the one that wrote the store).")
+    ] = None,
     set_: f.Set = None,
     json: f.Json = False,
 ) -> int:
@@ -45,9 +48,11 @@ def add(
         if table not in known:
             raise OptionError(f"--set {table}.…: unknown table '{table}'{did_you_mean(table, known)}")
         settings[table] = values
-    keep_freed_memory(pick_device("auto"))
+    keep_freed_memory(pick_device(device or "auto"))
     with ConsoleReporter() as reporter:
-        new = add_tensors(store, data, teacher, method or "", settings, encoding, reporter, cache_images)
+        new = add_tensors(
+            store, data, teacher, method or "", settings, encoding, reporter, images=cache_images, device=device
+        )
         found = store_info(store)
         if new:
             reporter.message(f"{store}: {', '.join(new)} added, {found['bytes'] / 2**20:.1f} MB now")

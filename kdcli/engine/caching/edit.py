@@ -18,6 +18,7 @@ from kdcli.engine.caching.write import MANIFEST_IDENTITY, write_store
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import OptionError, StoreError
 from kdcli.methods.resolve import absolute_methods, find_methods
+from kdcli.store.arrays import StoredTensor
 from kdcli.store.image_codec import PIXELS
 from kdcli.store.locks import lock_store
 from kdcli.store.maintenance import copy_rows, drop_tensors, merge_overlay, record_errors, unreferenced_arrays
@@ -36,14 +37,15 @@ ADDING = ".adding"  # inside the store: same disk, and gone with it
 
 def add(
     store: Where, data: str | None, teacher: str | None, methods: str, settings: Mapping[str, Mapping[str, Any]],
-    encoding: str, reporter: ProgressReporter, images: bool = False,
+    encoding: str, reporter: ProgressReporter, images: bool = False, device: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Add what ``methods`` read and ``store`` lacks, and with ``images`` the pictures; returns the keys of what is new.
 
     The teacher runs again, but only the new tensors are encoded and written, into a store inside the store that is taken
     in when it is complete: until then readers see the old store. For pictures alone it does not run. The same call goes on
-    after a kill. ``data`` and ``teacher``: None for where the store was written from. Raises StoreError when they are not
-    those of the manifest.
+    after a kill. ``data`` and ``teacher``: None for where the store was written from; ``device``: None for the kind that it
+    was written on. Another one rounds differently: the manifest then says of each new tensor where it was computed. Raises
+    StoreError when data or teacher are not those of the manifest, OptionError when the device is not here.
     """
     reader = StoreReader(store)
     folder = _folder(reader, "add to it")
@@ -52,18 +54,28 @@ def add(
     asked = absolute_methods(methods).split(",") if methods else []
     names = ",".join(dict.fromkeys([*_methods(manifest), *asked]))
     whole = plan_of_store(
-        store, data or origin["data"], teacher or origin["teacher"], None, reporter, methods=names, settings=settings,
-        encoding=encoding,
+        store, data or origin["data"], teacher or origin["teacher"], device, reporter, methods=names, settings=settings,
+        encoding=encoding, runs=bool(asked),
     )  # fmt: skip
-    fixed = {k: v for k, v in manifest.items() if k in MANIFEST_IDENTITY and k != "regions"}
+    # which device, and with it how many threads, is the user's to say; without tensors to add nothing is computed
+    fixed = {k: v for k, v in manifest.items() if k in MANIFEST_IDENTITY and k not in ("regions", "teacher_run")}
     fixed["teacher"] = {k: v for k, v in fixed["teacher"].items() if k != "ap"}
+    if asked:
+        fixed["teacher_run"] = {k: v for k, v in manifest["teacher_run"].items() if k not in ("device", "threads")}
     differences = compare_manifests(fixed, whole.manifest)
     if differences:
         raise StoreError(f"store '{store}' is another one: {'; '.join(differences)}; use the teacher that wrote it")
+    if reader.schema.regions - {"main"} and manifest["regions"] != whole.manifest["regions"]:
+        changed = compare_manifests({"regions": whole.manifest["regions"]}, manifest)
+        raise StoreError(f"store '{store}' has tensors in other regions: {'; '.join(changed)}; write another store")
     have = {t.need: t for t in reader.schema.tensors}
+    derived = {*whole.schema.derived_from_dense, *reader.schema.derived_from_dense}
+    # those of a pruned store that no method reads stay
+    tensors = {t.need: t for t in whole.schema.tensors} | {n: t for n, t in have.items() if n not in derived}
     joined = replace(
         whole.schema,
-        tensors=tuple(have.get(t.need, t) for t in whole.schema.tensors),
+        tensors=tuple(tensors[need] for need in sorted(tensors)),
+        derived_from_dense=tuple(sorted(derived)),
         shard_rows=reader.schema.shard_rows,
         images=reader.schema.images or images,
     )
@@ -79,6 +91,7 @@ def add(
     )
     between = replace(between, derived_from_dense=tuple(n for n in joined.derived_from_dense if n not in have))
     changes = {k: whole.manifest[k] for k in ("methods", "method_options", "regions")}
+    changes |= _added_on(reader, whole, [t for t in joined.tensors if t.need not in have], reporter)
     with lock_store(folder, shared=False):
         overlay = folder / ADDING
         write_store(_plan_of(whole, between, reader.schema), overlay, reporter)
@@ -87,6 +100,30 @@ def add(
         if between != joined:
             drop_tensors(folder, joined, {}, reporter.advance)
     return new
+
+
+def _added_on(
+    reader: StoreReader, whole: Plan, new: Sequence[StoredTensor], reporter: ProgressReporter
+) -> dict[str, Any]:
+    """What the manifest has to say of ``new`` tensors that are computed on another device than the store was.
+
+    Raises StoreError when they belong to the store's proposals: those of another device may be others.
+    """
+    wrote, here = (m["teacher_run"]["device"] for m in (reader.manifest, whole.manifest))
+    if not new or here == wrote:
+        return {}
+    stored = [t.need.key for t in reader.schema.tensors if t.need.region == "proposals"]
+    if stored and any(t.need.region == "proposals" for t in new):
+        raise StoreError(
+            f"store '{reader.storage}' has {', '.join(stored)}, computed on {wrote}; on {here} the proposals may be others: "
+            f"add to it with --device {wrote}, or write another store"
+        )
+    reporter.message(
+        f"{reader.storage}: what is added is computed on {here}, what is there was on {wrote}; they round differently, and "
+        "the manifest says which is which"
+    )
+    run = {k: v for k, v in whole.manifest["teacher_run"].items() if k in ("device", "threads") and v is not None}
+    return {"added_on": {**reader.manifest.get("added_on", {}), **{t.need.key: run for t in new}}}
 
 
 def _plan_of(whole: Plan, joined: StoreSchema, stored: StoreSchema) -> Plan:
@@ -137,6 +174,8 @@ def prune_tensors(store: Where, keys: Sequence[str], reporter: ProgressReporter)
         }
         reporter.stage("prune", reader.schema.num_shards)
         changes = {"methods": ",".join(able), "method_options": {name: options[name] for name in able.values()}}
+        if "added_on" in reader.manifest:
+            changes["added_on"] = {k: run for k, run in reader.manifest["added_on"].items() if k not in keys}
         dense = {t.need.name for t in keep if t.need.dense}
         derived = tuple(n for n in reader.schema.derived_from_dense if n.name in dense)
         images = reader.schema.images and PIXELS not in keys
@@ -177,6 +216,8 @@ def merge(stores: Sequence[Where], out: Where, data: str | None, reporter: Progr
         found = compare_manifests({**ours, "schema": shape}, reader.manifest)
         if reader.manifest["dataset"]["categories"] != first.manifest["dataset"]["categories"]:
             found.append("dataset.categories")
+        if reader.manifest.get("added_on", {}) != first.manifest.get("added_on", {}):
+            found.append("added_on: tensors were added on other devices")
         if found:
             raise StoreError(f"'{reader.storage}' and '{first.storage}' do not go together: {'; '.join(found)}")
     dataset = {k: v for k, v in first.manifest["dataset"].items() if k != "left_out"}

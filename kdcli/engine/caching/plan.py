@@ -73,7 +73,7 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> Plan:
     specs = with_classes(detector.specs(), len(order))
     canvas = Canvas.parse(options.canvas or meta.canvas)
     views = parse_views(options.views)
-    methods = find_methods(options.method)
+    methods = find_methods(options.method) if options.method else {}  # a pruned store may have none left
     for table in options.methods:
         if table not in methods:
             raise OptionError(

@@ -19,6 +19,7 @@ from kdcli.engine.caching.plan import Plan, plan_store, teacher_rows
 from kdcli.engine.loading.region_check import recheck_regions, spread
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import KDError, StoreError
+from kdcli.geometry.regions import RegionSpec
 from kdcli.options import CacheOptions, build, layer
 from kdcli.store.arrays import shard_key
 from kdcli.store.batch_buffers import collate_arrays
@@ -134,12 +135,13 @@ def _again(storage: Storage, shard: int) -> str:
 
 def plan_of_store(
     store: Where, data: str, teacher: str, device: str | None, reporter: ProgressReporter, *, methods: str | None = None,
-    settings: Mapping[str, Mapping[str, Any]] | None = None, encoding: str = "default",
+    settings: Mapping[str, Mapping[str, Any]] | None = None, encoding: str = "default", runs: bool = True,
 ) -> Plan:  # fmt: skip
     """The plan that wrote ``store``, rebuilt from its manifest with the given data set and teacher.
 
-    With ``methods`` and ``settings`` (options of methods), the plan of a store of these. Raises StoreError when the data
-    set is not that of the manifest.
+    ``device``: None for the one that wrote the store. With ``methods`` and ``settings`` (options of methods), the plan of a
+    store of these. ``runs``: False for a plan whose teacher will not run, which then needs neither its device nor a
+    compiler. Raises StoreError when the data set is not that of the manifest, OptionError when the device is not here.
     """
     manifest = read_manifest(store)
     schema = StoreSchema.from_json(manifest["schema"])
@@ -148,7 +150,9 @@ def plan_of_store(
         "data": data, "teacher": teacher, "method": manifest["methods"] if methods is None else methods,
         "split": manifest["dataset"]["split"], "canvas": manifest["canvas"], "views": format_views(manifest["views"]),
         "view_seed": manifest["view_seed"], "precision": run["precision"], "micro_batch": run["micro_batch"],
-        "threads": run["threads"], "device": device or run["device"], "shard_rows": schema.shard_rows,
+        "threads": run["threads"], "device": (device or run["device"]) if runs else "cpu",
+        "compile": runs and bool(run.get("compile")),  # stores from before that option lack it
+        "shard_rows": schema.shard_rows,
         "skip_bad": bool(left_out),
         "encoding": encoding, "methods": layer(manifest["method_options"], settings or {}),
     }  # fmt: skip
@@ -156,4 +160,9 @@ def plan_of_store(
     differences = compare_manifests({"dataset": plan.manifest["dataset"]}, manifest)
     if differences:
         raise StoreError(f"store '{store}' belongs to another data set: {'; '.join(differences)}")
-    return plan if methods is not None else replace(plan, schema=schema)
+    if methods is not None:
+        return plan
+    # a pruned store has tensors that no method of it reads any more
+    regions = RegionSpec.from_json(manifest["regions"])
+    source = replace(plan.source, region_spec=regions, regions=schema.regions, targets=bool(schema.regions))
+    return replace(plan, schema=schema, needs=tuple(t.need for t in schema.tensors), source=source)
