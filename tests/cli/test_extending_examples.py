@@ -13,7 +13,7 @@ from kdcli.geometry.assign import assign
 from kdcli.methods.base import Pair
 from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
 from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, TensorSpec
-from tests.cli.test_extending import MY_DETECTOR, MY_METHOD
+from tests.support.own_parts import MY_DETECTOR, MY_METHOD
 from tests.support.small_runs import CANVAS
 
 
