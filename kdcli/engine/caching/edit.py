@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcli.data.coco import open_split
-from kdcli.engine.caching.plan import Plan
+from kdcli.engine.caching.plan import StorePlan
 from kdcli.engine.caching.verify import plan_of_store
 from kdcli.engine.caching.write import MANIFEST_IDENTITY, write_store
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import OptionError, StoreError
-from kdcli.methods.resolve import absolute_methods, find_methods
+from kdcli.methods.resolve import absolute_methods, all_needs, find_methods
 from kdcli.store.arrays import StoredTensor
 from kdcli.store.image_codec import PIXELS
 from kdcli.store.locks import lock_store
@@ -30,7 +30,7 @@ from kdcli.store.storage.local import LocalStorage
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import create_store
 from kdcli.structures import RowKey
-from kdcli.tensors import Need
+from kdcli.tensors import Need, Region
 
 ADDING = ".adding"  # inside the store: same disk, and gone with it
 
@@ -54,8 +54,8 @@ def add(
     asked = absolute_methods(methods).split(",") if methods else []
     names = ",".join(dict.fromkeys([*_methods(manifest), *asked]))
     whole = plan_of_store(
-        store, data or origin["data"], teacher or origin["teacher"], device, reporter, methods=names, settings=settings,
-        encoding=encoding, runs=bool(asked),
+        store, data or origin["data"], teacher or origin["teacher"], device, reporter, methods=names if asked else None,
+        settings=settings, encoding=encoding, runs=bool(asked),
     )  # fmt: skip
     # which device, and with it how many threads, is the user's to say; without tensors to add nothing is computed
     fixed = {k: v for k, v in manifest.items() if k in MANIFEST_IDENTITY and k not in ("regions", "teacher_run")}
@@ -65,7 +65,7 @@ def add(
     differences = compare_manifests(fixed, whole.manifest)
     if differences:
         raise StoreError(f"store '{store}' is another one: {'; '.join(differences)}; use the teacher that wrote it")
-    if reader.schema.regions - {"main"} and manifest["regions"] != whole.manifest["regions"]:
+    if reader.schema.regions - {Region.MAIN} and manifest["regions"] != whole.manifest["regions"]:
         changed = compare_manifests({"regions": whole.manifest["regions"]}, manifest)
         raise StoreError(f"store '{store}' has tensors in other regions: {'; '.join(changed)}; write another store")
     have = {t.need: t for t in reader.schema.tensors}
@@ -103,7 +103,7 @@ def add(
 
 
 def _added_on(
-    reader: StoreReader, whole: Plan, new: Sequence[StoredTensor], reporter: ProgressReporter
+    reader: StoreReader, whole: StorePlan, new: Sequence[StoredTensor], reporter: ProgressReporter
 ) -> dict[str, Any]:
     """What the manifest has to say of ``new`` tensors that are computed on another device than the store was.
 
@@ -112,8 +112,8 @@ def _added_on(
     wrote, here = (m["teacher_run"]["device"] for m in (reader.manifest, whole.manifest))
     if not new or here == wrote:
         return {}
-    stored = [t.need.key for t in reader.schema.tensors if t.need.region == "proposals"]
-    if stored and any(t.need.region == "proposals" for t in new):
+    stored = [t.need.key for t in reader.schema.tensors if t.need.region == Region.PROPOSALS]
+    if stored and any(t.need.region == Region.PROPOSALS for t in new):
         raise StoreError(
             f"store '{reader.storage}' has {', '.join(stored)}, computed on {wrote}; on {here} the proposals may be others: "
             f"add to it with --device {wrote}, or write another store"
@@ -126,7 +126,7 @@ def _added_on(
     return {"added_on": {**reader.manifest.get("added_on", {}), **{t.need.key: run for t in new}}}
 
 
-def _plan_of(whole: Plan, joined: StoreSchema, stored: StoreSchema) -> Plan:
+def _plan_of(whole: StorePlan, joined: StoreSchema, stored: StoreSchema) -> StorePlan:
     """The plan of a store of what ``stored`` lacks of ``joined``; where it has entries, with the regions of both."""
     have = {t.need for t in stored.tensors} | set(stored.derived_from_dense)
     schema = replace(
@@ -138,7 +138,8 @@ def _plan_of(whole: Plan, joined: StoreSchema, stored: StoreSchema) -> Plan:
     needs = tuple(t.need for t in schema.tensors)
     # the AP of the teacher is known; measuring it again would take a pass over val
     options = replace(whole.options, min_teacher_ap=0.0)
-    source = replace(whole.source, regions=joined.regions if schema.sparse else frozenset())
+    regions = joined.regions if schema.sparse else frozenset()
+    source = whole.source.with_regions(whole.source.region_spec, regions)
     return replace(whole, options=options, needs=needs, schema=schema, source=source)
 
 
@@ -265,7 +266,7 @@ def needs_of(store: Where, methods: str) -> tuple[Need, ...]:
     unknown = [name for name in found if name not in options]
     if unknown:
         raise OptionError(f"store '{store}' was not written for {', '.join(unknown)}; it has {', '.join(options)}")
-    return tuple(sorted({n for name, method in found.items() for n in method.reads(options[name])}))
+    return all_needs(found, options)
 
 
 def _folder(reader: StoreReader, verb: str) -> Path:

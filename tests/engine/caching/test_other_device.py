@@ -136,7 +136,7 @@ def test_a_store_of_a_compiled_teacher_is_extended_and_verified(
     store = write(options, tmp_path / "store")
     whole = write(cache_options(shapes, teacher, method="rm,ld", compile=True), tmp_path / "whole")
     plan = plan_of_store(store, str(shapes), str(teacher), None, NullReporter())
-    assert plan.forward.network is not None
+    assert plan.teacher.forward.network is not None
     assert plan.manifest["teacher_run"] == read_manifest(store)["teacher_run"]
     assert verify_teacher(plan, store, 4, NullReporter())[0] == 4
     shutil.copytree(store, tmp_path / "pictured")
@@ -201,3 +201,18 @@ def test_regions_that_tensors_lie_in_do_not_change(shapes: Path, teacher: Path, 
     with pytest.raises(StoreError, match=r"tensors in other regions: regions\.vlr_gamma: store 0.25, here 0.5"):
         edit.add(store, None, None, "ld,rm", {"ld": {"vlr_gamma": 0.5}}, "default", NullReporter())
     assert contents(store) == before
+
+
+def test_images_are_added_to_a_pruned_store_with_regions_of_its_own(
+    shapes: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """The guard of a row depends on them, and the method that asked for them is gone."""
+    gamma = {"ld": {"vlr_gamma": 0.5}}
+    store = write(cache_options(shapes, teacher, method="ld", methods=gamma), tmp_path / "store")
+    edit.prune_tensors(store, ["cls_logits@main"], NullReporter())
+    before = rows(store)
+    assert add(store, "", images=True) == [PIXELS]
+    assert {k: v for k, v in rows(store).items() if k[2] != PIXELS} == before
+    assert read_manifest(store)["regions"]["vlr_gamma"] == 0.5
+    plan = plan_of_store(store, str(shapes), str(teacher), None, NullReporter())
+    assert verify_teacher(plan, store, 4, NullReporter())[0] == 4
