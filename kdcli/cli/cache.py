@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,6 @@ from kdcli.cli import flags as f
 from kdcli.cli.app import app
 from kdcli.errors import UsageError
 from kdcli.store.info import store_info
-
-if TYPE_CHECKING:
-    pass
 
 cache = typer.Typer(
     no_args_is_help=True,
@@ -56,6 +53,8 @@ def info(store: Store, json: f.Json = False) -> int:
         f"data {dataset.annotations_sha256[:12]}, {dataset.num_images} images, canvas {manifest.schema.canvas}, "
         f"views {', '.join(manifest.views)}",
     ]
+    for key, run in found.get("added_on", {}).items():
+        lines.append(f"added later on another device: {key}, {', '.join(f'{k} {v}' for k, v in run.items())}")
     say(console, *lines)
     measured = any(tensor["precision_error"] for tensor in found["tensors"].values())
     precision = [f"{manifest.teacher_run.precision} teacher"] if measured else []

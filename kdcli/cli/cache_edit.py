@@ -22,6 +22,9 @@ def add(
     cache_images: Annotated[
         bool, typer.Option("--cache-images", help="Add the resized images, so that training opens no image file.")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Device for the teacher (default: the one that wrote the store).")
+    ] = None,
     set_: f.Set = None,
     json: f.Json = False,
 ) -> int:
@@ -40,9 +43,11 @@ def add(
     if not method and not cache_images:
         raise UsageError("name what to add: --method bckd, or --cache-images")
     settings = method_tables(method or "", parse_assignments(set_ or []))
-    keep_freed_memory(pick_device("auto"))
+    keep_freed_memory(pick_device(device or "auto"))
     with ConsoleReporter() as reporter:
-        new = add_tensors(store, data, teacher, method or "", settings, encoding, reporter, cache_images)
+        new = add_tensors(
+            store, data, teacher, method or "", settings, encoding, reporter, images=cache_images, device=device
+        )
         found = store_info(store)
         if new:
             reporter.message(f"{store}: {', '.join(new)} added, {found['bytes'] / 2**20:.1f} MB now")

@@ -98,6 +98,8 @@ def _launch(
         for run, metrics in finished:
             ap = "not defined" if metrics["ap"] is None else f"{metrics['ap']:.2f}"
             reporter.message(f"{run}: AP {ap} after {pluralize(metrics['epochs'], 'epoch')}, {metrics['wall_s']:.0f} s")
+            for approximation in metrics.get("approximations", ()):  # a run from before this was noted has none
+                reporter.message(f"  ≈ {approximation}")
     return 0
 
 

@@ -19,6 +19,8 @@ from kdcli.geometry.grid import Grid
 from kdcli.structures import Batch, Canvas
 from kdcli.tensors import Need, Region, Tensors, TensorSpec
 
+APPROXIMATION = "approximation"  # the value of ``Method.offline`` that reports mark
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -36,7 +38,7 @@ class Method(nn.Module):
 
     title: ClassVar[str]  # paper, venue, arXiv id
     evidence: ClassVar[str] = "not stated"  # what the implementation rests on, and what of it is ours; one line
-    # what a store gives: "exact" (sparse: ground truth alone chooses), "exact, dense" or "approximation"; encodings apart
+    # what a store gives: "exact" (sparse: ground truth alone chooses), "exact, dense" or APPROXIMATION; encodings apart
     offline: ClassVar[str] = "not stated"
     needs: tuple[Need, ...]  # of the teacher; a class attribute, and one of an instance whose options change it
     student_needs: tuple[Need, ...] | None = None  # what is read of the student, when it is not the same

@@ -83,6 +83,7 @@ def make_manifest(schema: StoreSchema, **changes: Any) -> Manifest:
         method_options={"rm": {}},
         origin=Origin(data="data", teacher="teacher"),
         schema=schema,
+        added_on={},
     )
     return replace(manifest, **changes)
 
