@@ -29,6 +29,7 @@ from kdcli.store.encoding_policy import plan_tensors
 from kdcli.store.journal import store_digest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema, regions_of
+from kdcli.store.storage.base import Where
 from kdcli.structures import Canvas
 from kdcli.tensors import Need
 
@@ -51,20 +52,25 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
     if bool(options.cache) == bool(options.teacher):
         raise OptionError("distill takes either --cache STORE or --teacher CKPT (the live teacher), not both or none")
     if options.cache:
-        reader = StoreReader(options.cache)
-        entry = reader.manifest.get("teacher")
-        if entry is None:
-            raise StoreError(f"store '{reader.storage}' names no teacher: `kdcli cache-teacher` did not write it")
-        name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
-        return TeacherSide(
-            name, specs_of(reader.manifest), reader.schema.canvas, reader.views, entry["ap"], entry["weights_sha256"],
-            reader=reader,
-        )  # fmt: skip
+        return stored_teacher(options.cache)
     detector, meta = load_detector(str(options.teacher))
     ap = meta.extra.get("ap")
     return TeacherSide(
         detector.spec.name, with_classes(detector.specs(), len(train.classes)), Canvas.parse(meta.canvas), None,
         ap if isinstance(ap, float) else None, meta.weights_sha256, detector=detector, meta=meta,
+    )  # fmt: skip
+
+
+def stored_teacher(where: Where) -> TeacherSide:
+    """The teacher of the store at ``where``. Raises StoreError for a store that names none, and as StoreReader does."""
+    reader = StoreReader(where)
+    entry = reader.manifest.get("teacher")
+    if entry is None:
+        raise StoreError(f"store '{reader.storage}' names no teacher: `kdcli cache-teacher` did not write it")
+    name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
+    return TeacherSide(
+        name, specs_of(reader.manifest), reader.schema.canvas, reader.views, entry["ap"], entry["weights_sha256"],
+        reader=reader,
     )  # fmt: skip
 
 

@@ -18,14 +18,15 @@ from kdcli.structures import Canvas
 
 
 def require_match(
-    reader: StoreReader, dataset: Dataset, canvas: Canvas, views: Sequence[str],
+    reader: StoreReader, dataset: Dataset | None, canvas: Canvas, views: Sequence[str],
     index_space: tuple[Grid, AssignerSpec, RegionSpec] | None,
 ) -> None:  # fmt: skip
     """Raises StoreError (exit 4) listing every field in which a store differs from the run that wants to read it.
 
-    ``index_space``: what decides which anchor has which index and region; None when no method reads by anchor index.
+    ``dataset``: None when the loop that reads the store has its own. ``index_space``: what decides which anchor has which index and region; None when no method reads by anchor index.
     """
-    ours: dict[str, Any] = {"dataset": dataset.fingerprint(), "canvas": str(canvas)}
+    ours: dict[str, Any] = {} if dataset is None else {"dataset": dataset.fingerprint()}
+    ours["canvas"] = str(canvas)
     if index_space is not None:
         grid, assigner, regions = index_space
         ours |= {"schema": {"grid": grid.to_json()}, "assigner": assigner.to_json(), "regions": regions.to_json()}
