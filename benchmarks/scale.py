@@ -81,6 +81,7 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     import scale_store
 
     from kdcli.engine.caching import write as writing
+    from kdcli.engine.caching.teacher_runner import TeacherRunner
     from kdcli.engine.runtime.progress import NullReporter
 
     found = {}
@@ -102,7 +103,7 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     reached("imports")
     plan = scale_store.make_plan(args.out, args.method, args.shard_rows)
     reached("planned")
-    writing.teacher_rows = teacher_rows
+    TeacherRunner.rows = teacher_rows  # type: ignore[method-assign]
     try:
         writing.write_store(plan, args.out / "store", Journal())
     except ReachedTeacher:

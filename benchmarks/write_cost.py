@@ -23,7 +23,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +30,8 @@ import torch
 from common import draw_data, machine, pairwise, part_of, plan_of, random_teacher, verdict
 
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.caching.plan import Plan, encode_row, teacher_rows
-from kdcli.engine.caching.write import ErrorMeter, _compare, _micro_batches, write_store
+from kdcli.engine.caching.plan import StorePlan, encode_row
+from kdcli.engine.caching.write import ErrorMeter, compare_row, shard_micro_batches, write_store
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, SampleSource, collate
 from kdcli.engine.runtime.memory import keep_freed_memory
@@ -46,21 +45,21 @@ LIMIT = 1.10
 T = TypeVar("T")
 
 
-def micro_batches(plan: Plan) -> list[list[Item]]:
+def micro_batches(plan: StorePlan) -> list[list[Item]]:
     """The rows as ``cache-teacher`` cuts them: shard by shard, one orientation each."""
-    return [items for s in range(plan.schema.num_shards) for items in _micro_batches(plan, *plan.schema.shard_range(s))]
+    return [items for s in range(plan.schema.num_shards) for items in shard_micro_batches(plan, s)]
 
 
-def images_alone(plan: Plan) -> SampleSource:
+def images_alone(plan: StorePlan) -> SampleSource:
     """The same images and views, without the assignment and the regions, which inference does not need."""
-    return replace(plan.source, regions=frozenset(), targets=False)
+    return plan.source.with_regions(plan.source.region_spec, frozenset())
 
 
-def infer(plan: Plan) -> None:
+def infer(plan: StorePlan) -> None:
     """The bare teacher over all rows; its outputs are thrown away."""
-    for samples in Loader(images_alone(plan), plan.workers).samples(micro_batches(plan)):
-        plan.forward.outputs(torch.stack([s.image for s in samples]).to(plan.device))
-    wait_for(plan.device)
+    for samples in Loader(images_alone(plan), plan.teacher.workers).samples(micro_batches(plan)):
+        plan.teacher.forward.outputs(torch.stack([s.image for s in samples]).to(plan.teacher.device))
+    wait_for(plan.teacher.device)
 
 
 def wait_for(device: torch.device) -> None:
@@ -99,7 +98,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     began = time.perf_counter()
     plan = plan_of(args.data, args.teacher, method, args.canvas, args.workers)
     planned = time.perf_counter() - began
-    keep_freed_memory(plan.device)  # as the command does, and for both passes
+    keep_freed_memory(plan.teacher.device)  # as the command does, and for both passes
     store, bar = args.out / "store", Bar()
     bare: list[tuple[float, float]] = []
     cached: list[tuple[float, float]] = []
@@ -153,7 +152,7 @@ class Stages:
         return result
 
 
-def profile(plan: Plan, out: Path) -> dict[str, Any]:
+def profile(plan: StorePlan, out: Path) -> dict[str, Any]:
     """Milliseconds a row of every stage, run alone: of the clock and of the processors.
 
     Stages of a shard come one after the other here; ``cache-teacher`` runs them beside the teacher.
@@ -163,15 +162,15 @@ def profile(plan: Plan, out: Path) -> dict[str, Any]:
     shutil.rmtree(store, ignore_errors=True)
     create_store(store, plan.schema, plan.manifest, plan.source.dataset.annotations.image_ids[plan.positions])
     start, stop = plan.schema.shard_range(0)
-    batches = _micro_batches(plan, start, stop)
+    batches = shard_micro_batches(plan, 0)
     packed: dict[Item, dict[str, bytes]] = {}
     for items in batches:
         stages.run("load: images", lambda items=items: [images.load(i) for i in items])
         samples = stages.run("load: whole", lambda items=items: [plan.source.load(i) for i in items])
-        batch = stages.run("collate", lambda samples=samples: collate(samples, None).to(plan.device))
-        stages.run("teacher: forward", lambda batch=batch: plan.forward.outputs(batch.images))
+        batch = stages.run("collate", lambda samples=samples: collate(samples, None).to(plan.teacher.device))
+        stages.run("teacher: forward", lambda batch=batch: plan.teacher.forward.outputs(batch.images))
         values = stages.run(
-            "teacher: forward, collate, read, copy", lambda samples=samples: teacher_rows(plan, samples)
+            "teacher: forward, collate, read, copy", lambda samples=samples: plan.teacher.rows(samples, plan.needs)
         )
         for item, sample, value in zip(items, samples, values, strict=True):
             row = stages.run("encode", lambda sample=sample, value=value: encode_row(plan, sample, value))
@@ -179,7 +178,7 @@ def profile(plan: Plan, out: Path) -> dict[str, Any]:
                 "check: decode", lambda row=row: plan.schema.decode(collate_arrays([row], layout), plan.needs)
             )
             read = {key: row_tensor(tensor) for key, tensor in decoded.items()}
-            stages.run("check: compare", lambda s=sample, v=value, r=read: _compare(plan, s, ErrorMeter(), v, r))
+            stages.run("check: compare", lambda s=sample, v=value, r=read: compare_row(plan, s, ErrorMeter(), v, r))
             packed[item] = stages.run("compress", lambda row=row: {a.path: pack_chunk(row[a.path], a) for a in layout})
     chunks = {a.path: [packed[plan.item(r)][a.path] for r in range(start, stop)] for a in layout}
     stages.run("write", lambda: StoreWriter(store, plan.schema).write_chunks(0, chunks, {}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,5 +110,5 @@ class TeacherBatch:
         return torch.cat([m.flatten(2).mT for m in given], dim=1)
 
 
-def _shapes(shapes: list[tuple[int, ...]]) -> str:
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
     return ", ".join("x".join(map(str, shape)) for shape in shapes) or "none"

@@ -174,8 +174,8 @@ class Store:
         ids = np.sort(np.array(self.image_ids, np.int64))
         views = drawn_views(ids, self.views, seed, epoch)
         keys = list(zip(ids.tolist(), views, strict=True))
-        canvases = [self.orientation(*key) for key in keys]
-        order = ordered_batches(ids, canvases, np.zeros(len(ids), np.int64), seed=seed, epoch=epoch, batch=size)
+        sizes = [self.orientation(*key).size for key in keys]
+        order = ordered_batches(ids, sizes, np.zeros(len(ids), np.int64), seed=seed, epoch=epoch, batch=size)
         return [[keys[k] for k in chunk] for chunk in order]
 
     def read(
@@ -210,15 +210,17 @@ class Store:
             targets = [self.dataset.training_boxes(place) for place in places]
         found = self._targets(views, canvas)
         if targets is not None:
-            placed = [
-                self._placed(view, row, *boxes) for view, row, boxes in zip(views, rows, targets, strict=True)
-            ]
+            placed = [self._placed(view, row, *boxes) for view, row, boxes in zip(views, rows, targets, strict=True)]
             found = replace(
                 found, boxes=[boxes for boxes, _, _ in placed], labels=[labels for _, labels, _ in placed],
                 assigned=torch.stack([assigned for _, _, assigned in placed]),
                 draws=image_draws(named, seed, epoch),
             )  # fmt: skip
-        entries = Entries.collate([row.entries for row in rows if row.entries is not None]) if rows[0].entries is not None else None
+        entries = (
+            Entries.collate([row.entries for row in rows if row.entries is not None])
+            if rows[0].entries is not None
+            else None
+        )
         batch = Batch(
             images=torch.empty(len(named), 0, dtype=torch.uint8),  # methods read none
             targets=found, keys=named, entries=entries, rows=collate_rows(rows, self._rows.layout.values()),

@@ -42,12 +42,13 @@ def demo(
     import shutil
     import time
 
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.data.shapes import make_shapes
     from kdcli.report.compare import compare, load_runs
     from kdcli.report.console import show_comparison
     from kdcli.report.html import gist, write_html
     from kdcli.report.plots import write_plots
+    from kdcli.report.progress import ConsoleReporter
 
     if out.exists() and not out.is_dir():
         raise OptionError(f"--out '{out}' is a file; name a folder")

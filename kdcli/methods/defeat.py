@@ -19,7 +19,7 @@ from kdcli.geometry.defeat_mask import defeat_cells, stage_cells
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.decoupled import adapt, adapter, decoupled_imitation, neck_adapters
 from kdcli.methods.divergence import kl_rows, squared_rows
-from kdcli.methods.maps import MAPS, split_levels
+from kdcli.methods.maps import MAPS
 from kdcli.structures import Batch
 from kdcli.tensors import (
     BACKBONE,
@@ -116,12 +116,14 @@ class DeFeat(Method):
         adapted = adapt(student, self.adapters, shapes, valid)
         error = squared_rows(adapted, teacher)
         inside = defeat_cells(boxes, self.grid, canvas)
-        return decoupled_imitation(*(split_levels(part, self.grid, batch) for part in (error, inside, valid)))
+        return decoupled_imitation(
+            *(self.grid.split_levels(part, batch.targets.canvas) for part in (error, inside, valid))
+        )
 
     def _backbone(self, student: Tensors, teacher: Tensors, boxes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         canvas = batch.targets.canvas
         shapes = self.grid.level_shapes(canvas)
-        valid = split_levels(batch.targets.valid, self.grid, batch)
+        valid = self.grid.split_levels(batch.targets.valid, batch.targets.canvas)
         errors, insides, valids = [], [], []
         for i, (need, level) in enumerate(zip(self.stages, self.stage_levels, strict=True)):
             adapted = adapt(student[need.key], self.stage_adapters[i : i + 1], [shapes[level]], valid[level])

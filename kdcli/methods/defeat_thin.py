@@ -15,7 +15,7 @@ from kdcli.geometry.defeat_mask import defeat_cells
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.decoupled import adapt, half_mean, neck_adapters
 from kdcli.methods.divergence import squared_rows
-from kdcli.methods.maps import MAPS, split_levels
+from kdcli.methods.maps import MAPS
 from kdcli.structures import Batch
 from kdcli.tensors import FEATURES, Need, Tensors
 
@@ -66,7 +66,7 @@ class DeFeatThin(Method):
                 kept = error * entries.select(region)[chosen]
                 total = kept.new_zeros(len(sizes)).index_add(0, level, kept / share)
                 # the true number of such cells, not of those that were kept
-                count = torch.stack([part.sum() for part in split_levels(cells, self.grid, batch)])
+                count = torch.stack([part.sum() for part in self.grid.split_levels(cells, batch.targets.canvas)])
                 terms[name] = weight * half_mean(total, count)
         return terms
 

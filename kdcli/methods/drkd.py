@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdcli.geometry.rois import ROI_LEVELS, ROI_SIZE, gt_rois
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.glore import GloRe
-from kdcli.methods.maps import MAPS, channels, image_of, mean_images, split_levels
+from kdcli.methods.maps import MAPS, channels, image_of, mean_images
 from kdcli.methods.reduce import safe_sqrt, world_sum_grad
 from kdcli.methods.relation import Filter, RelationBlock
 from kdcli.structures import Batch
@@ -74,7 +74,7 @@ class DRKD(Method):
         images = mean_images(batch)
         terms = {}
         if self.pixels is not None:
-            split = (split_levels(v, self.grid, batch) for v in (ours, theirs, batch.targets.valid))
+            split = (self.grid.split_levels(v, batch.targets.canvas) for v in (ours, theirs, batch.targets.valid))
             scale = (self.batch_ref / (images * world_size())).sqrt()
             terms["pr"] = self.pr_weight * scale * self.pixels(*split)
         if self.instances.weights:

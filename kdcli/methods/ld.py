@@ -19,6 +19,7 @@ from kdcli.geometry.grid import Grid
 from kdcli.methods.base import Method, Pair, method_options
 from kdcli.methods.divergence import kl_rows
 from kdcli.methods.ld_imitation import general_instances, level_mean_square, levels_with_positives
+from kdcli.methods.maps import mean_images
 from kdcli.structures import Batch, Entries
 from kdcli.tensors import BOX_DISTRIBUTION, BOXES, CLS_LOGITS, FEATURES, Need, Tensors, world_mean
 
@@ -129,7 +130,7 @@ class LD(Method):
             edges = kl_rows(ours.flatten(1), theirs.flatten(1), self.temperature)
         else:
             edges = kl_rows(ours, theirs, self.temperature).sum(dim=-1)  # [M]
-        images = world_mean(torch.as_tensor(float(len(batch.keys)), device=edges.device))
+        images = mean_images(batch)
         scale = self.weight * self.batch_ref / images
         score = student[CLASSES.key].detach().sigmoid().amax(dim=-1)  # [M main]
         level = level_of(entries.index[entries.select("main")], self.grid, batch)

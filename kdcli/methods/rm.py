@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kdcli.methods.base import Method, Pair
+from kdcli.methods.maps import mean_images
 from kdcli.structures import Batch
-from kdcli.tensors import RANK, Need, Tensors, world_mean
+from kdcli.tensors import RANK, Need, Tensors
 
 RANKS = Need(RANK, "main")
 
@@ -54,7 +55,7 @@ class RM(Method):
         first = boxes.cumsum(0) - boxes
         group = first[image] + gt  # one group per ground-truth box of the batch
         # mean over an image's boxes, then over images; an image without boxes adds 0 and counts
-        images = world_mean(torch.as_tensor(float(len(batch.keys)), device=gt.device))
+        images = mean_images(batch)
         share = (1.0 / (boxes.clamp(min=1) * images)).repeat_interleave(boxes)
         terms = {}
         for column, (name, factor) in enumerate((("cls", self.cls), ("loc", self.loc))):

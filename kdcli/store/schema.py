@@ -100,13 +100,12 @@ class StoreSchema:
         return {t.need: self._sizes_of(t) for t in self.tensors}
 
     def _sizes_of(self, tensor: StoredTensor) -> tuple[int, ...]:
-        anchors = self.grid.level_sizes(self.canvas)
-        cells = tuple(n // self.grid.num_anchors for n in anchors)
+        cells = tuple(self.grid.level_cells(self.canvas))
         if tensor.per.startswith("level"):
             return (cells[int(tensor.per[5:])],)
         if tensor.per in ("box", "proposal"):
             return (max(1, self.counts[str(tensor.count)]),)
-        return cells if tensor.per == "cell" else tuple(anchors)
+        return cells if tensor.per == "cell" else tuple(self.grid.level_sizes(self.canvas))
 
     def count(self, tensor: StoredTensor) -> int:
         """Allocated rows of ``tensor``: P, N, the cells of its level, or the most boxes or proposals."""
@@ -117,8 +116,7 @@ class StoreSchema:
         if tensor.per == "anchor":
             return valid.repeat_interleave(self.grid.num_anchors, dim=-1)
         if tensor.per.startswith("level"):
-            cells = [n // self.grid.num_anchors for n in self.grid.level_sizes(self.canvas)]
-            return torch.split(valid, cells, dim=-1)[int(tensor.per[5:])]
+            return self.grid.split_levels(valid, self.canvas, dim=-1)[int(tensor.per[5:])]
         return valid
 
     def tensor_arrays(self, tensor: StoredTensor) -> dict[str, ArraySpec]:

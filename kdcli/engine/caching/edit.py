@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcli.data.coco import open_split
-from kdcli.engine.caching.plan import Plan
+from kdcli.engine.caching.plan import StorePlan
 from kdcli.engine.caching.verify import plan_of_store
 from kdcli.engine.caching.write import MANIFEST_IDENTITY, write_store
 from kdcli.engine.runtime.progress import ProgressReporter
@@ -89,7 +89,7 @@ def add(
     return new
 
 
-def _plan_of(whole: Plan, joined: StoreSchema, stored: StoreSchema) -> Plan:
+def _plan_of(whole: StorePlan, joined: StoreSchema, stored: StoreSchema) -> StorePlan:
     """The plan of a store of what ``stored`` lacks of ``joined``; where it has entries, with the regions of both."""
     have = {t.need for t in stored.tensors} | set(stored.derived_from_dense)
     schema = replace(
@@ -101,7 +101,8 @@ def _plan_of(whole: Plan, joined: StoreSchema, stored: StoreSchema) -> Plan:
     needs = tuple(t.need for t in schema.tensors)
     # the AP of the teacher is known; measuring it again would take a pass over val
     options = replace(whole.options, min_teacher_ap=0.0)
-    source = replace(whole.source, regions=joined.regions if schema.sparse else frozenset())
+    regions = joined.regions if schema.sparse else frozenset()
+    source = whole.source.with_regions(whole.source.region_spec, regions)
     return replace(whole, options=options, needs=needs, schema=schema, source=source)
 
 

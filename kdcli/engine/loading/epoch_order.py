@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcli.engine.loading.samples import Item, SampleSource, orientation
+from kdcli.engine.loading.orientation import group_by_size, orientation
+from kdcli.engine.loading.samples import Item, SampleSource
 from kdcli.store.reader import StoreReader
-from kdcli.structures import Canvas, RowKey
+from kdcli.structures import RowKey
 
 # of a shard-local shuffle: 16 shards of ten arrays are fewer files than a reader keeps open, and put 6 % of the pairs of a
 # batch into one shard, whatever the size of a shard
@@ -40,8 +41,8 @@ def plan_epoch(
         assert source.reader is not None
         keys = [RowKey(int(i), view) for i, (_, view) in zip(ids, items, strict=True)]
         window = shard_windows(source.reader, keys, seed, epoch)
-    canvases = [orientation(source, item) for item in items]
-    batches = ordered_batches(ids, canvases, window, seed=seed, epoch=epoch, batch=batch, padded=world > 1)
+    sizes = [orientation(source, item).size for item in items]
+    batches = ordered_batches(ids, sizes, window, seed=seed, epoch=epoch, batch=batch, padded=world > 1)
     low, high = rank * batch // world, (rank + 1) * batch // world
     return [[items[k] for k in chunk[low:high]] for chunk in batches]
 
@@ -53,20 +54,19 @@ def drawn_views(ids: NDArray[np.int64], views: tuple[str, ...], seed: int, epoch
 
 
 def ordered_batches(
-    ids: NDArray[np.int64], canvases: Sequence[Canvas], window: NDArray[np.int64], *, seed: int, epoch: int, batch: int,
+    ids: NDArray[np.int64], sizes: Sequence[tuple[int, int]], window: NDArray[np.int64], *, seed: int, epoch: int, batch: int,
     padded: bool = False,
 ) -> list[list[int]]:  # fmt: skip
-    """Positions in ``ids`` (images, each in a view of the orientation in ``canvases``), shuffled and cut into batches.
+    """Positions in ``ids`` (images, each in a view of the orientation in ``sizes``), shuffled and cut into batches.
 
     ``window``: of each, see ``shard_windows``. ``padded``: a short batch is filled up with images of its orientation.
     """
     order_key = _mix(ids.astype(np.uint64), _salt("order", seed, epoch))
-    buckets: dict[str, list[int]] = {}
-    for k in np.lexsort((order_key, window)).tolist():
-        buckets.setdefault(str(canvases[k].size), []).append(k)
+    order = np.lexsort((order_key, window)).tolist()
+    groups = group_by_size([sizes[k] for k in order])
     batches: list[list[int]] = []
     due = []  # the window of a batch's last image: what is left of a window goes with the next one
-    for bucket in (buckets[name] for name in sorted(buckets)):
+    for bucket in ([order[i] for i in groups[size]] for size in sorted(groups, key=str)):
         for start in range(0, len(bucket), batch):
             chunk = bucket[start : start + batch]
             due.append(window[chunk[-1]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from kdcli.engine.teacher import forward as teachers
 from kdcli.engine.teacher.match import require_match, require_strides
 from kdcli.engine.teacher.specs import TeacherSide, region_spec, specs_of, with_classes
 from kdcli.errors import OptionError, StoreError
-from kdcli.geometry.assign import AssignerSpec, follows_from_positives
+from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.regions import RegionSpec
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.resolve import check_pair, find_methods, resolve_options
@@ -102,7 +102,7 @@ def bind_teacher(
     needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(options.methods[k])}))
     require_strides(side, student)
     base = RegionSpec.from_json(side.reader.manifest["regions"]) if side.reader else student.region_defaults
-    source = replace(source, region_spec=region_spec(base, methods, options.methods), regions=regions_of(needs))
+    source = source.with_regions(region_spec(base, methods, options.methods), regions_of(needs))
     aligned = any(m.index_aligned for m in methods.values())
     if side.reader is not None:
         gone = set(side.reader.manifest["dataset"]["left_out"])
@@ -115,10 +115,9 @@ def bind_teacher(
         index_space = (student.grid, student.assigner, source.region_spec) if aligned else None
         require_match(side.reader, source.dataset, source.canvas, views, index_space)
         reader = _reader_for(side, needs, options, default_keys(student.spec.detector))
-        known = aligned and "main" in source.regions and follows_from_positives(student.assigner)
-        source = replace(source, reader=reader, row_definition=stored_definition(reader), stored_positives=known)
+        source = source.with_store(reader, stored_definition(reader), index_aligned=aligned)
         if aligned:
-            recheck_regions(source, positions, views)
+            recheck_regions(source, reader, positions, views)
         return BoundTeacher(
             teachers.cached(reader.schema, needs), built, source, side.ap, side.sha256, store_digest(reader.storage),
             reader.bytes_on_disk(),

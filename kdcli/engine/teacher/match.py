@@ -23,7 +23,8 @@ def require_match(
 ) -> None:  # fmt: skip
     """Raises StoreError (exit 4) listing every field in which a store differs from the run that wants to read it.
 
-    ``dataset``: None when the loop that reads the store has its own. ``index_space``: what decides which anchor has which index and region; None when no method reads by anchor index.
+    ``dataset``: None when the loop that reads the store has its own. ``index_space``: what decides which anchor has which
+    index and region; None when no method reads by anchor index.
     """
     ours: dict[str, Any] = {} if dataset is None else {"dataset": dataset.fingerprint()}
     ours["canvas"] = str(canvas)

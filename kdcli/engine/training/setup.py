@@ -86,7 +86,7 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     if side and side.reader:
         resolved = inherit_regions(resolved, methods, side.reader, options.methods)
     view_seed = side.reader.manifest["view_seed"] if side and side.reader else 0
-    source = SampleSource(train, canvas, view_seed, student.grid, student.assigner, student.region_defaults)
+    source = SampleSource.for_training(train, canvas, student, view_seed=view_seed)
     options = replace(
         options,
         canvas=str(canvas), views=format_views(views), methods=resolved, threads=threads,
