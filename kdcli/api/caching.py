@@ -25,7 +25,6 @@ from kdcli.store.storage.resolve import open_storage
 
 class CacheSettings(TypedDict, total=False):
     """Options of ``cache-teacher`` (docs/cli.md), with its defaults."""
-
     split: str
     canvas: str | None
     views: str
@@ -63,7 +62,6 @@ def cache_teacher(
 
 def write(plan: StorePlan, storage: Storage, part: Part | None, reporter: ProgressReporter) -> dict[str, Any]:
     """Write the store, or go on with it; what it holds then. Raises NoSpaceError before anything is written."""
-
     if not storage.exists():
         found = estimate(plan, storage, part)
         require_room(found, str(storage))
@@ -90,7 +88,6 @@ def part_of(shard: str | None) -> Part | None:
 
 def require_room(found: Estimate, out: str) -> None:
     """Raises NoSpaceError (exit 5) when the disk of ``out`` cannot hold the store; nothing has been written then."""
-
     wanted = found.bytes_total * MARGIN
     if found.free_bytes is not None and wanted > found.free_bytes:
         raise NoSpaceError(

@@ -51,7 +51,7 @@ def losses(
         if table not in known:
             raise OptionError(f"options of '{table}' are not used: methods are '{methods}'{did_you_mean(table, known)}")
     net = student if isinstance(student, Detector) else Foreign(student, side)
-    name = student.spec.name if isinstance(student, Detector) else "student"
+    name = student.spec.name if isinstance(student, Detector) else "network"
     teacher_detector = reader.manifest["teacher"]["model"]["detector"]
     keys = default_keys(net.spec.detector if isinstance(student, Detector) else detector or teacher_detector)
     resolved = {n: resolve_options(n, m, keys, given.get(n, {}), net.region_defaults) for n, m in known.items()}

@@ -26,7 +26,6 @@ def priced(found: Estimate) -> str:
 
 def paid_back(found: BreakEven) -> str:
     """When a store is paid back, in a line."""
-
     three = 3 * found.epochs_each * found.live_epoch_seconds
     return (
         f"break-even: as long as a live teacher's forward passes in {found.epochs:.1f} epochs, or in {found.students:.2g} "
