@@ -25,6 +25,7 @@ from kdcli.store.storage.resolve import open_storage
 
 class CacheSettings(TypedDict, total=False):
     """Options of ``cache-teacher`` (docs/cli.md), with its defaults."""
+
     split: str
     canvas: str | None
     views: str

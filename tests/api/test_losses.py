@@ -203,13 +203,17 @@ def test_wrong_tensors_are_refused(stores: Path) -> None:
         with pytest.raises(kdcli.OptionError, match=message):
             criterion(value, batch)
     rows, columns = store.grid.level_shapes(batch.canvas)[0]
-    with pytest.raises(kdcli.OptionError, match=rf"the maps are 4x8x8 \(batch, .*4x{rows}x{columns}, .* at strides 8, 16"):
+    with pytest.raises(
+        kdcli.OptionError, match=rf"the maps are 4x8x8 \(batch, .*4x{rows}x{columns}, .* at strides 8, 16"
+    ):
         batch.flatten([torch.ones(4, 64, 8, 8)])
 
 
 @QUIET
 def test_a_student_of_other_anchors_is_refused(shapes: Path, stores: Path) -> None:
-    fields = asked("train", shapes, model={"name": "fcos_shufflenet_v2_x0_5", "fpn_channels": 32, "box": "distribution"})
+    fields = asked(
+        "train", shapes, model={"name": "fcos_shufflenet_v2_x0_5", "fpn_channels": 32, "box": "distribution"}
+    )
     student = prepare(fields.options(), frozenset(fields.fields), NullReporter()).student
     store = kdcli.open_store(stores)
     with pytest.raises(kdcli.StoreError, match=r"does not belong to this run: schema.grid.offset: store 0"):

@@ -48,8 +48,3 @@ def test_lightning_module(shapes: Path, store: Path, tmp_path: Path) -> None:
     last = run("lightning_module.py", shapes, store, folder=tmp_path).splitlines()[-1]
     assert float(re.findall(r"'cwd_loss': ([\d.]+)", last)[0]) > 0
     assert "'classification'" in last
-
-
-def test_the_plain_loop_is_short() -> None:
-    code = [x for x in (FOLDER / "plain_torch.py").read_text().splitlines() if x.strip() and not x.startswith(('"""', "#"))]
-    assert len(code) < 50
