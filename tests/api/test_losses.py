@@ -147,15 +147,25 @@ def test_adapters_are_parameters_and_the_student_is_not(shapes: Path, stores: Pa
     assert [p.shape for p in criterion.parameters()] == [(64, 32)]
 
 
-def test_boxes_are_read_or_refused(stores: Path, shapes: Path) -> None:
-    """Methods that say that they read no targets do not; the others are refused without."""
+@QUIET
+@pytest.mark.parametrize("method", ["ld", "pfi", "pkd", "cwd"])
+def test_methods_that_read_no_targets_need_none(method: str, stores: Path, shapes: Path) -> None:
     plain, with_boxes = kdcli.open_store(stores), kdcli.open_store(stores, data=shapes)
     keys = plain.batches(4)[0]
-    for method, name in (("pkd", "pkd_loss"), ("cwd", "cwd_loss")):
-        criterion = kdcli.losses(method, store=plain, student={"features": 64})
-        assert not criterion.reads_targets
-        terms = [criterion({"features@all": torch.ones(4, 257, 64)}, s.read(keys)) for s in (plain, with_boxes)]
-        assert torch.equal(terms[0][name], terms[1][name])
+    criterion = kdcli.losses(
+        method, store=plain, student={"features": 64, "cls_logits": 8, "box_distribution": (4, 17)}
+    )
+    assert not criterion.reads_targets
+    outputs = {"features": torch.ones(4, 257, 64), "cls_logits": torch.ones(4, 257, 8)}
+    outputs["box_distribution"] = torch.ones(4, 257, 4, 17)
+    batches = [store.read(keys) for store in (plain, with_boxes)]
+    terms = [criterion(criterion.read(outputs, batch), batch) for batch in batches]
+    assert all(torch.equal(value, terms[1][name]) and value != 0 for name, value in terms[0].items())
+
+
+def test_boxes_are_read_or_refused(stores: Path, shapes: Path) -> None:
+    plain, with_boxes = kdcli.open_store(stores), kdcli.open_store(stores, data=shapes)
+    keys = plain.batches(4)[0]
     criterion = kdcli.losses("fgd", store=plain, student={"features": 64})
     with pytest.raises(kdcli.OptionError, match=r"losses of fgd read the ground truth: .*give targets= "):
         criterion({"features@all": torch.ones(4, 257, 64)}, plain.read(keys))
