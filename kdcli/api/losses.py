@@ -22,7 +22,7 @@ from kdcli.errors import OptionError, did_you_mean
 from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.regions import RegionSpec
 from kdcli.methods.base import Method, Pair
-from kdcli.methods.resolve import check_pair, find_methods, resolve_options
+from kdcli.methods.resolve import all_needs, check_pair, find_methods, resolve_all
 from kdcli.structures import Canvas
 from kdcli.tensors import Need, Tensors, TensorSpec, precise, spec_of
 
@@ -54,15 +54,14 @@ def losses(
     name = student.spec.name if isinstance(student, Detector) else "network"
     teacher_detector = reader.manifest["teacher"]["model"]["detector"]
     keys = default_keys(net.spec.detector if isinstance(student, Detector) else detector or teacher_detector)
-    resolved = {n: resolve_options(n, m, keys, given.get(n, {}), net.region_defaults) for n, m in known.items()}
-    resolved = inherit_regions(resolved, known, reader, given)
+    resolved = inherit_regions(resolve_all(known, keys, given, net.region_defaults), known, reader, given)
     pair = Pair(net.specs(), side.specs, net.grid, reader.schema.canvas, keys[-1])
     for n, method in known.items():
         check_pair(n, method, resolved[n], pair, name, side.name)
         if warning := method.warning(keys[-1], resolved[n], len(store.classes)):
             warnings.warn(f"{n}: {warning}", stacklevel=2)
     built = {n: method(pair, **resolved[n]) for n, method in known.items()}
-    _require_needs(store, {need for n, method in known.items() for need in method.reads(resolved[n])})
+    _require_needs(store, set(all_needs(known, resolved)))
     require_strides(side, net)
     if any(method.index_aligned for method in known.values()):
         regions = region_spec(RegionSpec.from_json(reader.manifest["regions"]), known, resolved)

@@ -29,7 +29,7 @@ from kdcli.errors import OptionError, StoreError, did_you_mean
 from kdcli.geometry.assign import AssignerSpec, assign
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import guard
-from kdcli.methods.resolve import find_methods, resolve_options
+from kdcli.methods.resolve import all_needs, find_methods, resolve_all
 from kdcli.store.batch_buffers import collate_rows
 from kdcli.store.reader import Row, StoreReader
 from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
@@ -64,8 +64,9 @@ def open_store(
     if text:
         keys = default_keys(reader.manifest["teacher"]["model"]["detector"])
         stored = reader.manifest.get("method_options", {})
-        resolved = {n: resolve_options(n, m, keys, {**stored.get(n, {}), **given.get(n, {})}) for n, m in known.items()}
-        needs = {need for name, method in known.items() for need in method.reads(resolved[name])}
+        needs = set(
+            all_needs(known, resolve_all(known, keys, {n: {**stored.get(n, {}), **given.get(n, {})} for n in known}))
+        )
     dataset = None
     if data is not None:
         dataset = open_split(Path(data), reader.manifest["dataset"]["split"])

@@ -9,7 +9,7 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
-from kdcli.errors import OptionError, UsageError, did_you_mean
+from kdcli.errors import UsageError
 
 if TYPE_CHECKING:
     from kdcli.engine.caching.estimate.estimate import Estimate
@@ -88,13 +88,10 @@ def cache_teacher(
 
 def _options(fields: dict[str, Any], set_: list[str]) -> CacheOptions:
     """Raises OptionError and UsageError for what is unknown or missing."""
-    from kdcli.methods.resolve import find_methods
+    from kdcli.methods.resolve import method_tables
     from kdcli.options import CacheOptions, build, layer, parse_assignments
 
-    known = find_methods(str(fields.get("method", ""))) if fields.get("method") else {}
-    for table, values in parse_assignments(set_).items():
-        if table not in known:
-            raise OptionError(f"--set {table}.…: unknown table '{table}'{did_you_mean(table, known)}")
+    for table, values in method_tables(str(fields.get("method") or ""), parse_assignments(set_)).items():
         fields = layer(fields, {"methods": {table: values}})
     options = build(CacheOptions, fields)
     for flag, value in (("--data", options.data), ("--teacher", options.teacher), ("--method", options.method)):

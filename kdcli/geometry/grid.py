@@ -23,7 +23,7 @@ StrideRule = Literal["nominal", "image_over_grid"]
 VALID_MULTIPLE = 32  # the content is rounded up to this many pixels: mmdet's pad_shape (pad_size_divisor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grid(JsonSpec):
     """Cells and anchors of all levels, fine to coarse; cells row-major; anchors innermost (ratio-major, scale-minor).
 

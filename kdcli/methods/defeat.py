@@ -27,12 +27,14 @@ from kdcli.tensors import (
     PROPOSAL_LABELS,
     PROPOSAL_LOGITS,
     Need,
+    Region,
     Tensors,
+    level_of_per,
     world_mean,
 )
 
-STAGES = tuple(Need(name, "all") for name in BACKBONE[2:])  # c4 and c5: what the author found best on COCO
-PROPOSALS = (Need(PROPOSAL_BOXES, "proposals"), Need(PROPOSAL_LOGITS, "proposals"))
+STAGES = tuple(Need(name, Region.ALL) for name in BACKBONE[2:])  # c4 and c5: what the author found best on COCO
+PROPOSALS = (Need(PROPOSAL_BOXES, Region.PROPOSALS), Need(PROPOSAL_LOGITS, Region.PROPOSALS))
 
 WEIGHT_OPTIONS = {
     "object": "fg_weight",
@@ -82,7 +84,8 @@ class DeFeat(Method):
         self.temperatures = (obj_temperature, bg_temperature)
         self.adapters = neck_adapters(pair) if MAPS in self.needs else nn.ModuleList()
         self.stages = [need for need in STAGES if need in self.needs]
-        self.stage_levels = [int(pair.student[need.name].per.removeprefix("level")) for need in self.stages]
+        levels = [level_of_per(pair.student[need.name].per) for need in self.stages]
+        self.stage_levels = [level for level in levels if level is not None]
         self.stage_adapters = nn.ModuleList(
             nn.Sequential(adapter(pair.student[need.name].dims[0], pair.teacher[need.name].dims[0]), nn.ReLU())
             for need in self.stages

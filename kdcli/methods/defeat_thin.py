@@ -17,7 +17,7 @@ from kdcli.methods.decoupled import adapt, half_mean, neck_adapters
 from kdcli.methods.divergence import squared_rows
 from kdcli.methods.maps import MAPS
 from kdcli.structures import Batch
-from kdcli.tensors import FEATURES, Need, Tensors
+from kdcli.tensors import FEATURES, Need, Region, Tensors
 
 ROWS = Need(FEATURES, "object+sample")
 
@@ -61,7 +61,7 @@ class DeFeatThin(Method):
             ("object", self.fg_weight, inside & targets.valid, 1.0),
             ("background", self.bg_weight, ~inside & targets.valid, self.keep),
         )
-        for (name, weight, cells, share), region in zip(parts, ("object", "sample"), strict=True):
+        for (name, weight, cells, share), region in zip(parts, (Region.OBJECT, Region.SAMPLE), strict=True):
             if weight:
                 kept = error * entries.select(region)[chosen]
                 total = kept.new_zeros(len(sizes)).index_add(0, level, kept / share)
@@ -76,5 +76,5 @@ class DeFeatThin(Method):
 
     def active(self, batch: Batch, part: str) -> bool:
         """Whether the term's region has an entry."""
-        region = "object" if part == "object" else "sample"
+        region = Region.OBJECT if part == "object" else Region.SAMPLE
         return batch.entries is not None and bool(batch.entries.select(region).any())

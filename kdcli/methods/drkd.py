@@ -21,9 +21,9 @@ from kdcli.methods.maps import MAPS, channels, image_of, mean_images
 from kdcli.methods.reduce import safe_sqrt, world_sum_grad
 from kdcli.methods.relation import Filter, RelationBlock
 from kdcli.structures import Batch
-from kdcli.tensors import GT_ROIS, Need, Tensors, precise, spec_of, world_size
+from kdcli.tensors import GT_ROIS, Need, Region, Tensors, precise, spec_of, world_size
 
-ROIS = Need(GT_ROIS, "gt")
+ROIS = Need(GT_ROIS, Region.GT)
 
 FINE_NODES, COARSE_NODES = 64, 256  # of GloRe, on the two finest levels and on the others
 FINE_LEVELS = 2

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from kdcli.methods.base import Pair
 from kdcli.structures import Batch
-from kdcli.tensors import FEATURES, Need, world_mean
+from kdcli.tensors import FEATURES, Need, Region, world_mean
 
-MAPS = Need(FEATURES, "all")
+MAPS = Need(FEATURES, Region.ALL)
 MASKED = -1e30  # a logit whose softmax is exactly 0 in float32, and whose differences stay finite, unlike -inf's
 
 

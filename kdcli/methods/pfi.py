@@ -16,9 +16,9 @@ from kdcli.methods.base import Method, Pair
 from kdcli.methods.divergence import squared_rows
 from kdcli.methods.maps import MAPS, channels, make_adapter, mean_images
 from kdcli.structures import Batch
-from kdcli.tensors import CLS_LOGITS, Need, Tensors, precise
+from kdcli.tensors import CLS_LOGITS, Need, Region, Tensors, precise
 
-CLASSES = Need(CLS_LOGITS, "all")
+CLASSES = Need(CLS_LOGITS, Region.ALL)
 
 Space = Literal["prob", "logit"]
 Form = Literal["squared", "linear", "norm"]

@@ -14,9 +14,9 @@ from torch import Tensor
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.maps import mean_images
 from kdcli.structures import Batch
-from kdcli.tensors import RANK, Need, Tensors
+from kdcli.tensors import RANK, Need, Region, Tensors
 
-RANKS = Need(RANK, "main")
+RANKS = Need(RANK, Region.MAIN)
 
 
 class RM(Method):
@@ -49,7 +49,7 @@ class RM(Method):
         """``cls`` and ``loc``, without those whose weight is 0."""
         entries = batch.entries
         assert entries is not None
-        main = entries.select("main")
+        main = entries.select(Region.MAIN)
         image, gt = entries.image[main], entries.gt[main]
         boxes = torch.tensor([len(b) for b in batch.targets.boxes], device=gt.device)
         first = boxes.cumsum(0) - boxes
@@ -74,7 +74,7 @@ class RM(Method):
     def active(self, batch: Batch, part: str) -> bool:
         """A ranking needs two positives of one box."""
         assert batch.entries is not None
-        main = batch.entries.select("main")
+        main = batch.entries.select(Region.MAIN)
         box = batch.entries.image[main] * (1 << 32) + batch.entries.gt[main]
         return bool((torch.unique(box, return_counts=True)[1] > 1).any())
 

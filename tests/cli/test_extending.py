@@ -23,11 +23,11 @@ from kdcli.detectors.base import Detector, ModelSpec
 from kdcli.detectors.build import DETECTORS, build_detector
 from kdcli.errors import OptionError
 from kdcli.methods import METHODS
+from tests.support.command_line import refused
+from tests.support.own_parts import MY_DETECTOR, MY_METHOD
 from tests.support.small_runs import CANVAS
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples" / "extending"
-MY_DETECTOR, MY_METHOD = EXAMPLES / "my_detector.py", EXAMPLES / "my_method.py"
 SMALL = [
     "--canvas", CANVAS, "--epochs", "1", "--batch", "8", "--workers", "0", "--threads", "1", "--views", "identity",
     "--set", "model.tower_convs=1", "--set",
@@ -66,15 +66,6 @@ def kdcli(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
     out, err = capsys.readouterr()
     assert code == 0, err
     return json.loads(out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
-    """Run a command that must fail with ``code``; returns its one line."""
-    capsys.readouterr()
-    assert run([str(a) for a in arguments]) == code
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len([line for line in lines if line.startswith("error: ")]) == 1
-    return lines[-1]
 
 
 def test_own_detector_and_method_through_every_command(

@@ -27,7 +27,7 @@ from kdcli.engine.caching.estimate.estimate import Estimate, break_even
 from kdcli.engine.training import launch
 from kdcli.errors import NoSpaceError
 from kdcli.files import atomic_write_bytes
-from tests.cli.test_wrong_input import refused
+from tests.support.command_line import refused
 from tests.support.small_runs import CANVAS
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from kdcli.data.coco import Dataset, open_split
+from tests.support.coco_records import box
 
 Content = dict[str, Any]
 
@@ -22,19 +23,6 @@ def index_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache" / "index"
     monkeypatch.setenv("KDCLI_CACHE", str(folder.parent))
     return folder
-
-
-def box(id_: int, image_id: int, category_id: int, bbox: list[float], **more: Any) -> Content:
-    """An annotation record."""
-    area = bbox[2] * bbox[3]
-    return {
-        "id": id_,
-        "image_id": image_id,
-        "category_id": category_id,
-        "bbox": bbox,
-        "area": area,
-        "iscrowd": 0,
-    } | more
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from kdcli.methods.base import method_options
 from kdcli.methods.drkd import DRKD, DRKDLite, InstanceRelation, PixelRelation, batch_norms, image_norms
 from kdcli.methods.reduce import safe_sqrt
 from kdcli.methods.resolve import resolve_options
-from tests.methods.test_relation import relation_by_hand
 from tests.support.feature_case import (
     CANVAS,
     GRID,
@@ -30,6 +29,7 @@ from tests.support.feature_case import (
     number,
     run,
 )
+from tests.support.relation import relation_by_hand
 
 ROI_KEY = "gt_rois@gt"
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdcli.methods.glore import GloRe, WorldBatchNorm
 from kdcli.methods.relation import RelationBlock, random_filter
 from tests.support.feature_case import grad
+from tests.support.relation import relation_by_hand
 
 
 def count(module: nn.Module) -> int:
@@ -49,23 +50,6 @@ def test_batch_norm_accepts_a_single_cell() -> None:
     assert not found.any()
     found.sum().backward()
     assert torch.isfinite(grad(value)).all()
-
-
-def relation_by_hand(block: RelationBlock, regions: Tensor, gate: bool) -> Tensor:
-    """One image, box by box."""
-    q, k, v = block.query(regions), block.key(regions), block.value(regions)
-    rows = []
-    for i in range(len(regions)):
-        logits = []
-        for j in range(len(regions)):
-            logit = q[i] @ k[j]
-            if gate:
-                u, w = block.gate_query(regions[i]), block.gate_key(regions[j])
-                logit = logit * torch.sigmoid(u @ w / 8 + 2)
-            logits.append(logit)
-        weight = torch.stack(logits).softmax(dim=0)
-        rows.append(block.out(sum(weight[j] * v[j] for j in range(len(regions)))) + regions[i])
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("relation_filter", ["gate", "none"])

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,35 +16,8 @@ from kdcli.store.maintenance import record_errors
 from kdcli.store.manifest import read_manifest, write_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.writer import StoreWriter
-from tests.support.store_case import assert_row_equal, contents, create, keys, make_row, make_schema, make_store
-
-SCHEMA = make_schema()
-
-
-def forked(work: Callable[[], None]) -> int:
-    """Run ``work`` in a child of this warmed process; its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        work()
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def fill(store: Path, shards: list[int], pause: float) -> None:
-    """Write ``shards`` that are not finished, row by row, with a pause that a kill may fall into."""
-    writer = StoreWriter(store, SCHEMA)
-    for shard in shards:
-        if shard in writer.done():
-            continue
-        rows = []
-        for index in range(*SCHEMA.shard_range(shard)):
-            rows.append(make_row(SCHEMA, index))
-            time.sleep(pause)
-        writer.write_shard(shard, rows, {"rows": len(rows)})
+from tests.support.store_case import assert_row_equal, contents, create, keys, make_row, make_store
+from tests.support.writers import SCHEMA, fill, forked
 
 
 def generation(store: Path, count: int, draw: random.Random, *, overlap: bool, kill: bool) -> int:

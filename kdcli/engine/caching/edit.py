@@ -17,7 +17,7 @@ from kdcli.engine.caching.verify import plan_of_store
 from kdcli.engine.caching.write import MANIFEST_IDENTITY, write_store
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import OptionError, StoreError
-from kdcli.methods.resolve import absolute_methods, find_methods
+from kdcli.methods.resolve import absolute_methods, all_needs, find_methods
 from kdcli.store.image_codec import PIXELS
 from kdcli.store.locks import lock_store
 from kdcli.store.maintenance import copy_rows, drop_tensors, merge_overlay, record_errors, unreferenced_arrays
@@ -225,7 +225,7 @@ def needs_of(store: Where, methods: str) -> tuple[Need, ...]:
     unknown = [name for name in found if name not in options]
     if unknown:
         raise OptionError(f"store '{store}' was not written for {', '.join(unknown)}; it has {', '.join(options)}")
-    return tuple(sorted({n for name, method in found.items() for n in method.reads(options[name])}))
+    return all_needs(found, options)
 
 
 def _folder(reader: StoreReader, verb: str) -> Path:

@@ -26,10 +26,9 @@ from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import pick_teacher_workers, set_threads
 from kdcli.engine.teacher.forward import TeacherForward, class_order, compiled
 from kdcli.engine.teacher.specs import region_spec, teacher_entry, with_classes
-from kdcli.errors import OptionError, did_you_mean
 from kdcli.geometry.regions import guard
 from kdcli.methods.base import Pair
-from kdcli.methods.resolve import absolute_methods, check_pair, find_methods, resolve_options
+from kdcli.methods.resolve import absolute_methods, all_needs, check_pair, find_methods, require_known, resolve_all
 from kdcli.options import CacheOptions
 from kdcli.store.encoding_policy import derived_from_dense, plan_tensors, shard_rows_for
 from kdcli.store.image_codec import PIXELS, encode_pixels
@@ -73,18 +72,13 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
     canvas = Canvas.parse(options.canvas or meta.canvas)
     views = parse_views(options.views)
     methods = find_methods(options.method)
-    for table in options.methods:
-        if table not in methods:
-            raise OptionError(
-                f"[methods.{table}] is not used: --method names {', '.join(methods)}{did_you_mean(table, methods)}"
-            )
+    require_known(options.methods, methods)
     lineage = default_keys(detector.spec.detector)
     pair = Pair(specs, specs, detector.grid, canvas, lineage[-1])
-    resolved = {}
+    resolved = resolve_all(methods, lineage, options.methods, detector.region_defaults)
     for name, method in methods.items():
-        resolved[name] = resolve_options(name, method, lineage, options.methods.get(name, {}), detector.region_defaults)
         check_pair(name, method, resolved[name], pair, detector.spec.name, detector.spec.name)
-    needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(resolved[k])}))
+    needs = all_needs(methods, resolved)
     positions = usable(dataset, options.skip_bad, reporter)
     source = SampleSource.for_caching(
         dataset, canvas, detector, view_seed=options.view_seed,

@@ -29,6 +29,7 @@ from kdcli.geometry.regions import RegionSpec, compute_entries, guard
 from kdcli.store.batch_buffers import BatchSlot, allocate_batch, collate_rows
 from kdcli.store.reader import Row, StoreReader
 from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
+from kdcli.tensors import Region
 
 T = TypeVar("T")
 Item = tuple[int, str]  # (position of the image in its data set, view)
@@ -127,7 +128,7 @@ class SampleSource:
 
         ``index_aligned``: the rows' anchors and assigner are those of this source.
         """
-        known = index_aligned and "main" in self.regions and follows_from_positives(self.assigner)
+        known = index_aligned and Region.MAIN in self.regions and follows_from_positives(self.assigner)
         return replace(self, reader=reader, row_definition=definition, stored_positives=known)
 
     @property
@@ -212,7 +213,7 @@ class SampleSource:
             return replace(sample, assigned=assigned, entries=entries)
         self.check_row(row, sample)
         if row.entries is not None and self.stored_positives:
-            main = row.entries.select("main")
+            main = row.entries.select(Region.MAIN)
             assigned = from_positives(
                 self.assigner, self.grid, canvas, geometry.content, row.entries.index[main], row.entries.gt[main]
             )
@@ -252,7 +253,7 @@ class SampleSource:
             raise StoreError(f"{sample.key}: its boxes, labels or regions are not those of the store; {again}")
         if row.entries is not None and len(row.entries.gt):
             box = row.entries.gt
-            if int(box.max()) >= len(sample.boxes) or bool((box[row.entries.select("main")] < 0).any()):
+            if int(box.max()) >= len(sample.boxes) or bool((box[row.entries.select(Region.MAIN)] < 0).any()):
                 raise StoreError(f"{sample.key}: its entries name boxes that are not there; {again}")
         if row.image is not None and not np.shares_memory(row.image, sample.image.numpy()):
             difference = np.abs(row.image.astype(np.int16) - sample.image.numpy()).max()

@@ -37,9 +37,9 @@ from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
 from kdcli.structures import Batch, RowKey
-from tests.engine.test_kills import contents
-from tests.engine.training.test_cached_equals_live import prepared, trace
+from tests.support.files import contents
 from tests.support.small_runs import asked, cache_options, write
+from tests.support.traces import prepared, trace
 
 
 @pytest.fixture(scope="module")

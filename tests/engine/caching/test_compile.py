@@ -18,7 +18,7 @@ from kdcli.engine.caching.write import Part, write_store
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import StoreError
 from kdcli.store.manifest import read_manifest, write_manifest
-from tests.engine.test_kills import contents
+from tests.support.files import contents
 from tests.support.small_runs import cache_options, make_teacher
 
 REAL = torch.compile

@@ -17,7 +17,7 @@ from kdcli.store import maintenance as mechanics
 from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
-from tests.engine.test_kills import contents
+from tests.support.files import contents
 from tests.support.small_runs import cache_options, make_teacher, write
 
 

@@ -26,7 +26,7 @@ from kdcli.store.manifest import read_manifest
 from kdcli.store.schema import StoreSchema
 from kdcli.structures import Entries, Targets
 from kdcli.tensors import Need
-from tests.engine.test_kills import contents
+from tests.support.files import contents
 from tests.support.small_runs import cache_options
 
 

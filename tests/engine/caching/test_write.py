@@ -30,7 +30,7 @@ from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema, row_tensor
 from kdcli.store.writer import StoreWriter
 from kdcli.structures import RowKey
-from tests.engine.test_kills import contents
+from tests.support.files import contents
 from tests.support.small_runs import cache_options
 
 

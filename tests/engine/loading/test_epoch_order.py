@@ -23,8 +23,8 @@ from kdcli.errors import OptionError
 from kdcli.geometry.regions import RegionSpec
 from kdcli.options import TrainOptions
 from kdcli.structures import Canvas, RowKey
-from tests.engine.training.test_run_folder import Stop, Stopping, weights
 from tests.support.small_runs import asked
+from tests.support.stopping import Stop, Stopping, weights
 
 VIEWS = ("identity", "hflip")
 SHARD_ROWS = 64  # 32 images

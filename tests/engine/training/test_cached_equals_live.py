@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,41 +12,13 @@ from kdcli.engine.loading import samples
 from kdcli.engine.loading.epoch_order import plan_epoch
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import collate
-from kdcli.engine.runtime.progress import NullReporter
-from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.step import TrainStep
-from kdcli.engine.training.trainer import Trainer
 from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
-from tests.support.small_runs import asked
+from tests.support.traces import prepared, trace
 
 STEPS = 20
 METHODS = ("ld", "rm", "pfi", "ld,rm,pfi")
-
-
-def prepared(shapes: Path, method: str, **side: Any) -> RunSetup:
-    fields = asked("distill", shapes, method=method, epochs=4, **side)
-    return prepare(fields.options(), frozenset(fields.fields), NullReporter())
-
-
-def trace(run: RunSetup, folder: Path, steps: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Every loss term of the first ``steps`` steps, and the weights after them."""
-    trainer = Trainer(run, folder, NullReporter())
-    trainer.step.train()
-    losses: list[dict[str, float]] = []
-    loader = Loader(run.source, 0)
-    for epoch in range(run.options.epochs):
-        plan = trainer._plan(epoch)
-        for batch in loader.batches(plan):
-            if len(losses) == steps:
-                return losses, {k: v.clone() for k, v in trainer.step.state_dict().items()}
-            trainer.progress.sums = {}
-            trainer._train_batch(batch, len(plan))
-            terms = {k: v for k, v in trainer.progress.sums.items() if k not in ("teacher_s", "grad_norm")}
-            losses.append(terms)
-            trainer.progress.step += 1
-            trainer.progress.batch += 1
-    raise AssertionError("too few steps")
 
 
 @pytest.mark.parametrize("method", METHODS)

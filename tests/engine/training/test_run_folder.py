@@ -21,17 +21,13 @@ from kdcli.engine.training.trainer import Trainer
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.options import OptimOptions, read_toml
 from tests.support.small_runs import CANVAS, STUDENT, asked
+from tests.support.stopping import Stop, Stopping, weights
 
 FILES = {"config.toml", "env.json", "results.csv", "metrics.json", "weights/best.pt", "weights/last.pt"}
 
 
 def files(folder: Path) -> set[str]:
     return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
-
-
-def weights(metrics: dict[str, Any]) -> str:
-    digest: str = metrics["weights_sha256"]["last"]
-    return digest
 
 
 @pytest.fixture(scope="module")
@@ -82,23 +78,6 @@ def test_seeds_differ_and_baseline_and_student_see_the_same_pixels(
     assert plans[0] == plans[1]
     for ours, theirs in zip(runs[0].student.state_dict().values(), runs[1].student.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
-
-
-class Stop(Exception):
-    """Raised by ``Stopping``."""
-
-
-class Stopping(NullReporter):
-    """Stops a run in its fifth step."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def advance(self, units: int = 1, info: str = "") -> None:
-        """Count steps."""
-        self.steps += bool(info)
-        if self.steps == 5:
-            raise Stop
 
 
 def test_a_stopped_run_goes_on_where_it_was(shapes: Path, tmp_path: Path) -> None:

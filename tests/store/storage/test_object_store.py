@@ -33,7 +33,6 @@ from kdcli.store.storage import object_store as remote_module
 from kdcli.store.storage.object_store import ObjectStorage
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import StoreWriter, create_store
-from tests.store.test_many_writers import fill, forked
 from tests.support.small_runs import asked, cache_options
 from tests.support.small_runs import write as write_real
 from tests.support.store_case import (
@@ -48,6 +47,7 @@ from tests.support.store_case import (
     make_store,
 )
 from tests.support.store_case import write as write_shards
+from tests.support.writers import fill, forked
 
 pytest.importorskip("moto")
 pytest.importorskip("obstore")

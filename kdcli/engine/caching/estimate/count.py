@@ -14,6 +14,7 @@ from kdcli.engine.loading.samples import Item
 from kdcli.store.arrays import ArraySpec, StoredTensor
 from kdcli.store.image_codec import PIXELS
 from kdcli.structures import Entries
+from kdcli.tensors import Region
 
 COUNT_ROWS = 2000  # at most: with entries that vary as much as their mean, 2 % of error
 LEAST_ROWS = 128  # at least, however slow: 127 ms a row with nine anchors a cell at 800x1344
@@ -96,9 +97,9 @@ def element_bytes(array: ArraySpec) -> float:
 
 
 def _at(tensor: StoredTensor, entries: Entries | None, boxes: int) -> int:
-    if tensor.need.region == "gt":
+    if tensor.need.region == Region.GT:
         return boxes
-    if tensor.need.region == "proposals" or entries is None:
+    if tensor.need.region == Region.PROPOSALS or entries is None:
         return 1
     return int(entries.select(tensor.need.region).sum())
 

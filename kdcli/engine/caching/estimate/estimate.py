@@ -26,12 +26,13 @@ from kdcli.store.shards import pack_chunk
 from kdcli.store.storage.base import Where
 from kdcli.store.storage.local import LocalStorage
 from kdcli.store.storage.resolve import open_storage
+from kdcli.tensors import Region
 
 EPOCHS = 12  # of a usual student
 MARGIN = 1.1  # bytes are known to 10 %: ask for that much more room
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What one process has to do."""
 
@@ -57,7 +58,7 @@ class BreakEven:
     store_seconds: float  # by one process
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a store will take."""
 
@@ -188,7 +189,7 @@ def _work(plan: StorePlan, shards: range, total: int) -> Workload:
 def _raw_bytes(schema: StoreSchema, counted: ElementCounts) -> int:
     """Of proposals as many as fit: the teacher decides how many there are."""
     proposals = {
-        a.path for t in schema.tensors if t.need.region == "proposals" for a in schema.tensor_arrays(t).values()
+        a.path for t in schema.tensors if t.need.region == Region.PROPOSALS for a in schema.tensor_arrays(t).values()
     }
     return round(
         sum(

@@ -38,7 +38,7 @@ SLOW_SECONDS = 5.0  # a micro-batch: then its first pass, which starts the netwo
 LOAD_SECONDS = 3.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageTimings:
     """Seconds, measured on this machine."""
 

@@ -1,0 +1,39 @@
+"""The loss terms and weights of a run's first steps, to compare two ways to make them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.training.setup import RunSetup, prepare
+from kdcli.engine.training.trainer import Trainer
+from tests.support.small_runs import asked
+
+
+def prepared(shapes: Path, method: str, **side: Any) -> RunSetup:
+    fields = asked("distill", shapes, method=method, epochs=4, **side)
+    return prepare(fields.options(), frozenset(fields.fields), NullReporter())
+
+
+def trace(run: RunSetup, folder: Path, steps: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Every loss term of the first ``steps`` steps, and the weights after them."""
+    trainer = Trainer(run, folder, NullReporter())
+    trainer.step.train()
+    losses: list[dict[str, float]] = []
+    loader = Loader(run.source, 0)
+    for epoch in range(run.options.epochs):
+        plan = trainer._plan(epoch)
+        for batch in loader.batches(plan):
+            if len(losses) == steps:
+                return losses, {k: v.clone() for k, v in trainer.step.state_dict().items()}
+            trainer.progress.sums = {}
+            trainer._train_batch(batch, len(plan))
+            terms = {k: v for k, v in trainer.progress.sums.items() if k not in ("teacher_s", "grad_norm")}
+            losses.append(terms)
+            trainer.progress.step += 1
+            trainer.progress.batch += 1
+    raise AssertionError("too few steps")
