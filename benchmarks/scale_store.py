@@ -33,7 +33,7 @@ from kdcli.engine.runtime.progress import NullReporter
 from kdcli.files import atomic_save
 from kdcli.options import CacheOptions
 from kdcli.store.batch_buffers import collate_arrays
-from kdcli.store.encoding_error import ErrorMeter
+from kdcli.store.encoding_error import ErrorMeter, Measured
 from kdcli.store.schema import row_tensor
 from kdcli.store.shards import pack_chunk
 from kdcli.store.writer import StoreWriter, create_store
@@ -165,7 +165,7 @@ def make_pool(plan: StorePlan, size: int) -> tuple[list[Packed], dict[str, float
 
 def create(plan: StorePlan, store: Path) -> None:
     """The empty store."""
-    create_store(store, plan.schema, plan.manifest, plan.source.dataset.annotations.image_ids[plan.positions])
+    create_store(store, plan.manifest, plan.source.dataset.annotations.image_ids[plan.positions])
 
 
 def write(plan: StorePlan, store: Path, pool: list[Packed], part: int = 0, parts: int = 1) -> None:
@@ -180,7 +180,7 @@ def write(plan: StorePlan, store: Path, pool: list[Packed], part: int = 0, parts
         for number in numbers:
             meter.join(pool[number].encoding)
         chunks = {path: [rows[number][path] for number in numbers] for path in layout}
-        writer.write_chunks(shard, chunks, {"encoding": meter.sums, "precision": {}})
+        writer.write_chunks(shard, chunks, Measured(encoding=meter.sums))
 
 
 def write_and_kill(plan: StorePlan, store: Path, pool: list[Packed]) -> float:

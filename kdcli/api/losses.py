@@ -19,8 +19,6 @@ from kdcli.engine.teacher.binding import inherit_regions
 from kdcli.engine.teacher.match import require_match, require_strides
 from kdcli.engine.teacher.specs import TeacherSide, region_spec
 from kdcli.errors import OptionError, did_you_mean
-from kdcli.geometry.assign import AssignerSpec
-from kdcli.geometry.regions import RegionSpec
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.resolve import all_needs, check_pair, find_methods, resolve_all
 from kdcli.structures import Canvas
@@ -52,7 +50,7 @@ def losses(
             raise OptionError(f"options of '{table}' are not used: methods are '{methods}'{did_you_mean(table, known)}")
     net = student if isinstance(student, Detector) else Foreign(student, side)
     name = student.spec.name if isinstance(student, Detector) else "network"
-    teacher_detector = reader.manifest["teacher"]["model"]["detector"]
+    teacher_detector = reader.manifest.teacher.model["detector"]
     keys = default_keys(net.spec.detector if isinstance(student, Detector) else detector or teacher_detector)
     resolved = inherit_regions(resolve_all(known, keys, given, net.region_defaults), known, reader, given)
     pair = Pair(net.specs(), side.specs, net.grid, reader.schema.canvas, keys[-1])
@@ -64,7 +62,7 @@ def losses(
     _require_needs(store, set(all_needs(known, resolved)))
     require_strides(side, net)
     if any(method.index_aligned for method in known.values()):
-        regions = region_spec(RegionSpec.from_json(reader.manifest["regions"]), known, resolved)
+        regions = region_spec(reader.manifest.region_spec, known, resolved)
         require_match(reader, None, reader.schema.canvas, (), (net.grid, net.assigner, regions))
     return Losses(built, net)
 
@@ -147,8 +145,8 @@ class Foreign(Detector):
             if name not in teacher.specs:
                 raise OptionError(f"student: unknown tensor '{name}'{did_you_mean(name, teacher.specs)}")
         self.grid = reader.schema.grid
-        self.assigner = AssignerSpec.from_json(reader.manifest["assigner"])
-        self.region_defaults = RegionSpec.from_json(reader.manifest["regions"])
+        self.assigner = reader.manifest.assigner_spec
+        self.region_defaults = reader.manifest.region_spec
         self._specs = {
             name: TensorSpec(teacher.specs[name].per, size if isinstance(size, tuple) else (size,))
             for name, size in dims.items()

@@ -26,7 +26,7 @@ from kdcli.engine.teacher.forward import cached
 from kdcli.engine.teacher.match import require_match
 from kdcli.engine.teacher.specs import TeacherSide
 from kdcli.errors import OptionError, StoreError, did_you_mean
-from kdcli.geometry.assign import AssignerSpec, assign
+from kdcli.geometry.assign import assign
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import guard
 from kdcli.methods.resolve import all_needs, find_methods, resolve_all
@@ -62,14 +62,14 @@ def open_store(
             raise OptionError(f"options of '{table}' are not used: methods are '{text}'{did_you_mean(table, known)}")
     needs: set[Need] = {t.need for t in reader.schema.tensors} | set(reader.schema.derived_from_dense)
     if text:
-        keys = default_keys(reader.manifest["teacher"]["model"]["detector"])
-        stored = reader.manifest.get("method_options", {})
+        keys = default_keys(reader.manifest.teacher.model["detector"])
+        stored = reader.manifest.method_options
         needs = set(
             all_needs(known, resolve_all(known, keys, {n: {**stored.get(n, {}), **given.get(n, {})} for n in known}))
         )
     dataset = None
     if data is not None:
-        dataset = open_split(Path(data), reader.manifest["dataset"]["split"])
+        dataset = open_split(Path(data), reader.manifest.dataset.split)
         require_match(reader, dataset, reader.schema.canvas, (), None)
     return Store(side, text, given, tuple(sorted(needs)), dataset)
 
@@ -96,7 +96,7 @@ class Store:
         self._bare = reader.restricted((), pixels=False)
         self._pixels: StoreReader | None = reader.restricted((), pixels=True) if reader.schema.images else None
         self._definition = stored_definition(reader)
-        self._assigner = AssignerSpec.from_json(reader.manifest["assigner"])
+        self._assigner = reader.manifest.assigner_spec
         self._canvases: dict[int, Canvas] = {}  # by row: the orientations that were asked for
 
     def __repr__(self) -> str:
@@ -110,7 +110,7 @@ class Store:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; a label is a position in this tuple."""
-        return tuple(name for _, name in self._rows.manifest["dataset"]["categories"])
+        return tuple(name for _, name in self._rows.manifest.dataset.categories)
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     resolved = resolve_all(methods, default_keys(student.spec.detector), options.methods, student.region_defaults)
     if side and side.reader:
         resolved = inherit_regions(resolved, methods, side.reader, options.methods)
-    view_seed = side.reader.manifest["view_seed"] if side and side.reader else 0
+    view_seed = side.reader.manifest.view_seed if side and side.reader else 0
     source = SampleSource.for_training(train, canvas, student, view_seed=view_seed)
     options = replace(
         options,
