@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from kdcli.classes import ClassList
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export
 from kdcli.engine.caching.plan import StorePlan, encode_row, plan_store
@@ -106,7 +107,7 @@ def make_teacher(file: Path, canvas: str) -> None:
     """A GFL with COCO's number of classes and random weights; it is never run."""
     torch.manual_seed(0)
     spec = ModelSpec("gfl", "shufflenet_v2_x0_5", CLASSES, fpn_channels=32, tower_convs=1)
-    classes = [{"id": k + 1, "name": f"class {k}"} for k in range(CLASSES)]
+    classes = ClassList.numbered(f"class {k}" for k in range(CLASSES))
     atomic_save(export(build_detector(spec), classes, canvas, {}), file)
 
 

@@ -13,8 +13,8 @@ from kdcli.cli.app import app
 from kdcli.errors import OptionError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from kdcli.classes import ClassList
     from kdcli.detectors.base import Detector
-    from kdcli.detectors.weights import Classes
 
 SOURCES = ("mmdet", "torchvision")
 STRIP = (
@@ -98,7 +98,7 @@ def _load(file: Path, source: str) -> Any:
         ) from error
 
 
-def _given_classes(classes: str | None, data: str | None) -> tuple[Classes | None, str]:
+def _given_classes(classes: str | None, data: str | None) -> tuple[ClassList | None, str]:
     """The classes that the user names, and the flag that says so."""
     from kdcli.data.coco import has_split, open_split
     from kdcli.detectors.convert.coco import COCO_CLASSES
@@ -108,10 +108,10 @@ def _given_classes(classes: str | None, data: str | None) -> tuple[Classes | Non
     if classes is not None:
         if classes != "coco":
             raise OptionError(f"--classes '{classes}': only coco is known by name; give a data set with --data instead")
-        return list(COCO_CLASSES), "--classes coco"
+        return COCO_CLASSES, "--classes coco"
     if data is not None:
         dataset = open_split(Path(data), "train" if has_split(Path(data), "train") else "val")
-        return [{"id": c.id, "name": c.name} for c in dataset.classes], f"--data {data}"
+        return dataset.classes, f"--data {data}"
     return None, ""
 
 
@@ -159,5 +159,5 @@ def _torchvision(content: Any, file: Path, model: str | None) -> tuple[Detector,
         detector, outputs = convert_torchvision(content, model), class_outputs(content, model)
     except OptionError as error:
         raise OptionError(f"{file}: {error}") from error
-    names = [str(c["name"]) for c in COCO_CLASSES] if outputs == COCO_OUTPUTS else None
+    names = COCO_CLASSES.names if outputs == COCO_OUTPUTS else None
     return detector, names, {}

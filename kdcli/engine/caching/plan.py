@@ -77,7 +77,7 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
     device = pick_device(options.device)
     detector, meta = load_detector(options.teacher)
     dataset = open_split(Path(options.data), options.split)
-    order = class_order([c["name"] for c in meta.classes], [c.name for c in dataset.classes])
+    order = class_order(meta.classes, dataset.classes)
     specs = with_classes(detector.specs(), len(order))
     canvas = Canvas.parse(options.canvas or meta.canvas)
     views = parse_views(options.views)

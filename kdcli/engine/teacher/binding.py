@@ -125,7 +125,7 @@ def bind_teacher(
             f"teacher {side.name} and student {student.spec.name} differ in anchors or assigner, and "
             f"{', '.join(methods)} read(s) by anchor index; use a teacher of the same detector"
         )
-    order = teachers.class_order([c["name"] for c in side.meta.classes], [c.name for c in source.dataset.classes])
+    order = teachers.class_order(side.meta.classes, source.dataset.classes)
     detector = side.detector.to(device).to(memory_format=torch.channels_last)
     forward = teachers.TeacherForward(detector.eval(), order, options.micro_batch, options.teacher_precision)
     schema = StoreSchema(

@@ -63,7 +63,7 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     device = pick_device(options.device)
     amp = pick_amp(options.amp, device)
     train, val = open_split(Path(options.data), "train"), open_split(Path(options.data), "val")
-    if [c.name for c in train.classes] != [c.name for c in val.classes]:
+    if train.classes.names != val.classes.names:
         raise DataError(f"the train and val annotations under '{options.data}' do not have the same categories")
     methods = find_methods(options.method) if options.command == "distill" else {}
     side = open_teacher(options, train) if methods else None
