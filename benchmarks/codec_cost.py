@@ -4,7 +4,7 @@ Each chunk (one row of one array, padding and all) is read with zarr, compressed
 compared. Times are CPU seconds of one thread, so that others on the machine disturb them little; all codecs see the same chunk
 one after another. PCodec appears where the package ``pcodec`` is installed.
 
-    python benchmarks/codecs.py --store STORE [--rows 32] [--table FILE.md]
+    python benchmarks/codec_cost.py --store STORE [--rows 32] [--table FILE.md]
 """
 
 from __future__ import annotations
