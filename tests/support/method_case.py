@@ -145,7 +145,8 @@ def outside_of(detector: Detector, batch: Batch, name: str) -> Tensor:
     if per == "anchor":
         return invalid.repeat_interleave(detector.grid.num_anchors)
     if per.startswith("level"):
-        return invalid.split([h * w for h, w in detector.grid.level_shapes(CANVAS)])[int(per[5:])]
+        parts: tuple[Tensor, ...] = invalid.split([h * w for h, w in detector.grid.level_shapes(CANVAS)])
+        return parts[int(per[5:])]
     return invalid
 
 

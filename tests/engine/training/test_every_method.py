@@ -141,12 +141,12 @@ def trace(run: RunSetup, folder: Path) -> tuple[list[dict[str, float]], dict[str
     boxes: set[int] = set()
     plan = trainer._plan(0)
     for batch in Loader(run.source, 0).batches(plan):
-        trainer.progress.sums = {}
+        trainer.state.sums = {}
         trainer._train_batch(batch, len(plan))
-        losses.append({k: v for k, v in trainer.progress.sums.items() if k not in ("teacher_s", "grad_norm")})
+        losses.append({k: v for k, v in trainer.state.sums.items() if k not in ("teacher_s", "grad_norm")})
         boxes |= {len(b) for b in batch.targets.boxes}
-        trainer.progress.step += 1
-        trainer.progress.batch += 1
+        trainer.state.step += 1
+        trainer.state.batch += 1
     return losses, {k: v.clone() for k, v in trainer.step.state_dict().items()}, boxes
 
 
