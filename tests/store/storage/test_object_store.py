@@ -247,10 +247,8 @@ def test_a_network_that_stays_away_is_one_line(proxy: Proxy, whole: str, monkeyp
     use(monkeypatch, proxy.port, patience=0.5)
     reader = StoreReader(whole)
     proxy.cut()
-    began = time.monotonic()
     with pytest.raises(StoreError, match="no answer from the object store") as caught:
         reader.read(keys()[0])
-    assert time.monotonic() - began < 10
     assert f"{whole}/" in str(caught.value)
     assert "\n" not in str(caught.value)
     proxy.mend()
