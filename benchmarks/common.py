@@ -20,7 +20,7 @@ from kdcli.data.coco import open_split
 from kdcli.data.shapes import make_shapes
 from kdcli.detectors.build import ModelSpec, build_detector, parse_model_name
 from kdcli.detectors.weights import export
-from kdcli.engine.caching.plan import Plan, plan_store
+from kdcli.engine.caching.plan import StorePlan, plan_store
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training.run_folder import hardware
 from kdcli.files import atomic_save, atomic_write_text
@@ -67,7 +67,7 @@ def part_of(data: str, out: Path, images: int, *, val: bool) -> str:
     return str(folder)
 
 
-def plan_of(data: str, teacher: str, method: str, canvas: str, workers: int | None) -> Plan:
+def plan_of(data: str, teacher: str, method: str, canvas: str, workers: int | None) -> StorePlan:
     """What ``cache-teacher`` plans, with default options: two views, fp32, 8 images a forward pass."""
     return plan_store(
         CacheOptions(data=data, teacher=teacher, method=method, canvas=canvas, workers=workers), NullReporter()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kdcli.detectors.build import family_of
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.caching.plan import Plan, encode_row, plan_store, teacher_rows
+from kdcli.engine.caching.plan import StorePlan, encode_row, plan_store
 from kdcli.engine.loading.region_check import spread
 from kdcli.engine.loading.samples import Sample, collate
 from kdcli.engine.runtime.progress import NullReporter
@@ -61,20 +61,20 @@ def candidates(tensor: StoredTensor) -> list[Encoding]:
     return found
 
 
-def batches(plan: Plan, rows: int) -> list[tuple[list[Sample], list[dict[str, Any]]]]:
+def batches(plan: StorePlan, rows: int) -> list[tuple[list[Sample], list[dict[str, Any]]]]:
     """Samples and their exact teacher tensors."""
     items = spread(plan.positions, plan.views, rows)
-    size = plan.forward.micro_batch
+    size = plan.teacher.forward.micro_batch
     by_size: dict[str, list[Sample]] = {}
     for item in items:
         sample = plan.source.load(item)
         by_size.setdefault(str(sample.geometry.canvas.size), []).append(sample)
     groups = [g[k : k + size] for g in by_size.values() for k in range(0, len(g), size)]
-    return [(g, teacher_rows(plan, g)) for g in groups]
+    return [(g, plan.teacher.rows(g, plan.needs)) for g in groups]
 
 
 def through(
-    plan: Plan, schema: StoreSchema, samples: list[Sample], values: list[dict[str, Any]]
+    plan: StorePlan, schema: StoreSchema, samples: list[Sample], values: list[dict[str, Any]]
 ) -> tuple[Tensors, dict[str, int]]:
     """Teacher tensors after encoding and decoding with ``schema``, and the compressed bytes of each tensor."""
     coded = replace(plan, schema=schema)
@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     )
     plan = plan_store(options, NullReporter())
     student = load_detector(args.student)[0].train()
-    detector = plan.forward.detector
+    detector = plan.teacher.forward.detector
     pair = Pair(student.specs(), detector.specs(), student.grid, plan.source.canvas, family_of(student.spec.detector))
     torch.manual_seed(0)  # adapters
     resolved = resolve_options(name, METHODS[name], student.spec.detector, {})

@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace, data: str, teacher: str, method: str, scra
     """Estimate and write, ``rounds`` times."""
     clock = CLOCKS[args.clock]
     plan = plan_of(data, teacher, method, args.canvas, 0 if args.clock == "processor" else args.workers)
-    keep_freed_memory(plan.device)  # as the command does
+    keep_freed_memory(plan.teacher.device)  # as the command does
     rounds: list[dict[str, Any]] = []
     for number in range(args.rounds):
         out = scratch / f"store-{number}"

@@ -33,11 +33,11 @@ from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.read import read
 from kdcli.detectors.weights import export, load_detector
-from kdcli.engine.caching.plan import Plan, encode_row, plan_store
-from kdcli.engine.loading.samples import Item, Sample, collate, orientation
+from kdcli.engine.caching.plan import StorePlan, encode_row, plan_store
+from kdcli.engine.loading.orientation import batches_by_orientation
+from kdcli.engine.loading.samples import Sample, collate
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.files import atomic_save
-from kdcli.geometry.regions import compute_entries
 from kdcli.options import CacheOptions
 from kdcli.store.encoding_policy import plan_tensors
 from kdcli.store.schema import StoreSchema
@@ -114,29 +114,19 @@ def make_teacher(args: argparse.Namespace, detector: str, method: str, split: st
     atomic_save(export(made, classes, args.canvas, {}), file)
 
 
-def batches(plan: Plan, size: int, rows: int | None) -> Iterator[list[Sample]]:
+def batches(plan: StorePlan, size: int, rows: int | None) -> Iterator[list[Sample]]:
     """Samples of one orientation, without entries, over ``rows`` evenly spaced rows of the plan (None: all)."""
-    source = replace(plan.source, regions=frozenset())
+    source = plan.source.with_regions(plan.source.region_spec, frozenset())
     total = plan.schema.rows
-    waiting: dict[str, list[Item]] = {}
-    for row in range(0, total, 1 if rows is None else max(1, total // rows)):
-        item = plan.item(row)
-        waiting.setdefault(str(orientation(source, item).size), []).append(item)
-    for items in waiting.values():
-        for start in range(0, len(items), size):
-            yield [source.load(i) for i in items[start : start + size]]
+    chosen = [plan.item(row) for row in range(0, total, 1 if rows is None else max(1, total // rows))]
+    for items in batches_by_orientation(source, chosen, size):
+        yield [source.load(i) for i in items]
 
 
-def with_entries(plan: Plan, sample: Sample) -> Sample:
+def with_entries(plan: StorePlan, sample: Sample) -> Sample:
     """``sample`` with the entries of the plan's own regions."""
-    source, geometry = plan.source, sample.geometry
-    if not source.regions:
-        return sample
-    entries = compute_entries(
-        source.regions, source.region_spec, source.grid, geometry.canvas, sample.boxes, sample.assigned,
-        geometry.content, str(sample.key),
-    )  # fmt: skip
-    return replace(sample, entries=entries)
+    targets = plan.source.targets((plan.source.dataset.index_of(sample.key.image_id), sample.key.view))
+    return replace(sample, assigned=targets.assigned, entries=targets.entries)
 
 
 def dense_needs(stored: tuple[Need, ...], detector: Detector) -> tuple[Need, ...]:
@@ -151,9 +141,9 @@ def dense_needs(stored: tuple[Need, ...], detector: Detector) -> tuple[Need, ...
     return tuple(sorted(wanted))
 
 
-def dense_bytes(plan: Plan, needs: tuple[Need, ...], valid: Tensor) -> tuple[int, int]:
+def dense_bytes(plan: StorePlan, needs: tuple[Need, ...], valid: Tensor) -> tuple[int, int]:
     """Bytes of those float32 arrays: over the canvas, and over the image's own cells alone."""
-    schema = replace(plan.schema, tensors=plan_tensors(needs, plan.forward.detector.specs(), "lossless"))
+    schema = replace(plan.schema, tensors=plan_tensors(needs, plan.teacher.forward.detector.specs(), "lossless"))
     whole = own = 0
     for tensor in schema.tensors:
         each = 4 * int(np.prod(tensor.dims))
@@ -162,9 +152,9 @@ def dense_bytes(plan: Plan, needs: tuple[Need, ...], valid: Tensor) -> tuple[int
     return whole, own
 
 
-def check_saved(plan: Plan, outputs: Tensors, sample: Sample, needs: tuple[Need, ...], folder: Path) -> None:
+def check_saved(plan: StorePlan, outputs: Tensors, sample: Sample, needs: tuple[Need, ...], folder: Path) -> None:
     """Saves those arrays of one image as .npy files, and raises AssertionError when they are not of the size computed."""
-    one = read(plan.forward.detector, outputs, needs, None, collate([sample], None).targets)
+    one = read(plan.teacher.forward.detector, outputs, needs, None, collate([sample], None).targets)
     file, total = folder / "one.npy", 0
     for need in needs:
         np.save(file, one[need.key].numpy())
@@ -178,11 +168,11 @@ def packed(schema: StoreSchema, arrays: Mapping[str, Any]) -> dict[str, int]:
     return {a.path: len(pack_chunk(arrays[a.path], a)) + INDEX_BYTES for a in schema.layout()}
 
 
-def one_row(plan: Plan, outputs: Tensors, sample: Sample) -> tuple[tuple[int, ...], dict[str, int]]:
+def one_row(plan: StorePlan, outputs: Tensors, sample: Sample) -> tuple[tuple[int, ...], dict[str, int]]:
     """Entries, positives, raw bytes, bytes on the disk, dense bytes (canvas, own cells) of a row; bytes by array."""
     sample = with_entries(plan, sample)
     batch = collate([sample], None)
-    detector = plan.forward.detector
+    detector = plan.teacher.forward.detector
     row = read(detector, outputs, plan.needs, batch.entries, batch.targets)
     value = {n.key: (row[n.key][0] if n.dense else row[n.key]).numpy() for n in plan.needs}
     arrays = encode_row(plan, sample, value)
@@ -210,12 +200,12 @@ def measure(args: argparse.Namespace, detector: str, methods: tuple[str, ...]) -
             )
             plans = [plan_store(replace(options, method=m), NullReporter()) for m in methods]
             for samples in batches(plans[0], MICRO_BATCH, args.rows):
-                outputs = plans[0].forward.outputs(torch.stack([s.image for s in samples]))
+                outputs = plans[0].teacher.forward.outputs(torch.stack([s.image for s in samples]))
                 for k, sample in enumerate(samples):
                     own = {name: value[k : k + 1] for name, value in outputs.items()}
                     for method, plan in zip(methods, plans, strict=True):
                         if not checked:
-                            needs = dense_needs(plan.needs, plan.forward.detector)
+                            needs = dense_needs(plan.needs, plan.teacher.forward.detector)
                             check_saved(plan, own, sample, needs, Path(folder))
                         line, size = one_row(plan, own, sample)
                         found[method].append(line)

@@ -82,6 +82,7 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     import scale_store
 
     from kdcli.engine.caching import write as writing
+    from kdcli.engine.caching.teacher_runner import TeacherRunner
     from kdcli.engine.runtime.progress import NullReporter
 
     found = {}
@@ -104,7 +105,7 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     plan = scale_store.make_plan(args.out, args.method, args.shard_rows)
     reached("planned")
     try:
-        with patch.object(writing, "teacher_rows", teacher_rows):
+        with patch.object(TeacherRunner, "rows", teacher_rows):
             writing.write_store(plan, args.out / "store", Journal())
     except ReachedTeacher:
         return found

@@ -26,7 +26,7 @@ from PIL import Image
 
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export
-from kdcli.engine.caching.plan import Plan, encode_row, plan_store
+from kdcli.engine.caching.plan import StorePlan, encode_row, plan_store
 from kdcli.engine.caching.write import Packed, Part
 from kdcli.engine.loading.samples import Sample
 from kdcli.engine.runtime.progress import NullReporter
@@ -110,7 +110,7 @@ def make_teacher(file: Path, canvas: str) -> None:
     atomic_save(export(build_detector(spec), classes, canvas, {}), file)
 
 
-def make_plan(folder: Path, method: str, shard_rows: int | None) -> Plan:
+def make_plan(folder: Path, method: str, shard_rows: int | None) -> StorePlan:
     """The plan of the store, from the files under ``folder``: what ``cache-teacher`` makes first."""
     options = CacheOptions(
         data=str(folder / "data"),
@@ -123,7 +123,7 @@ def make_plan(folder: Path, method: str, shard_rows: int | None) -> Plan:
     return plan_store(options, NullReporter())
 
 
-def random_values(plan: Plan, sample: Sample, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+def random_values(plan: StorePlan, sample: Sample, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
     """Teacher tensors by ``Need.key`` at the entries of ``sample``, which compress as those of a network do."""
     assert sample.entries is not None
     values = {}
@@ -139,7 +139,7 @@ def random_values(plan: Plan, sample: Sample, rng: np.random.Generator) -> dict[
     return values
 
 
-def make_pool(plan: Plan, size: int) -> tuple[list[Packed], dict[str, float]]:
+def make_pool(plan: StorePlan, size: int) -> tuple[list[Packed], dict[str, float]]:
     """Packed rows of the first ``size`` images, both views of each, in row order; and what a row of them is on average."""
     layout = plan.schema.layout()
     packed, sums = [], {"entries": 0, "positives": 0, "boxes": 0, "raw_bytes": 0, "chunk_bytes": 0}
@@ -163,12 +163,12 @@ def make_pool(plan: Plan, size: int) -> tuple[list[Packed], dict[str, float]]:
     return packed, {name: total / len(packed) for name, total in sums.items()}
 
 
-def create(plan: Plan, store: Path) -> None:
+def create(plan: StorePlan, store: Path) -> None:
     """The empty store."""
     create_store(store, plan.schema, plan.manifest, plan.source.dataset.annotations.image_ids[plan.positions])
 
 
-def write(plan: Plan, store: Path, pool: list[Packed], part: int = 0, parts: int = 1) -> None:
+def write(plan: StorePlan, store: Path, pool: list[Packed], part: int = 0, parts: int = 1) -> None:
     """Write every shard of a part that is missing; all rows are compressed already."""
     writer = StoreWriter(store, plan.schema)
     done = writer.done()
@@ -183,7 +183,7 @@ def write(plan: Plan, store: Path, pool: list[Packed], part: int = 0, parts: int
         writer.write_chunks(shard, chunks, {"encoding": meter.sums, "precision": {}})
 
 
-def write_and_kill(plan: Plan, store: Path, pool: list[Packed]) -> float:
+def write_and_kill(plan: StorePlan, store: Path, pool: list[Packed]) -> float:
     """Write in processes that are killed at ``KILLED_AT``; returns the seconds."""
     fork = multiprocessing.get_context("fork")
     writers = [fork.Process(target=write, args=(plan, store, pool, k, WRITERS)) for k in range(WRITERS)]

@@ -66,7 +66,10 @@ class Shards:
 def plan(images: int, reader: Any, order: Any, batch: int) -> list[list[Item]]:
     """The batches of an epoch."""
     dataset: Any = Images(images)
-    source = SampleSource(dataset, Canvas(256, 320), 0, GFL.grid, GFL.assigner, RegionSpec(), reader=reader)
+    source = SampleSource(
+        dataset=dataset, canvas=Canvas(256, 320), view_seed=0, grid=GFL.grid, assigner=GFL.assigner, region_spec=RegionSpec(),
+        reader=reader,
+    )  # fmt: skip
     return plan_epoch(source, np.arange(images), VIEWS, seed=0, epoch=0, batch=batch, shuffle=order)
 
 

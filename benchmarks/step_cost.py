@@ -32,7 +32,7 @@ import torch
 from common import draw_data, machine, pairwise, part_of, plan_of, random_teacher, verdict
 
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.caching.plan import Plan
+from kdcli.engine.caching.plan import StorePlan
 from kdcli.engine.caching.write import write_store
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item
@@ -192,16 +192,18 @@ def compare(args: argparse.Namespace, method: str) -> dict[str, Any]:
     return found
 
 
-def planned(args: argparse.Namespace, method: str) -> Plan:
+def planned(args: argparse.Namespace, method: str) -> StorePlan:
     """The plan of a store without a val split: the teacher's AP, which a store keeps, is not what is measured here."""
     return plan_of(part_of(args.data, args.out, 0, val=False), args.teacher, method, args.canvas, None)
 
 
-def write(plan: Plan, store: Path) -> float:
+def write(plan: StorePlan, store: Path) -> float:
     """Seconds to cache two views of every image into a fresh store."""
     shutil.rmtree(store, ignore_errors=True)
     plan.source.load(plan.item(0))
-    plan.forward.outputs(torch.zeros(1, 3, *plan.source.canvas.size, dtype=torch.uint8, device=plan.device))
+    plan.teacher.forward.outputs(
+        torch.zeros(1, 3, *plan.source.canvas.size, dtype=torch.uint8, device=plan.teacher.device)
+    )
     started = time.perf_counter()
     write_store(plan, store, NullReporter())
     return time.perf_counter() - started
@@ -227,7 +229,7 @@ def ratios(args: argparse.Namespace, method: str, seconds: dict[str, list[float]
     return found
 
 
-def payback(plan: Plan, seconds: dict[str, list[float]], write_s: float, batch: int) -> dict[str, Any]:
+def payback(plan: StorePlan, seconds: dict[str, list[float]], write_s: float, batch: int) -> dict[str, Any]:
     """After how many epochs two cached views have cost less than a live teacher."""
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     images = len(plan.positions)
@@ -273,7 +275,7 @@ def only(args: argparse.Namespace) -> None:
     store = args.out / "stores" / method.replace(",", "+")
     if kind == "write":
         plan = planned(args, method)
-        keep_freed_memory(plan.device)
+        keep_freed_memory(plan.teacher.device)
         print(json.dumps({"seconds": write(plan, store)}))
         return
     trainer = make_trainer(args, method, None if kind == "live" else store)

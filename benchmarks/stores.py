@@ -40,7 +40,7 @@ from stores_formats import FORMATS, Dense, DenseRows, dense_shapes, gather
 from stores_steps import compare, endless, make_trainer, median_ratio, steps
 from stores_table import table, targets
 
-from kdcli.engine.caching.plan import Plan, encode_row, plan_store
+from kdcli.engine.caching.plan import StorePlan, encode_row, plan_store
 from kdcli.engine.loading.samples import Sample
 from kdcli.engine.runtime.device import pick_device
 from kdcli.engine.runtime.memory import peak_memory_bytes, reset_peak_memory
@@ -192,14 +192,14 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     return found
 
 
-def outputs_of(plan: Plan, sample: Sample, device: torch.device) -> Dense:
+def outputs_of(plan: StorePlan, sample: Sample, device: torch.device) -> Dense:
     """What the teacher says at every cell of one image, in memory."""
-    found = plan.forward.outputs(sample.image[None].to(device))
+    found = plan.teacher.forward.outputs(sample.image[None].to(device))
     return {name: found[name][0].cpu().contiguous().numpy() for name in dense_shapes(plan.schema)}
 
 
 def write_all(
-    args: argparse.Namespace, method: str, plan: Plan, samples: Sequence[Sample], dense: Sequence[Dense]
+    args: argparse.Namespace, method: str, plan: StorePlan, samples: Sequence[Sample], dense: Sequence[Dense]
 ) -> dict[str, Any]:
     """Rows/s of writing from tensors in memory (until the call returns, and until all is on the disk), and bytes a row."""
     writers: dict[str, Callable[[Path, Sequence[Dense]], None]] = {
@@ -231,7 +231,7 @@ def write_all(
     }
 
 
-def write_kdcli(plan: Plan, store: Path, samples: Sequence[Sample], dense: Sequence[Dense]) -> None:
+def write_kdcli(plan: StorePlan, store: Path, samples: Sequence[Sample], dense: Sequence[Dense]) -> None:
     """Pick, encode, compress and write all rows, in this thread; each shard is on the disk when the next one begins."""
     writer = StoreWriter(store, plan.schema)
     for shard in range(plan.schema.num_shards):
@@ -258,9 +258,9 @@ def check(readings: dict[str, reading.Reading], samples: Sequence[Sample], devic
             assert worst < 0.005 * float(exact.max() - exact.min()) + 0.05, (kind, key, worst)
 
 
-def regions_ms(plan: Plan, items: Sequence[Any]) -> float:
+def regions_ms(plan: StorePlan, items: Sequence[Any]) -> float:
     """Processor time of computing the regions of a row, which whoever trains from dense files does at every load."""
-    plain = replace(plan.source, regions=frozenset())
+    plain = replace(plan.source, regions=frozenset(), detection_loss=True)
     difference = []
     for item in items[:32]:
         began = time.process_time()

@@ -23,7 +23,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +30,8 @@ import torch
 from common import draw_data, machine, pairwise, part_of, plan_of, random_teacher, verdict
 
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.caching.plan import Plan, encode_row, teacher_rows
-from kdcli.engine.caching.write import _compare, _micro_batches, write_store
+from kdcli.engine.caching.plan import StorePlan, encode_row
+from kdcli.engine.caching.write import compare_row, shard_micro_batches, write_store
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
 from kdcli.engine.runtime.memory import keep_freed_memory
@@ -51,21 +50,21 @@ LIMIT = 1.10
 T = TypeVar("T")
 
 
-def micro_batches(plan: Plan) -> list[list[Item]]:
+def micro_batches(plan: StorePlan) -> list[list[Item]]:
     """The rows as ``cache-teacher`` cuts them: shard by shard, one orientation each."""
-    return [items for s in range(plan.schema.num_shards) for items in _micro_batches(plan, *plan.schema.shard_range(s))]
+    return [items for s in range(plan.schema.num_shards) for items in shard_micro_batches(plan, s)]
 
 
-def images_alone(plan: Plan) -> SampleSource:
+def images_alone(plan: StorePlan) -> SampleSource:
     """The same images and views, without the assignment and the regions, which inference does not need."""
-    return replace(plan.source, regions=frozenset(), targets=False)
+    return plan.source.with_regions(plan.source.region_spec, frozenset())
 
 
-def infer(plan: Plan) -> None:
+def infer(plan: StorePlan) -> None:
     """The bare teacher over all rows; its outputs are thrown away."""
-    for samples in Loader(images_alone(plan), plan.workers).samples(micro_batches(plan)):
-        plan.forward.outputs(torch.stack([s.image for s in samples]).to(plan.device))
-    wait_for(plan.device)
+    for samples in Loader(images_alone(plan), plan.teacher.workers).samples(micro_batches(plan)):
+        plan.teacher.forward.outputs(torch.stack([s.image for s in samples]).to(plan.teacher.device))
+    wait_for(plan.teacher.device)
 
 
 def wait_for(device: torch.device) -> None:
@@ -104,7 +103,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     began = time.perf_counter()
     plan = plan_of(args.data, args.teacher, method, args.canvas, args.workers)
     planned = time.perf_counter() - began
-    keep_freed_memory(plan.device)  # as the command does, and for both passes
+    keep_freed_memory(plan.teacher.device)  # as the command does, and for both passes
     store, bar = args.out / "store", Bar()
     bare: list[tuple[float, float]] = []
     cached: list[tuple[float, float]] = []
@@ -168,7 +167,7 @@ def collate_on(samples: list[Sample], device: torch.device) -> Batch:
     return collate(samples, None).to(device)
 
 
-def decode_row(plan: Plan, row: Arrays) -> Tensors:
+def decode_row(plan: StorePlan, row: Arrays) -> Tensors:
     """What a reader would make of a row."""
     return plan.schema.decode(collate_arrays([row], plan.schema.layout()), plan.needs)
 
@@ -178,7 +177,7 @@ def compressed(row: Arrays, layout: Sequence[ArraySpec]) -> dict[str, bytes]:
     return {array.path: pack_chunk(row[array.path], array) for array in layout}
 
 
-def profile(plan: Plan, out: Path) -> dict[str, Any]:
+def profile(plan: StorePlan, out: Path) -> dict[str, Any]:
     """Milliseconds a row of every stage, run alone: of the clock and of the processors.
 
     Stages of a shard come one after the other here; ``cache-teacher`` runs them beside the teacher.
@@ -188,19 +187,19 @@ def profile(plan: Plan, out: Path) -> dict[str, Any]:
     shutil.rmtree(store, ignore_errors=True)
     create_store(store, plan.schema, plan.manifest, plan.source.dataset.annotations.image_ids[plan.positions])
     start, stop = plan.schema.shard_range(0)
-    batches = _micro_batches(plan, start, stop)
+    batches = shard_micro_batches(plan, 0)
     packed: dict[Item, dict[str, bytes]] = {}
     for items in batches:
         stages.run("load: images", load_all, images, items)
         samples = stages.run("load: whole", load_all, plan.source, items)
-        batch = stages.run("collate", collate_on, samples, plan.device)
-        stages.run("teacher: forward", plan.forward.outputs, batch.images)
-        values = stages.run("teacher: forward, collate, read, copy", teacher_rows, plan, samples)
+        batch = stages.run("collate", collate_on, samples, plan.teacher.device)
+        stages.run("teacher: forward", plan.teacher.forward.outputs, batch.images)
+        values = stages.run("teacher: forward, collate, read, copy", plan.teacher.rows, samples, plan.needs)
         for item, sample, value in zip(items, samples, values, strict=True):
             row = stages.run("encode", encode_row, plan, sample, value)
             decoded = stages.run("check: decode", decode_row, plan, row)
             read = {key: row_tensor(tensor) for key, tensor in decoded.items()}
-            stages.run("check: compare", _compare, plan, sample, ErrorMeter(), value, read)
+            stages.run("check: compare", compare_row, plan, sample, ErrorMeter(), value, read)
             packed[item] = stages.run("compress", compressed, row, layout)
     chunks = {a.path: [packed[plan.item(r)][a.path] for r in range(start, stop)] for a in layout}
     stages.run("write", StoreWriter(store, plan.schema).write_chunks, 0, chunks, {})

@@ -21,7 +21,7 @@ from kdcli.errors import MissingPathError, OptionError, did_you_mean
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Table ``[model]``: the student's (or teacher's) architecture."""
 
@@ -35,7 +35,7 @@ class ModelOptions:
     bn: Literal["auto", "train", "frozen", "sync"] = "auto"  # auto: trained from scratch, frozen when pretrained
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimOptions:
     """Table ``[optim]``."""
 
@@ -57,7 +57,7 @@ class OptimOptions:
             _require(self, name, lambda v: 0 <= v < math.inf, "at least 0")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Everything that decides what ``train`` and ``distill`` compute."""
 
@@ -98,7 +98,7 @@ class TrainOptions:
             raise OptionError("shuffle = 'shards': follows the shards of a store; add --cache STORE, or leave it out")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CacheOptions:
     """Everything that decides what ``cache-teacher`` writes."""
 

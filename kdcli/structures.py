@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdcli.errors import OptionError
-from kdcli.tensors import Tensors
+from kdcli.tensors import Region, Tensors
 
 BACKGROUND = -1  # of Targets.assigned: a negative
 IGNORED = -2  # of Targets.assigned: outside the valid area, or between two IoU thresholds: no loss reads it
@@ -21,7 +21,13 @@ VLR = 2  # valuable localization region
 FINE_GRAINED = 4  # anchors near a box: LD's feature imitation
 OBJECT = 8  # DeFeat's foreground cells
 SAMPLE = 16  # a random share of DeFeat's background cells
-FLAGS = {"main": MAIN, "vlr": VLR, "fine_grained": FINE_GRAINED, "object": OBJECT, "sample": SAMPLE}
+FLAGS: dict[str, int] = {
+    Region.MAIN: MAIN,
+    Region.VLR: VLR,
+    Region.FINE_GRAINED: FINE_GRAINED,
+    Region.OBJECT: OBJECT,
+    Region.SAMPLE: SAMPLE,
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Entries:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Targets:
     """What a batch should be detected as. Not crowd, sides >= 1 canvas pixel.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 import torch.distributed as dist
@@ -34,12 +35,46 @@ DERIVED = {RANK: CLS_LOGITS, BOXES: CLS_LOGITS, GT_ROIS: FEATURES}
 Tensors = dict[str, Tensor]
 
 
+class Region(StrEnum):
+    """Where a tensor is read; all but the first and the last two depend on ground truth alone and are stored sparse."""
+
+    ALL = "all"  # every valid cell: dense
+    MAIN = "main"  # positives of the assigner
+    VLR = "vlr"  # valuable localization region
+    FINE_GRAINED = "fine_grained"  # anchors near a box
+    OBJECT = "object"  # DeFeat's foreground cells
+    SAMPLE = "sample"  # a random share of DeFeat's background cells
+    GT = "gt"  # a row for each ground-truth box
+    PROPOSALS = "proposals"  # a row for each proposal of the teacher
+
+
+MAIN_OR_VLR = f"{Region.MAIN}+{Region.VLR}"  # a union of regions
+
+
+class Per(StrEnum):
+    """What a tensor has a row for; that of a single level has another one: see ``per_level``."""
+
+    CELL = "cell"  # P rows an image
+    ANCHOR = "anchor"  # N
+    BOX = "box"  # G
+    PROPOSAL = "proposal"  # R
+
+
+def per_level(level: int) -> str:
+    """``level1`` for the cells of the second finest level; others likewise."""
+    return f"level{level}"
+
+
+def level_of_per(per: str) -> int | None:
+    """The level of ``per_level``; None for a member of ``Per``."""
+    return int(per.removeprefix("level")) if per.startswith("level") else None
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """What a detector promises about one tensor: what it has a row for, and the trailing dims.
 
-    ``per``: ``"cell"`` (P rows an image), ``"anchor"`` (N), ``"level1"`` (the cells of the second finest level; other
-    levels likewise), ``"box"`` (G) or ``"proposal"`` (R). ``dims``: trailing shape, e.g. ``(4, 17)``.
+    ``per``: of ``Per`` or ``per_level``. ``dims``: trailing shape, e.g. ``(4, 17)``.
     """
 
     per: str
@@ -50,10 +85,7 @@ class TensorSpec:
 class Need:
     """A teacher tensor that a method reads: its name and the region where it reads it.
 
-    Regions: ``all`` (dense), ``main`` (positives of the assigner), ``vlr`` (valuable localization region),
-    ``fine_grained``, ``object``, ``sample`` (see structures.FLAGS) and their unions such as ``main+vlr``: these depend
-    on ground truth alone and are stored sparse. ``gt``: a row for each ground-truth box; ``proposals``: for each
-    proposal of the teacher.
+    ``region``: a ``Region``, or a union of those that are stored sparse such as ``main+vlr``.
     """
 
     name: str
@@ -67,12 +99,12 @@ class Need:
     @property
     def dense(self) -> bool:
         """True when every valid cell is read."""
-        return self.region == "all"
+        return self.region == Region.ALL
 
     @property
     def at_entries(self) -> bool:
         """True when it is read at the entries of a region."""
-        return self.region not in ("all", "gt", "proposals")
+        return self.region not in (Region.ALL, Region.GT, Region.PROPOSALS)
 
 
 def spec_of(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec:
@@ -81,9 +113,9 @@ def spec_of(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec:
         return specs[name]
     dims = specs[DERIVED[name]].dims
     return {
-        RANK: TensorSpec("anchor", (2,)),
-        BOXES: TensorSpec("anchor", (4,)),
-        GT_ROIS: TensorSpec("box", (2, *dims, 3, 3)),
+        RANK: TensorSpec(Per.ANCHOR, (2,)),
+        BOXES: TensorSpec(Per.ANCHOR, (4,)),
+        GT_ROIS: TensorSpec(Per.BOX, (2, *dims, 3, 3)),
     }[name]
 
 

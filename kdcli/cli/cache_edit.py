@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.cache import Store, cache
-from kdcli.errors import OptionError, UsageError, did_you_mean
+from kdcli.errors import UsageError
 from kdcli.store.info import store_info
 
 
@@ -34,17 +34,12 @@ def add(
     from kdcli.engine.caching.edit import add as add_tensors
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
-    from kdcli.methods.resolve import find_methods
+    from kdcli.methods.resolve import method_tables
     from kdcli.options import parse_assignments
 
     if not method and not cache_images:
         raise UsageError("name what to add: --method bckd, or --cache-images")
-    known = find_methods(method) if method else {}
-    settings: dict[str, dict[str, Any]] = {}
-    for table, values in parse_assignments(set_ or []).items():
-        if table not in known:
-            raise OptionError(f"--set {table}.…: unknown table '{table}'{did_you_mean(table, known)}")
-        settings[table] = values
+    settings = method_tables(method or "", parse_assignments(set_ or []))
     keep_freed_memory(pick_device("auto"))
     with ConsoleReporter() as reporter:
         new = add_tensors(store, data, teacher, method or "", settings, encoding, reporter, cache_images)

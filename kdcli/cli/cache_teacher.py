@@ -11,12 +11,12 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
-from kdcli.errors import NoSpaceError, OptionError, UsageError, did_you_mean
+from kdcli.errors import NoSpaceError, UsageError
 from kdcli.store.info import store_info
 
 if TYPE_CHECKING:
     from kdcli.engine.caching.estimate.estimate import BreakEven, Estimate
-    from kdcli.engine.caching.plan import Plan
+    from kdcli.engine.caching.plan import StorePlan
     from kdcli.engine.caching.write import Part
     from kdcli.engine.runtime.progress import ProgressReporter
     from kdcli.options import CacheOptions
@@ -89,7 +89,7 @@ def cache_teacher(
     part = _part(shard)
     with reporting(part is None or shard is not None or part.index == 0) as reporter:
         plan = plan_store(options, reporter)
-        keep_freed_memory(plan.device)
+        keep_freed_memory(plan.teacher.device)
         if estimate:
             return _report_estimate(make_estimate(plan, storage, part), reporter, json)
         info = _write(plan, storage, part, reporter)
@@ -98,7 +98,7 @@ def cache_teacher(
     return 0
 
 
-def _write(plan: Plan, storage: Storage, part: Part | None, reporter: ProgressReporter) -> dict[str, Any]:
+def _write(plan: StorePlan, storage: Storage, part: Part | None, reporter: ProgressReporter) -> dict[str, Any]:
     """Write the store, or go on with it; what it holds then. Raises NoSpaceError before anything is written."""
     from kdcli.engine.caching.estimate.estimate import estimate
     from kdcli.engine.caching.write import write_store
@@ -117,13 +117,10 @@ def _write(plan: Plan, storage: Storage, part: Part | None, reporter: ProgressRe
 
 def _options(fields: dict[str, Any], set_: list[str]) -> CacheOptions:
     """Raises OptionError and UsageError for what is unknown or missing."""
-    from kdcli.methods.resolve import find_methods
+    from kdcli.methods.resolve import method_tables
     from kdcli.options import CacheOptions, build, layer, parse_assignments
 
-    known = find_methods(str(fields.get("method", ""))) if fields.get("method") else {}
-    for table, values in parse_assignments(set_).items():
-        if table not in known:
-            raise OptionError(f"--set {table}.…: unknown table '{table}'{did_you_mean(table, known)}")
+    for table, values in method_tables(str(fields.get("method") or ""), parse_assignments(set_)).items():
         fields = layer(fields, {"methods": {table: values}})
     options = build(CacheOptions, fields)
     for flag, value in (("--data", options.data), ("--teacher", options.teacher), ("--method", options.method)):

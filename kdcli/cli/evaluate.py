@@ -37,8 +37,9 @@ def evaluate(
     from kdcli.detectors.weights import load_detector
     from kdcli.engine.evaluation.coco_metrics import write_detections
     from kdcli.engine.evaluation.evaluate import evaluate as run_evaluation
-    from kdcli.engine.evaluation.evaluate import plain_forward, require_same_classes, validation_source
+    from kdcli.engine.evaluation.evaluate import plain_forward, require_same_classes
     from kdcli.engine.loading.loader import Loader
+    from kdcli.engine.loading.samples import SampleSource
     from kdcli.engine.loading.selection import usable
     from kdcli.engine.runtime.device import pick_amp, pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
@@ -62,7 +63,7 @@ def evaluate(
         reporter.stage(f"eval {split}", len(keep))
         found = run_evaluation(
             detector.to(chosen), dataset, target, device=chosen, batch=batch,
-            loader=Loader(validation_source(dataset, detector, target), pick_workers(workers)),
+            loader=Loader(SampleSource.for_evaluation(dataset, target, detector), pick_workers(workers)),
             forward=plain_forward(detector, pick_amp(amp or "auto", chosen)),
             left_out=frozenset(range(dataset.num_images)) - keep,
             advance=reporter.advance,

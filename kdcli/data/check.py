@@ -46,7 +46,7 @@ class Warned:
     examples: tuple[str, ...]  # the first few
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckReport:
     """What `check_dataset` found in a split."""
 
@@ -126,7 +126,10 @@ def missing_report(root: Path, split: str, error: KDError) -> CheckReport:
     """The report on a split that could not be opened."""
     kind = "missing split" if isinstance(error, MissingPathError) else "unreadable split"
     fault = Fault(kind, str(root), f"{error}; training needs a train and a val split")
-    return CheckReport(str(root), (fault,), (), frozenset(), 0, 0, 0, 0)
+    return CheckReport(
+        where=str(root), faults=(fault,), warnings=(), bad_images=frozenset(), num_images=0, num_empty=0, num_boxes=0,
+        num_crowd=0,
+    )  # fmt: skip
 
 
 def category_fault(train: Dataset, val: Dataset) -> Fault | None:

@@ -38,7 +38,7 @@ class Category:
     name: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Annotations:
     """One COCO file: I images in the order of their ids, their M boxes image by image, K categories in id order.
 

@@ -22,11 +22,13 @@ from kdcli.tensors import (
     PROPOSAL_LOGITS,
     RANK,
     Need,
+    Per,
+    Region,
     Tensors,
     TensorSpec,
 )
 
-AT_PROPOSALS = Need(PROPOSAL_BOXES, "proposals"), Need(PROPOSAL_LOGITS, "proposals")
+AT_PROPOSALS = Need(PROPOSAL_BOXES, Region.PROPOSALS), Need(PROPOSAL_LOGITS, Region.PROPOSALS)
 
 
 def read(
@@ -41,7 +43,7 @@ def read(
     read_tensors: Tensors = {}
     specs = detector.specs()
     for need in needs:
-        if need.region == "proposals":
+        if need.region == Region.PROPOSALS:
             continue
         if need.name == BOXES:
             read_tensors[need.key] = detector.dense_boxes(outputs, targets.canvas)
@@ -89,7 +91,7 @@ def _at_entries(
     chosen = entries.select(need.region)
     image, index = entries.image[chosen], entries.index[chosen]
     if need.name != RANK:
-        per_cell = specs[need.name].per == "cell"
+        per_cell = specs[need.name].per == Per.CELL
         return _gather(outputs[need.name], image, index // detector.grid.num_anchors if per_cell else index)
     logits = _gather(outputs[CLS_LOGITS], image, index)
     boxes = detector.decode_boxes(_gather(outputs[detector.box_name], image, index), index, targets.canvas)

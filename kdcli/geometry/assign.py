@@ -8,7 +8,7 @@ kind is one more function in ``_KINDS``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -40,6 +40,7 @@ class AssignerSpec(JsonSpec):
     """
 
     kind: Literal["atss", "max_iou", "fcos", "none"]
+    _: KW_ONLY
     topk: int = 9
     pos_iou: float = 0.5
     neg_iou: float = 0.4

@@ -23,7 +23,7 @@ StrideRule = Literal["nominal", "image_over_grid"]
 VALID_MULTIPLE = 32  # the content is rounded up to this many pixels: mmdet's pad_shape (pad_size_divisor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grid(JsonSpec):
     """Cells and anchors of all levels, fine to coarse; cells row-major; anchors innermost (ratio-major, scale-minor).
 
@@ -59,7 +59,23 @@ class Grid(JsonSpec):
 
     def level_sizes(self, canvas: Canvas) -> list[int]:
         """Anchors of each level; their sum is N."""
-        return [h * w * self.num_anchors for h, w in self.level_shapes(canvas)]
+        return [cells * self.num_anchors for cells in self.level_cells(canvas)]
+
+    def level_cells(self, canvas: Canvas) -> list[int]:
+        """Cells of each level; their sum is P."""
+        return [h * w for h, w in self.level_shapes(canvas)]
+
+    def split_levels(self, value: Tensor, canvas: Canvas, dim: int = 1) -> list[Tensor]:
+        """Cut ``value``, which has P cells along ``dim`` (e.g. [B, P, ...]), into its levels, fine to coarse; no copies."""
+        return list(torch.split(value, self.level_cells(canvas), dim=dim))
+
+    def level_maps(self, features: Tensor, canvas: Canvas, count: int | None = None) -> list[Tensor]:
+        """``features`` [B, P, C] as the maps that they were flattened from: [B, C, rows, columns] of the ``count`` finest
+        levels, or of all."""
+        parts = self.split_levels(features, canvas)[:count]
+        batch, _, channels = features.shape
+        shapes = self.level_shapes(canvas)[:count]
+        return [part.mT.reshape(batch, channels, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def steps(self, canvas: Canvas) -> list[tuple[int, int]]:
         """(down, across): pixels between the centres of neighbouring cells of each level. The stride, or nearly so."""
@@ -69,7 +85,7 @@ class Grid(JsonSpec):
 
     def num_cells(self, canvas: Canvas) -> int:
         """P: cells of all levels; the same for a canvas and its transpose."""
-        return sum(h * w for h, w in self.level_shapes(canvas))
+        return sum(self.level_cells(canvas))
 
     def num_total(self, canvas: Canvas) -> int:
         """N = P * A: anchors of all levels."""

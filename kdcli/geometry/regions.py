@@ -25,6 +25,7 @@ from kdcli.geometry.defeat_mask import defeat_cells
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.spec import JsonSpec
 from kdcli.structures import FINE_GRAINED, FLAGS, MAIN, OBJECT, SAMPLE, VLR, Canvas, Entries
+from kdcli.tensors import Region
 
 FINE_GRAINED_SHARE = 0.5  # of a box's highest IoU
 
@@ -164,21 +165,21 @@ def compute_entries(
     total = grid.num_total(canvas)
     weight = torch.zeros(total, dtype=torch.float64)
     positive = (assigned >= 0) & grid.valid_anchors(canvas, content)
-    gt = torch.where(positive, assigned.long(), -1) if "main" in regions else torch.full((total,), -1)
+    gt = torch.where(positive, assigned.long(), -1) if Region.MAIN in regions else torch.full((total,), -1)
     flag = (gt >= 0).to(torch.uint8) * MAIN
-    if "vlr" in regions:
+    if Region.VLR in regions:
         weight = vlr_weights(spec, grid, canvas, boxes, content)
         if not spec.vlr_keep_positives or spec.vlr_metric == "inside":
             weight = weight.masked_fill(positive, 0.0)
         flag |= (weight > 0).to(torch.uint8) * VLR
-    if "fine_grained" in regions:
+    if Region.FINE_GRAINED in regions:
         flag |= _at_first_anchor(fine_grained_cells(grid, canvas, boxes, content), grid) * FINE_GRAINED
-    if "object" in regions or "sample" in regions:
+    if Region.OBJECT in regions or Region.SAMPLE in regions:
         valid = grid.valid(canvas, content)
         inside = defeat_cells(boxes, grid, canvas) & valid
-        if "object" in regions:
+        if Region.OBJECT in regions:
             flag |= _at_first_anchor(inside, grid) * OBJECT
-        if "sample" in regions:
+        if Region.SAMPLE in regions:
             flag |= _at_first_anchor(sampled_cells(spec, row, len(valid)) & valid & ~inside, grid) * SAMPLE
     index = torch.nonzero(flag).squeeze(1)
     return Entries(

@@ -21,10 +21,8 @@ def gt_rois(features: Tensor, boxes: list[Tensor], grid: Grid, canvas: Canvas) -
     2302.05637): scale 1/stride, no half-cell shift (``aligned=False``), ceil(bin size) samples per bin and side. Computed
     in float32 whatever the precision of ``features``: the CPU kernel refuses bf16. Differentiable in ``features``.
     """
-    shapes = grid.level_shapes(canvas)
-    levels = torch.split(precise(features), [h * w for h, w in shapes], dim=1)
+    levels = grid.level_maps(precise(features), canvas, ROI_LEVELS)
     regions = []
-    for level, shape, stride in zip(levels[:ROI_LEVELS], shapes[:ROI_LEVELS], grid.strides[:ROI_LEVELS], strict=True):
-        maps = level.mT.reshape(level.shape[0], -1, *shape)
+    for maps, stride in zip(levels, grid.strides[:ROI_LEVELS], strict=True):
         regions.append(roi_align(maps, [b.to(maps) for b in boxes], ROI_SIZE, spatial_scale=1 / stride))
     return torch.stack(regions, dim=1)

@@ -29,7 +29,8 @@ class JsonSpec:
         """
         if not isinstance(value, Mapping):
             raise OptionError(f"{cls.__name__}: {str(value)[:40]!r} is no table of fields")
-        known = get_type_hints(cls)
+        hints = get_type_hints(cls)
+        known = {field.name: hints[field.name] for field in fields(cls)}
         for name, given in value.items():
             if name not in known:
                 raise OptionError(f"{cls.__name__}: unknown field '{name[:40]}'{did_you_mean(name, known)}")

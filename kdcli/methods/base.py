@@ -17,11 +17,7 @@ from torch import Tensor, nn
 
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Batch, Canvas
-from kdcli.tensors import (
-    Need,
-    Tensors,
-    TensorSpec,
-)
+from kdcli.tensors import Need, Region, Tensors, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -69,9 +65,9 @@ class Method(nn.Module):
     def active(self, batch: Batch, part: str) -> bool:
         """Whether the term ``part`` can differ from 0 on this batch; one that is 0 for long while active stops the run."""
         for need in self.needs:
-            if need.dense or need.region == "proposals":
+            if need.dense or need.region == Region.PROPOSALS:
                 return True
-            if need.region == "gt":
+            if need.region == Region.GT:
                 found = any(len(boxes) for boxes in batch.targets.boxes)
             else:
                 found = batch.entries is not None and bool(batch.entries.select(need.region).any())

@@ -18,10 +18,10 @@ from kdcli.errors import OptionError
 from kdcli.geometry.boxes import EPS, aligned_giou, aligned_iou
 from kdcli.methods.base import Method, Pair, method_options
 from kdcli.structures import IGNORED, Batch
-from kdcli.tensors import BOXES, CLS_LOGITS, Need, Tensors, world_mean, world_sum
+from kdcli.tensors import BOXES, CLS_LOGITS, Need, Region, Tensors, world_mean, world_sum
 
-CLASSES = Need(CLS_LOGITS, "all")
-BOX = Need(BOXES, "all")
+CLASSES = Need(CLS_LOGITS, Region.ALL)
+BOX = Need(BOXES, Region.ALL)
 
 Overlap = Literal["giou", "iou", "log_iou"]
 RELEASED_ON = "gfl"  # the one detector that the authors' configurations give weights for

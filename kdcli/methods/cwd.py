@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcli.methods.base import Method, Pair
-from kdcli.methods.maps import MAPS, MASKED, channels, make_adapter, mean_images, split_levels
+from kdcli.methods.maps import MAPS, MASKED, channels, make_adapter, mean_images
 from kdcli.structures import Batch
 from kdcli.tensors import Tensors, precise
 
@@ -40,7 +40,7 @@ class CWD(Method):
         if not self.weight:
             return {}
         ours, theirs, valid = (
-            split_levels(v, self.grid, batch)
+            self.grid.split_levels(v, batch.targets.canvas)
             for v in (
                 precise(self.adapter(precise(student[MAPS.key]))),
                 precise(teacher[MAPS.key]),

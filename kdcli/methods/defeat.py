@@ -19,7 +19,7 @@ from kdcli.geometry.defeat_mask import defeat_cells, stage_cells
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.decoupled import adapt, adapter, decoupled_imitation, neck_adapters
 from kdcli.methods.divergence import kl_rows, squared_rows
-from kdcli.methods.maps import MAPS, split_levels
+from kdcli.methods.maps import MAPS
 from kdcli.structures import Batch
 from kdcli.tensors import (
     BACKBONE,
@@ -27,12 +27,14 @@ from kdcli.tensors import (
     PROPOSAL_LABELS,
     PROPOSAL_LOGITS,
     Need,
+    Region,
     Tensors,
+    level_of_per,
     world_mean,
 )
 
-STAGES = tuple(Need(name, "all") for name in BACKBONE[2:])  # c4 and c5: what the author found best on COCO
-PROPOSALS = (Need(PROPOSAL_BOXES, "proposals"), Need(PROPOSAL_LOGITS, "proposals"))
+STAGES = tuple(Need(name, Region.ALL) for name in BACKBONE[2:])  # c4 and c5: what the author found best on COCO
+PROPOSALS = (Need(PROPOSAL_BOXES, Region.PROPOSALS), Need(PROPOSAL_LOGITS, Region.PROPOSALS))
 
 WEIGHT_OPTIONS = {
     "object": "fg_weight",
@@ -82,7 +84,8 @@ class DeFeat(Method):
         self.temperatures = (obj_temperature, bg_temperature)
         self.adapters = neck_adapters(pair) if MAPS in self.needs else nn.ModuleList()
         self.stages = [need for need in STAGES if need in self.needs]
-        self.stage_levels = [int(pair.student[need.name].per.removeprefix("level")) for need in self.stages]
+        levels = [level_of_per(pair.student[need.name].per) for need in self.stages]
+        self.stage_levels = [level for level in levels if level is not None]
         self.stage_adapters = nn.ModuleList(
             nn.Sequential(adapter(pair.student[need.name].dims[0], pair.teacher[need.name].dims[0]), nn.ReLU())
             for need in self.stages
@@ -116,12 +119,14 @@ class DeFeat(Method):
         adapted = adapt(student, self.adapters, shapes, valid)
         error = squared_rows(adapted, teacher)
         inside = defeat_cells(boxes, self.grid, canvas)
-        return decoupled_imitation(*(split_levels(part, self.grid, batch) for part in (error, inside, valid)))
+        return decoupled_imitation(
+            *(self.grid.split_levels(part, batch.targets.canvas) for part in (error, inside, valid))
+        )
 
     def _backbone(self, student: Tensors, teacher: Tensors, boxes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         canvas = batch.targets.canvas
         shapes = self.grid.level_shapes(canvas)
-        valid = split_levels(batch.targets.valid, self.grid, batch)
+        valid = self.grid.split_levels(batch.targets.valid, batch.targets.canvas)
         errors, insides, valids = [], [], []
         for i, (need, level) in enumerate(zip(self.stages, self.stage_levels, strict=True)):
             adapted = adapt(student[need.key], self.stage_adapters[i : i + 1], [shapes[level]], valid[level])

@@ -15,9 +15,9 @@ from kdcli.geometry.defeat_mask import defeat_cells
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.decoupled import adapt, half_mean, neck_adapters
 from kdcli.methods.divergence import squared_rows
-from kdcli.methods.maps import MAPS, split_levels
+from kdcli.methods.maps import MAPS
 from kdcli.structures import Batch
-from kdcli.tensors import FEATURES, Need, Tensors
+from kdcli.tensors import FEATURES, Need, Region, Tensors
 
 ROWS = Need(FEATURES, "object+sample")
 
@@ -61,12 +61,12 @@ class DeFeatThin(Method):
             ("object", self.fg_weight, inside & targets.valid, 1.0),
             ("background", self.bg_weight, ~inside & targets.valid, self.keep),
         )
-        for (name, weight, cells, share), region in zip(parts, ("object", "sample"), strict=True):
+        for (name, weight, cells, share), region in zip(parts, (Region.OBJECT, Region.SAMPLE), strict=True):
             if weight:
                 kept = error * entries.select(region)[chosen]
                 total = kept.new_zeros(len(sizes)).index_add(0, level, kept / share)
                 # the true number of such cells, not of those that were kept
-                count = torch.stack([part.sum() for part in split_levels(cells, self.grid, batch)])
+                count = torch.stack([part.sum() for part in self.grid.split_levels(cells, batch.targets.canvas)])
                 terms[name] = weight * half_mean(total, count)
         return terms
 
@@ -76,5 +76,5 @@ class DeFeatThin(Method):
 
     def active(self, batch: Batch, part: str) -> bool:
         """Whether the term's region has an entry."""
-        region = "object" if part == "object" else "sample"
+        region = Region.OBJECT if part == "object" else Region.SAMPLE
         return batch.entries is not None and bool(batch.entries.select(region).any())

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from kdcli.geometry.rois import ROI_LEVELS, ROI_SIZE, gt_rois
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.glore import GloRe
-from kdcli.methods.maps import MAPS, channels, image_of, mean_images, split_levels
+from kdcli.methods.maps import MAPS, channels, image_of, mean_images
 from kdcli.methods.reduce import safe_sqrt, world_sum_grad
 from kdcli.methods.relation import Filter, RelationBlock
 from kdcli.structures import Batch
-from kdcli.tensors import GT_ROIS, Need, Tensors, precise, spec_of, world_size
+from kdcli.tensors import GT_ROIS, Need, Region, Tensors, precise, spec_of, world_size
 
-ROIS = Need(GT_ROIS, "gt")
+ROIS = Need(GT_ROIS, Region.GT)
 
 FINE_NODES, COARSE_NODES = 64, 256  # of GloRe, on the two finest levels and on the others
 FINE_LEVELS = 2
@@ -74,7 +74,7 @@ class DRKD(Method):
         images = mean_images(batch)
         terms = {}
         if self.pixels is not None:
-            split = (split_levels(v, self.grid, batch) for v in (ours, theirs, batch.targets.valid))
+            split = (self.grid.split_levels(v, batch.targets.canvas) for v in (ours, theirs, batch.targets.valid))
             scale = (self.batch_ref / (images * world_size())).sqrt()
             terms["pr"] = self.pr_weight * scale * self.pixels(*split)
         if self.instances.weights:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kdcli.geometry.grid import Grid
 from kdcli.methods.base import Method, Pair
-from kdcli.methods.maps import MAPS, MASKED, channels, image_of, mean_images, split_levels
+from kdcli.methods.maps import MAPS, MASKED, channels, image_of, mean_images
 from kdcli.structures import Batch, Canvas
 from kdcli.tensors import Tensors, precise
 
@@ -67,7 +67,7 @@ class FGD(Method):
             return {}
         totals: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         maps = (precise(student[MAPS.key]), precise(teacher[MAPS.key].detach()), batch.targets.valid)
-        levels = zip(*(split_levels(v, self.grid, batch) for v in maps), strict=True)
+        levels = zip(*(self.grid.split_levels(v, batch.targets.canvas) for v in maps), strict=True)
         for i, (s, t, valid) in enumerate(levels):
             s = precise(self.adapters[i](s))
             foreground = foreground_mask(batch.targets.boxes, valid, self.grid, batch.targets.canvas, i)
@@ -90,7 +90,7 @@ class FGD(Method):
         if part == "fg":
             return any(len(b) for b in targets.boxes)
         if part == "bg":
-            valid = split_levels(targets.valid, self.grid, batch)[0]
+            valid = self.grid.split_levels(targets.valid, batch.targets.canvas)[0]
             covered = foreground_mask(targets.boxes, valid, self.grid, targets.canvas, 0) > 0
             return bool((valid & ~covered).any())
         return True

@@ -19,14 +19,15 @@ from kdcli.geometry.grid import Grid
 from kdcli.methods.base import Method, Pair, method_options
 from kdcli.methods.divergence import kl_rows
 from kdcli.methods.ld_imitation import general_instances, level_mean_square, levels_with_positives
+from kdcli.methods.maps import mean_images
 from kdcli.structures import Batch, Entries
-from kdcli.tensors import BOX_DISTRIBUTION, BOXES, CLS_LOGITS, FEATURES, Need, Tensors, world_mean
+from kdcli.tensors import BOX_DISTRIBUTION, BOXES, CLS_LOGITS, FEATURES, MAIN_OR_VLR, Need, Region, Tensors, world_mean
 
-EDGES = Need(BOX_DISTRIBUTION, "main+vlr")
-CLASSES = Need(CLS_LOGITS, "main")
-STUDENT_SCORES = Need(CLS_LOGITS, "main+vlr")  # what the VLR is weighed by on FCOS
-FINE = Need(FEATURES, "fine_grained")
-GENERAL = (Need(FEATURES, "all"), Need(CLS_LOGITS, "all"), Need(BOXES, "all"))
+EDGES = Need(BOX_DISTRIBUTION, MAIN_OR_VLR)
+CLASSES = Need(CLS_LOGITS, Region.MAIN)
+STUDENT_SCORES = Need(CLS_LOGITS, MAIN_OR_VLR)  # what the VLR is weighed by on FCOS
+FINE = Need(FEATURES, Region.FINE_GRAINED)
+GENERAL = (Need(FEATURES, Region.ALL), Need(CLS_LOGITS, Region.ALL), Need(BOXES, Region.ALL))
 
 PUBLISHED_CLASSES = 80  # COCO, for which the weights were chosen
 MAIN_DIVISOR = 4.0  # the code's avg_factor on the positives: the four edges
@@ -121,17 +122,17 @@ class LD(Method):
         """``main``, ``vlr``, ``kd`` and ``imitation``, without those whose weight is 0."""
         entries = batch.entries
         assert entries is not None
-        union = entries.select("main+vlr")
-        main = entries.select("main")[union]
+        union = entries.select(MAIN_OR_VLR)
+        main = entries.select(Region.MAIN)[union]
         ours, theirs = student[EDGES.key], teacher[EDGES.key]
         if self.joint:
             edges = kl_rows(ours.flatten(1), theirs.flatten(1), self.temperature)
         else:
             edges = kl_rows(ours, theirs, self.temperature).sum(dim=-1)  # [M]
-        images = world_mean(torch.as_tensor(float(len(batch.keys)), device=edges.device))
+        images = mean_images(batch)
         scale = self.weight * self.batch_ref / images
         score = student[CLASSES.key].detach().sigmoid().amax(dim=-1)  # [M main]
-        level = level_of(entries.index[entries.select("main")], self.grid, batch)
+        level = level_of(entries.index[entries.select(Region.MAIN)], self.grid, batch)
         terms = {}
         if self.weight:
             terms["main"] = scale * weighted_sum(edges[main], score, MAIN_DIVISOR)
@@ -149,7 +150,7 @@ class LD(Method):
 
     def _vlr_weights(self, student: Tensors, entries: Entries, union: Tensor) -> Tensor:
         """Of each entry of the union [M], 0 outside the VLR: summing over the union saves picking the VLR's rows."""
-        mask = entries.select("vlr")[union].float()
+        mask = entries.select(Region.VLR)[union].float()
         if self.vlr_weight == "score":
             return mask * student[STUDENT_SCORES.key].detach().sigmoid().amax(dim=-1)
         return mask if self.vlr_weight == "mask" else entries.weight[union]
@@ -157,7 +158,7 @@ class LD(Method):
     def _imitation(self, student: Tensors, teacher: Tensors, batch: Batch, gate: Tensor) -> Tensor:
         if self.imitation == "fine_grained":
             assert batch.entries is not None
-            level = level_of(batch.entries.index[batch.entries.select("fine_grained")], self.grid, batch)
+            level = level_of(batch.entries.index[batch.entries.select(Region.FINE_GRAINED)], self.grid, batch)
             return level_mean_square(self.adapter(student[FINE.key]), teacher[FINE.key], level, gate)
         features, logits, boxes = (need.key for need in GENERAL)
         images, cells, levels = [], [], []
@@ -178,7 +179,9 @@ class LD(Method):
 
     def active(self, batch: Batch, part: str) -> bool:
         """``vlr`` needs a VLR, the others positives."""
-        return batch.entries is not None and bool(batch.entries.select("vlr" if part == "vlr" else "main").any())
+        return batch.entries is not None and bool(
+            batch.entries.select(Region.VLR if part == "vlr" else Region.MAIN).any()
+        )
 
     def weight_option(self, part: str) -> str:
         """``kd`` and ``imitation`` have a weight of their own."""

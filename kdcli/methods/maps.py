@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kdcli.geometry.grid import Grid
 from kdcli.methods.base import Pair
 from kdcli.structures import Batch
-from kdcli.tensors import FEATURES, Need, world_mean
+from kdcli.tensors import FEATURES, Need, Region, world_mean
 
-MAPS = Need(FEATURES, "all")
+MAPS = Need(FEATURES, Region.ALL)
 MASKED = -1e30  # a logit whose softmax is exactly 0 in float32, and whose differences stay finite, unlike -inf's
 
 
@@ -25,11 +24,6 @@ def make_adapter(ours: int, theirs: int) -> nn.Module:
     On [B, P, C] a 1x1 convolution is a linear map of the last dimension.
     """
     return nn.Identity() if ours == theirs else nn.Linear(ours, theirs, bias=False)
-
-
-def split_levels(value: Tensor, grid: Grid, batch: Batch) -> list[Tensor]:
-    """Cut ``value`` [B, P, ...] into levels [B, cells, ...], fine to coarse, on the batch's own orientation."""
-    return list(torch.split(value, [h * w for h, w in grid.level_shapes(batch.targets.canvas)], dim=1))
 
 
 def mean_images(batch: Batch) -> Tensor:

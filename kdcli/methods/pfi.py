@@ -10,15 +10,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.divergence import squared_rows
+from kdcli.methods.maps import MAPS, channels, make_adapter, mean_images
 from kdcli.structures import Batch
-from kdcli.tensors import CLS_LOGITS, FEATURES, Need, Tensors, precise, world_mean
+from kdcli.tensors import CLS_LOGITS, Need, Region, Tensors, precise
 
-MAPS = Need(FEATURES, "all")
-CLASSES = Need(CLS_LOGITS, "all")
+CLASSES = Need(CLS_LOGITS, Region.ALL)
 
 Space = Literal["prob", "logit"]
 Form = Literal["squared", "linear", "norm"]
@@ -50,9 +50,7 @@ class PFI(Method):
         self.grid = pair.grid
         self.weight, self.form, self.detach_pdif = weight, form, detach_pdif
         self.pred_space = pred_space
-        ours, theirs = pair.student[FEATURES].dims[0], pair.teacher[FEATURES].dims[0]
-        # a 1x1 convolution on [B, P, C] is a linear map of the last dimension
-        self.adapter = nn.Identity() if ours == theirs else nn.Linear(ours, theirs, bias=False)
+        self.adapter = make_adapter(*channels(pair))
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
         """``loss``, unless its weight is 0."""
@@ -65,9 +63,9 @@ class PFI(Method):
         if self.detach_pdif:
             p_dif = p_dif.detach()
         f_dif = squared_rows(features, teacher[MAPS.key])  # [B, P]
-        sizes = [n // self.grid.num_anchors for n in self.grid.level_sizes(batch.targets.canvas)]
+        sizes = self.grid.level_cells(batch.targets.canvas)
         per_image = imitation_loss(p_dif, f_dif, batch.targets.valid, sizes, form=self.form)
-        images = world_mean(torch.as_tensor(float(len(batch.keys)), device=per_image.device))
+        images = mean_images(batch)
         return {"loss": self.weight * per_image.sum() / images}
 
 

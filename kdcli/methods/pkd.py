@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdcli.errors import OptionError
 from kdcli.methods.base import Method, Pair
-from kdcli.methods.maps import MAPS, channels, make_adapter, split_levels
+from kdcli.methods.maps import MAPS, channels, make_adapter
 from kdcli.methods.reduce import world_moments
 from kdcli.structures import Batch
 from kdcli.tensors import Tensors, precise, world_mean
@@ -53,7 +53,7 @@ class PKD(Method):
         if not self.weight:
             return {}
         ours, theirs, valid = (
-            split_levels(v, self.grid, batch)[: self.levels]
+            self.grid.split_levels(v, batch.targets.canvas)[: self.levels]
             for v in (
                 precise(self.adapter(precise(student[MAPS.key]))),
                 precise(teacher[MAPS.key]),

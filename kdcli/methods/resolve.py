@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from kdcli.geometry.regions import RegionSpec
 from kdcli.methods import METHODS
 from kdcli.methods.base import Method, Pair, method_options
 from kdcli.options import convert
-from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOX_REGRESSION, DERIVED, FEATURES
+from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOX_REGRESSION, DERIVED, FEATURES, Need
 from kdcli.userfile import run_file
 
 
@@ -52,6 +52,46 @@ def _load(part: str) -> tuple[str, type[Method]]:
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise OptionError(f"'{part}': {path} has no class {class_name} derived from kdcli.methods.base.Method")
     return class_name.lower(), method
+
+
+def require_known(tables: Iterable[str], methods: Mapping[str, type[Method]]) -> None:
+    """Raises OptionError for a ``[methods.NAME]`` table of a method that is not run: it would do nothing."""
+    for table in tables:
+        if table not in methods:
+            there = f"--method names {', '.join(methods)}" if methods else "there is no --method"
+            raise OptionError(f"[methods.{table}] is not used: {there}{did_you_mean(table, methods)}")
+
+
+def require_table(table: str, choices: Collection[str]) -> None:
+    """Raises OptionError for a table of ``--set TABLE.OPTION=VALUE`` that is none of ``choices``."""
+    if table not in choices:
+        raise OptionError(f"--set {table}.…: unknown table '{table}'{did_you_mean(table, choices)}")
+
+
+def method_tables(text: str, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The ``--set`` tables of a command that has tables of methods alone. Raises OptionError for another one.
+
+    ``text``: what ``--method`` says.
+    """
+    known = find_methods(text) if text else {}
+    for table in tables:
+        require_table(table, known)
+    return {table: dict(values) for table, values in tables.items()}
+
+
+def resolve_all(
+    methods: Mapping[str, type[Method]], detector: str | tuple[str, ...], given: Mapping[str, Mapping[str, Any]],
+    regions: RegionSpec | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """``resolve_options`` of each method, with its table of ``given``, if it has one."""
+    return {
+        name: resolve_options(name, method, detector, given.get(name, {}), regions) for name, method in methods.items()
+    }
+
+
+def all_needs(methods: Mapping[str, type[Method]], options: Mapping[str, Mapping[str, Any]]) -> tuple[Need, ...]:
+    """What ``methods`` read together under their resolved ``options``, sorted: what a store for all of them holds."""
+    return tuple(sorted({need for name, method in methods.items() for need in method.reads(options[name])}))
 
 
 def resolve_options(

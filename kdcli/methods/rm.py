@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from kdcli.methods.base import Method, Pair
+from kdcli.methods.maps import mean_images
 from kdcli.structures import Batch
-from kdcli.tensors import RANK, Need, Tensors, world_mean
+from kdcli.tensors import RANK, Need, Region, Tensors
 
-RANKS = Need(RANK, "main")
+RANKS = Need(RANK, Region.MAIN)
 
 
 class RM(Method):
@@ -48,13 +49,13 @@ class RM(Method):
         """``cls`` and ``loc``, without those whose weight is 0."""
         entries = batch.entries
         assert entries is not None
-        main = entries.select("main")
+        main = entries.select(Region.MAIN)
         image, gt = entries.image[main], entries.gt[main]
         boxes = torch.tensor([len(b) for b in batch.targets.boxes], device=gt.device)
         first = boxes.cumsum(0) - boxes
         group = first[image] + gt  # one group per ground-truth box of the batch
         # mean over an image's boxes, then over images; an image without boxes adds 0 and counts
-        images = world_mean(torch.as_tensor(float(len(batch.keys)), device=gt.device))
+        images = mean_images(batch)
         share = (1.0 / (boxes.clamp(min=1) * images)).repeat_interleave(boxes)
         terms = {}
         for column, (name, factor) in enumerate((("cls", self.cls), ("loc", self.loc))):
@@ -73,7 +74,7 @@ class RM(Method):
     def active(self, batch: Batch, part: str) -> bool:
         """A ranking needs two positives of one box."""
         assert batch.entries is not None
-        main = batch.entries.select("main")
+        main = batch.entries.select(Region.MAIN)
         box = batch.entries.image[main] * (1 << 32) + batch.entries.gt[main]
         return bool((torch.unique(box, return_counts=True)[1] > 1).any())
 

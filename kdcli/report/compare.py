@@ -24,7 +24,7 @@ __all__ = ["Comparison", "Group", "TeacherRow", "Unfinished", "compare", "load_r
 _MEANS = ("ap50", "ap75", "ap_s", "ap_m", "ap_l", "ar", "best_ap", "wall_s", "seconds_per_epoch", "images_per_s")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Runs that differ only in their seed. APs are 0-100, times seconds; plain numbers are means over runs."""
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from kdcli.engine.caching.show import ShownRow
 from kdcli.report.colours import colour_of
 from kdcli.report.draw import draw_detections, side_by_side
+from kdcli.tensors import Region
 
 POSITIVE, REGION = colour_of(1), colour_of(0)
 TEACHER_BOXES = 30  # the best ones: positives repeat each box about nine times
@@ -20,14 +21,14 @@ def draw_row(row: ShownRow) -> Image.Image:
     classes = sorted(set(row.labels))
     panels = [(f"{row.key}", draw_detections(pixels, row.boxes.numpy(), row.labels, classes=classes))]
     if row.entries is not None:
-        main, vlr = row.entries.select("main").numpy(), row.entries.select("vlr").numpy()
+        main, vlr = row.entries.select(Region.MAIN).numpy(), row.entries.select(Region.VLR).numpy()
         centers = row.centers.numpy()
         panels.append((f"positives ({int(main.sum())})", _points(pixels, centers[main], POSITIVE)))
         if vlr.any():
             weights = row.entries.weight.numpy()[vlr]
             panels.append((f"VLR ({int(vlr.sum())})", _points(pixels, centers[vlr], REGION, weights)))
     if row.teacher_boxes is not None and row.entries is not None:
-        names = [row.labels[g] for g in row.entries.gt[row.entries.select("main")].tolist()]
+        names = [row.labels[g] for g in row.entries.gt[row.entries.select(Region.MAIN)].tolist()]
         scores = row.teacher_scores.numpy() if row.teacher_scores is not None else np.ones(len(names))
         best = np.argsort(-scores, kind="stable")[:TEACHER_BOXES]
         drawn = draw_detections(

@@ -15,7 +15,7 @@ from kdcli.errors import StoreError
 from kdcli.store import encodings
 from kdcli.store.encodings import Encoding
 from kdcli.structures import FLAGS
-from kdcli.tensors import PROPOSAL_COUNT, Need
+from kdcli.tensors import PROPOSAL_COUNT, Need, Region
 
 TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9_]+)*")  # it becomes a folder: no way out of the store
 MAX_NAME = 64  # a file name may have 255 bytes
@@ -67,8 +67,8 @@ class StoredTensor:
         """JSON form."""
         return {
             "name": self.need.name,
-            "region": self.need.region,
-            "per": self.per,
+            "region": str(self.need.region),
+            "per": str(self.per),
             "dims": list(self.dims),
             "encoding": self.encoding.to_json(),
         }
@@ -78,13 +78,13 @@ class StoredTensor:
         """Path of the array that counts its rows; None when it is dense."""
         if self.need.dense:
             return None
-        return {"gt": BOX_COUNT, "proposals": PROPOSAL_COUNT}.get(self.need.region, ENTRY_COUNT)
+        return {str(Region.GT): BOX_COUNT, str(Region.PROPOSALS): PROPOSAL_COUNT}.get(self.need.region, ENTRY_COUNT)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> StoredTensor:
         """Inverse of ``to_json``. Raises StoreError, KeyError, TypeError or ValueError for what it cannot be."""
         name, region, per = (str(data[field]) for field in ("name", "region", "per"))
-        known = region in ("all", "gt", "proposals") or is_flagged(region)
+        known = region in (Region.ALL, Region.GT, Region.PROPOSALS) or is_flagged(region)
         if len(name) > MAX_NAME or not TENSOR_NAME.fullmatch(name) or not known or not PER.fullmatch(per):
             raise StoreError(
                 f"unknown tensor {name[:MAX_NAME]!r} @ {region[:MAX_NAME]!r} per {per[:MAX_NAME]!r}; this store was written "

@@ -16,6 +16,7 @@ from kdcli.tensors import (
     FEATURES,
     PROPOSAL_BOXES,
     Need,
+    Region,
     TensorSpec,
     spec_of,
 )
@@ -51,7 +52,7 @@ def derived_from_dense(needs: Iterable[Need], encoding: str = "default") -> tupl
     return tuple(
         sorted(
             n for n in asked
-            if n.at_entries and Need(n.name, "all") in asked
+            if n.at_entries and Need(n.name, Region.ALL) in asked
             and (encoding in ("float16", "lossless") or n.name == FEATURES or n.name in BACKBONE)
         )
     )  # fmt: skip

@@ -33,7 +33,7 @@ from kdcli.store.arrays import (
 from kdcli.store.encodings import ChannelAffine
 from kdcli.store.image_codec import PIXEL_ENCODING, PIXELS
 from kdcli.structures import Canvas, Entries
-from kdcli.tensors import PROPOSAL_COUNT, Need, Tensors
+from kdcli.tensors import PROPOSAL_COUNT, Need, Per, Region, Tensors, level_of_per
 
 FORMAT_VERSION = 1
 GEOMETRY_LENGTH = 11  # numbers of data.views.Geometry.to_array
@@ -100,13 +100,13 @@ class StoreSchema:
         return {t.need: self._sizes_of(t) for t in self.tensors}
 
     def _sizes_of(self, tensor: StoredTensor) -> tuple[int, ...]:
-        anchors = self.grid.level_sizes(self.canvas)
-        cells = tuple(n // self.grid.num_anchors for n in anchors)
-        if tensor.per.startswith("level"):
-            return (cells[int(tensor.per[5:])],)
-        if tensor.per in ("box", "proposal"):
+        cells = tuple(self.grid.level_cells(self.canvas))
+        level = level_of_per(tensor.per)
+        if level is not None:
+            return (cells[level],)
+        if tensor.per in (Per.BOX, Per.PROPOSAL):
             return (max(1, self.counts[str(tensor.count)]),)
-        return cells if tensor.per == "cell" else tuple(anchors)
+        return cells if tensor.per == Per.CELL else tuple(self.grid.level_sizes(self.canvas))
 
     def count(self, tensor: StoredTensor) -> int:
         """Allocated rows of ``tensor``: P, N, the cells of its level, or the most boxes or proposals."""
@@ -114,12 +114,10 @@ class StoreSchema:
 
     def valid_rows(self, tensor: StoredTensor, valid: Tensor) -> Tensor:
         """Which rows of a dense ``tensor`` are real, of ``valid`` [..., P] cells."""
-        if tensor.per == "anchor":
+        if tensor.per == Per.ANCHOR:
             return valid.repeat_interleave(self.grid.num_anchors, dim=-1)
-        if tensor.per.startswith("level"):
-            cells = [n // self.grid.num_anchors for n in self.grid.level_sizes(self.canvas)]
-            return torch.split(valid, cells, dim=-1)[int(tensor.per[5:])]
-        return valid
+        level = level_of_per(tensor.per)
+        return valid if level is None else self.grid.split_levels(valid, self.canvas, dim=-1)[level]
 
     def tensor_arrays(self, tensor: StoredTensor) -> dict[str, ArraySpec]:
         """Encoding suffix -> array."""
@@ -206,14 +204,14 @@ class StoreSchema:
             for need in derived:
                 assert entries is not None
                 mine = entries.select(need.region)
-                row = entries.index[mine] // (1 if tensor.per == "anchor" else self.grid.num_anchors)
+                row = entries.index[mine] // (1 if tensor.per == Per.ANCHOR else self.grid.num_anchors)
                 out[need.key] = value[entries.image[mine], row]
         return out
 
     def restrict(self, needs: Iterable[Need]) -> tuple[StoredTensor, ...]:
         """The stored tensors that ``needs`` read, each once. Raises StoreError listing what is missing."""
         have = {t.need: t for t in self.tensors}
-        have |= {n: have[Need(n.name, "all")] for n in self.derived_from_dense if Need(n.name, "all") in have}
+        have |= {n: have[Need(n.name, Region.ALL)] for n in self.derived_from_dense if Need(n.name, Region.ALL) in have}
         missing = [n.key for n in needs if n not in have]
         if missing:
             raise StoreError(f"the store lacks {', '.join(missing)}; it has {', '.join(n.key for n in have)}")

@@ -13,13 +13,13 @@ from kdcli.geometry.regions import RegionSpec
 from kdcli.store.arrays import MAX_DIMS
 from kdcli.store.encodings import Box16, ChannelAffine
 from kdcli.store.schema import StoreSchema
-from kdcli.tensors import Need
+from kdcli.tensors import Need, Per, Region, per_level
 
 T = TypeVar("T")
 VIEW = re.compile(r"[a-z]{1,32}(-[0-9]{1,6})?")
 ARRAY_PATH = re.compile(r"[a-z][a-z0-9_]*([/@+][a-z0-9_]+)*")
 CHECKSUM = re.compile(r"[0-9a-f]{8}")
-DENSE_PER = ("cell", "anchor", "level0", "level1", "level2", "level3", "level4")
+DENSE_PER = (Per.CELL, Per.ANCHOR, *(per_level(k) for k in range(5)))
 MAX_CHANNELS = 2**16  # 20 times the most that a backbone gives
 ERROR_KINDS = ("encoding", "precision")
 
@@ -85,10 +85,15 @@ def check_readable(schema: StoreSchema) -> None:
     """Raises ValueError for a finished store's schema by which its arrays could be read, but not decoded."""
     stored = {t.need for t in schema.tensors}
     for need in schema.derived_from_dense:
-        _require(Need(need.name, "all") in stored, f"{need.key}, which no dense tensor serves")
+        _require(Need(need.name, Region.ALL) in stored, f"{need.key}, which no dense tensor serves")
     for tensor in schema.tensors:
         need = tensor.need
-        kind = {"all": DENSE_PER, "gt": ("box",), "proposals": ("proposal",)}.get(need.region, ("cell", "anchor"))
+        kinds: dict[str, tuple[str, ...]] = {
+            Region.ALL: DENSE_PER,
+            Region.GT: (Per.BOX,),
+            Region.PROPOSALS: (Per.PROPOSAL,),
+        }
+        kind = kinds.get(need.region, (Per.CELL, Per.ANCHOR))
         _require(tensor.per in kind, f"{need.key} per {tensor.per}")
         # these have a scale for each level, and sparse rows have no levels
         by_level = isinstance(tensor.encoding, ChannelAffine | Box16)

@@ -32,7 +32,10 @@ def _batch(grid: Any, spec: Any, boxes: list[torch.Tensor]) -> Batch:
     assigned = torch.stack([assign(spec, grid, canvas, b, content) for b in boxes])
     valid = grid.valid(canvas, content).repeat(len(boxes), 1)
     sizes = torch.tensor([content] * len(boxes))
-    targets = Targets(boxes, [torch.zeros(len(b), dtype=torch.int64) for b in boxes], sizes, canvas, assigned, valid)
+    labels = [torch.zeros(len(b), dtype=torch.int64) for b in boxes]
+    targets = Targets(
+        boxes=boxes, labels=labels, content=sizes, canvas=canvas, assigned=assigned, valid=valid
+    )  # fmt: skip
     image, index = torch.nonzero(assigned >= 0, as_tuple=True)
     flag = torch.ones_like(index, dtype=torch.uint8)
     entries = Entries(index, flag, assigned[image, index].long(), torch.zeros(len(index)), image)

@@ -146,7 +146,10 @@ def test_one_hot_at_the_true_edges_has_no_box_loss(kind: str) -> None:
     assigned = torch.full((1, grid.num_total(CANVAS)), -1, dtype=torch.int32)
     assigned[0, anchor] = 0
     box = torch.cat([low, high])[None]
-    targets = Targets([box], [LABELS[:1]], torch.tensor([CONTENT]), CANVAS, assigned, grid.valid(CANVAS, CONTENT)[None])
+    targets = Targets(
+        boxes=[box], labels=[LABELS[:1]], content=torch.tensor([CONTENT]), canvas=CANVAS, assigned=assigned,
+        valid=grid.valid(CANVAS, CONTENT)[None],
+    )  # fmt: skip
     outputs = outputs_of(kind, 1)
     rows = torch.full((4, 9), -1e4)
     rows[range(4), distances] = 1e4
@@ -167,7 +170,10 @@ def test_weights_of_the_distribution_losses() -> None:
         targets = targets_of(kind, [0])
         targets.assigned[0, 53 * grid.num_anchors] = 0
         box = torch.cat([center - 16, center + 16])[None]  # 4 x 4 strides around the centre: centerness 1
-        targets = Targets([box], [LABELS[:1]], targets.content, CANVAS, targets.assigned, targets.valid)
+        targets = Targets(
+            boxes=[box], labels=[LABELS[:1]], content=targets.content, canvas=CANVAS, assigned=targets.assigned,
+            valid=targets.valid,
+        )  # fmt: skip
         outputs = outputs_of(kind, 1)
         rows = torch.full((4, 9), -1e4)
         rows[range(4), [2, 2, 6, 2]] = 1e4  # 8 x 4 strides: IoU = GIoU = 1/2
@@ -182,7 +188,10 @@ def test_plain_fcos_has_the_log_of_the_iou() -> None:
     empty = targets_of("fcos", [0])
     empty.assigned[0, 53] = 0
     box = torch.cat([center - 16, center + 16])[None]
-    targets = Targets([box], [LABELS[:1]], empty.content, CANVAS, empty.assigned, empty.valid)
+    targets = Targets(
+        boxes=[box], labels=[LABELS[:1]], content=empty.content, canvas=CANVAS, assigned=empty.assigned,
+        valid=empty.valid,
+    )  # fmt: skip
     outputs = outputs_of("fcos plain", 1)
     predicted = outputs[1].detach().clone()
     predicted[0, 53] = torch.tensor([2.0, 2.0, 6.0, 2.0])

@@ -11,7 +11,7 @@ from kdcli.detectors.base import ModelSpec, count_parameters
 from kdcli.detectors.convert.recipes import TV_FASTER_RCNN_V2
 from kdcli.detectors.two_stage.detector import RPN_DELTAS, RPN_LOGITS, TwoStageDetector
 from kdcli.detectors.two_stage.recipes import FASTER_RCNN, TwoStageRecipe
-from kdcli.detectors.two_stage.roi import level_maps, levels_of, pool
+from kdcli.detectors.two_stage.roi import levels_of, pool
 from kdcli.errors import OptionError
 from kdcli.structures import Canvas, Targets
 from kdcli.tensors import BACKBONE, FEATURES, PROPOSAL_BOXES, PROPOSAL_LOGITS
@@ -81,7 +81,7 @@ def test_stage_maps_are_views_that_cost_nothing() -> None:
 def test_level_maps_undo_the_flattening() -> None:
     detector = small()
     features = torch.arange(2.0 * CELLS * 3).reshape(2, CELLS, 3)
-    maps = level_maps(features, detector.grid, CANVAS)
+    maps = detector.grid.level_maps(features, CANVAS)
     assert [m.shape[2:] for m in maps] == detector.grid.level_shapes(CANVAS)
     assert torch.equal(torch.cat([m.flatten(2).mT for m in maps], dim=1), features)
 
@@ -124,7 +124,7 @@ def test_rois_are_pooled_as_torchvision_pools_them() -> None:
     found = outputs_of(detector, 2)
     sides = torch.tensor([8.0, 56, 111.9, 112, 112.1, 128])
     boxes = [torch.stack([sides * 0, sides * 0, sides, sides], dim=1), BOXES[1]]
-    maps = {str(k): m for k, m in enumerate(level_maps(found[FEATURES], detector.grid, CANVAS)[:4])}
+    maps = {str(k): m for k, m in enumerate(detector.grid.level_maps(found[FEATURES], CANVAS)[:4])}
     expected = MultiScaleRoIAlign(list(maps), 7, 2)(maps, boxes, [CANVAS.size] * 2)
     torch.testing.assert_close(pool(found[FEATURES], boxes, detector.grid, CANVAS), expected)
     big = torch.tensor([[0.0, 0, s, s] for s in (1, 111, 112, 223, 224, 447, 448, 5000)])

@@ -77,7 +77,10 @@ def test_nothing_is_cut_off(make_run: MakeRun, width: int) -> None:
 
 def test_class_names_are_text_not_markup() -> None:
     names = ("[red]evil[/red]", "a\x1b[31mb", "two\nlines", "[/]")
-    metrics = Metrics(50.0, 70.0, 60.0, None, 40.0, 55.0, 65.0, per_class=dict.fromkeys(names, 12.34))
+    metrics = Metrics(
+        ap=50.0, ap50=70.0, ap75=60.0, ap_s=None, ap_m=40.0, ap_l=55.0, ar=65.0,
+        per_class=dict.fromkeys(names, 12.34),
+    )  # fmt: skip
     text = _shown(table_of_metrics(metrics, more={"images/s": "61.0", "[b]": "x"}))
     assert "[red]evil[/red]" in text
     assert "a[31mb" in text

@@ -23,9 +23,11 @@ from kdcli.tensors import (
     CENTERNESS,
     CLS_LOGITS,
     FEATURES,
+    Per,
     Tensors,
     TensorSpec,
     flatten_levels,
+    per_level,
     precise,
 )
 
@@ -118,12 +120,12 @@ class DenseDetector(Detector):
     def specs(self) -> Mapping[str, TensorSpec]:
         """See Detector.specs."""
         specs = {
-            FEATURES: TensorSpec("cell", (self.spec.fpn_channels,)),
-            CLS_LOGITS: TensorSpec("anchor", (self.spec.num_classes,)),
-            self.box_name: TensorSpec("anchor", self.box_dims),
+            FEATURES: TensorSpec(Per.CELL, (self.spec.fpn_channels,)),
+            CLS_LOGITS: TensorSpec(Per.ANCHOR, (self.spec.num_classes,)),
+            self.box_name: TensorSpec(Per.ANCHOR, self.box_dims),
         }
         if self.recipe.centerness:
-            specs[CENTERNESS] = TensorSpec("anchor", (1,))
+            specs[CENTERNESS] = TensorSpec(Per.ANCHOR, (1,))
         for level, (name, channels) in enumerate(zip(STAGES, self.backbone.channels, strict=True)):
-            specs[name] = TensorSpec(f"level{level}", (channels,))
+            specs[name] = TensorSpec(per_level(level), (channels,))
         return specs

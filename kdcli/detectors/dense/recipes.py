@@ -26,7 +26,7 @@ BoxCoding = Literal["distribution", "delta", "distance"]
 LossFunction = Callable[[Tensors, Targets, Grid], dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """grid, assigner, regions: see geometry. box: ``distribution`` = [4, E] edge logits in strides; ``delta`` = offsets
     from the anchor in the coding of R-CNN, divided by ``box_stds``; ``distance`` = left, top, right, bottom in strides

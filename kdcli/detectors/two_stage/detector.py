@@ -37,9 +37,11 @@ from kdcli.tensors import (
     FEATURES,
     PROPOSAL_BOXES,
     PROPOSAL_LOGITS,
+    Per,
     Tensors,
     TensorSpec,
     flatten_levels,
+    per_level,
     precise,
 )
 
@@ -157,12 +159,12 @@ class TwoStageDetector(Detector):
         """See Detector.specs. The proposals are not in ``forward``'s outputs: they come from the two calls above."""
         classes, channels = self.spec.num_classes, self.backbone.stage_channels
         return {
-            FEATURES: TensorSpec("cell", (self.spec.fpn_channels,)),
-            RPN_LOGITS: TensorSpec("anchor", (1,)),
-            RPN_DELTAS: TensorSpec("anchor", (4,)),
-            **{name: TensorSpec(f"level{k}", (channels[k],)) for k, name in enumerate(BACKBONE)},
-            PROPOSAL_BOXES: TensorSpec("proposal", (4,)),
-            PROPOSAL_LOGITS: TensorSpec("proposal", (classes + 1,)),
+            FEATURES: TensorSpec(Per.CELL, (self.spec.fpn_channels,)),
+            RPN_LOGITS: TensorSpec(Per.ANCHOR, (1,)),
+            RPN_DELTAS: TensorSpec(Per.ANCHOR, (4,)),
+            **{name: TensorSpec(per_level(k), (channels[k],)) for k, name in enumerate(BACKBONE)},
+            PROPOSAL_BOXES: TensorSpec(Per.PROPOSAL, (4,)),
+            PROPOSAL_LOGITS: TensorSpec(Per.PROPOSAL, (classes + 1,)),
         }
 
     def _proposals(self, outputs: Tensors, content: Tensor, canvas: Canvas, rule: ProposalRule) -> list[Tensor]:

@@ -45,7 +45,7 @@ TORCHVISION_POOLING = RoIPooling(samples=2, aligned=False)
 MMDET_POOLING = RoIPooling(samples=0, aligned=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TwoStageRecipe:
     """rpn_convs: 3x3 convs before the RPN's predictions. roi_convs: 3x3 convs with batch norm before a single linear
     layer in the RoI head; 0: two linear layers and no conv. neck_norm: batch norm after each conv of the neck. pooling:

@@ -48,14 +48,6 @@ class RoIHead(nn.Module):
         return self.cls(x), self.box(x).reshape(-1, self.num_classes, 4)
 
 
-def level_maps(features: Tensor, grid: Grid, canvas: Canvas) -> list[Tensor]:
-    """``features`` [B, P, C] as the maps that they were flattened from, fine to coarse: [B, C, rows, columns]."""
-    shapes = grid.level_shapes(canvas)
-    parts = torch.split(features, [h * w for h, w in shapes], dim=1)
-    batch, _, channels = features.shape
-    return [part.mT.reshape(batch, channels, *shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
 def levels_of(boxes: Tensor) -> Tensor:
     """The level, 0..3, that each of ``boxes`` [R, 4] is read from: [R] int64. arXiv 1612.03144, eq. 1."""
     side = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt()
@@ -74,7 +66,7 @@ def pool(
     rois = torch.cat([image, torch.cat(boxes)], dim=1)
     level = levels_of(rois[:, 1:])
     places, parts = [], []
-    maps = level_maps(precise(features), grid, canvas)[:POOLED_LEVELS]
+    maps = grid.level_maps(precise(features), canvas, POOLED_LEVELS)
     rois = rois.to(maps[0])
     for k, (x, stride) in enumerate(zip(maps, grid.strides, strict=False)):
         place = torch.nonzero(level == k).squeeze(1)

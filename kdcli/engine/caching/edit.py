@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcli.data.coco import open_split
-from kdcli.engine.caching.plan import Plan
+from kdcli.engine.caching.plan import StorePlan
 from kdcli.engine.caching.verify import plan_of_store
 from kdcli.engine.caching.write import MANIFEST_IDENTITY, write_store
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import OptionError, StoreError
-from kdcli.methods.resolve import absolute_methods, find_methods
+from kdcli.methods.resolve import absolute_methods, all_needs, find_methods
 from kdcli.store.image_codec import PIXELS
 from kdcli.store.locks import lock_store
 from kdcli.store.maintenance import copy_rows, drop_tensors, merge_overlay, record_errors, unreferenced_arrays
@@ -89,7 +89,7 @@ def add(
     return new
 
 
-def _plan_of(whole: Plan, joined: StoreSchema, stored: StoreSchema) -> Plan:
+def _plan_of(whole: StorePlan, joined: StoreSchema, stored: StoreSchema) -> StorePlan:
     """The plan of a store of what ``stored`` lacks of ``joined``; where it has entries, with the regions of both."""
     have = {t.need for t in stored.tensors} | set(stored.derived_from_dense)
     schema = replace(
@@ -101,7 +101,8 @@ def _plan_of(whole: Plan, joined: StoreSchema, stored: StoreSchema) -> Plan:
     needs = tuple(t.need for t in schema.tensors)
     # the AP of the teacher is known; measuring it again would take a pass over val
     options = replace(whole.options, min_teacher_ap=0.0)
-    source = replace(whole.source, regions=joined.regions if schema.sparse else frozenset())
+    regions = joined.regions if schema.sparse else frozenset()
+    source = whole.source.with_regions(whole.source.region_spec, regions)
     return replace(whole, options=options, needs=needs, schema=schema, source=source)
 
 
@@ -224,7 +225,7 @@ def needs_of(store: Where, methods: str) -> tuple[Need, ...]:
     unknown = [name for name in found if name not in options]
     if unknown:
         raise OptionError(f"store '{store}' was not written for {', '.join(unknown)}; it has {', '.join(options)}")
-    return tuple(sorted({n for name, method in found.items() for n in method.reads(options[name])}))
+    return all_needs(found, options)
 
 
 def _folder(reader: StoreReader, verb: str) -> Path:

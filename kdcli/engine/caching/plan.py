@@ -1,4 +1,4 @@
-"""Plans a store: the teacher, the rows, the schema and the manifest; and how samples become rows."""
+"""Plans a store: what it is, from the teacher, the data and the methods; and how a sample becomes a row."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from kdcli.data.coco import Dataset, has_split, open_split
+from kdcli.data.coco import open_split
 from kdcli.data.views import parse_views
 from kdcli.detectors.build import default_keys
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.evaluation.evaluate import evaluate, validation_source
-from kdcli.engine.loading.loader import Loader
-from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
+from kdcli.engine.caching.teacher_runner import TeacherRunner
+from kdcli.engine.loading.samples import Item, Sample, SampleSource
 from kdcli.engine.loading.selection import usable
 from kdcli.engine.runtime.device import pick_device
 from kdcli.engine.runtime.distributed import take_local_gpu
@@ -28,40 +26,40 @@ from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import pick_teacher_workers, set_threads
 from kdcli.engine.teacher.forward import TeacherForward, class_order, compiled
 from kdcli.engine.teacher.specs import region_spec, teacher_entry, with_classes
-from kdcli.errors import GateError, OptionError, did_you_mean
 from kdcli.geometry.regions import guard
 from kdcli.methods.base import Pair
-from kdcli.methods.resolve import absolute_methods, check_pair, find_methods, resolve_options
+from kdcli.methods.resolve import absolute_methods, all_needs, check_pair, find_methods, require_known, resolve_all
 from kdcli.options import CacheOptions
 from kdcli.store.encoding_policy import derived_from_dense, plan_tensors, shard_rows_for
 from kdcli.store.image_codec import PIXELS, encode_pixels
-from kdcli.store.schema import FORMAT_VERSION, StoreSchema, regions_of, row_tensor
+from kdcli.store.schema import FORMAT_VERSION, StoreSchema, regions_of
 from kdcli.structures import Canvas
 from kdcli.tensors import Need
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A store that could be written: the teacher, the samples, the schema and the manifest."""
+@dataclass(frozen=True, kw_only=True)
+class StorePlan:
+    """A store that could be written: what it is, and the teacher that would fill it."""
 
     options: CacheOptions
-    forward: TeacherForward
+    teacher: TeacherRunner
     source: SampleSource
     positions: NDArray[np.int64]
     views: tuple[str, ...]
     schema: StoreSchema
     needs: tuple[Need, ...]  # that are stored
     manifest: dict[str, Any]  # its teacher.ap may still be None
-    device: torch.device
-    workers: int
+    chosen: tuple[Item, ...] | None = None  # the rows of a trial store; None: every image in every view
 
     def item(self, row: int) -> Item:
         """Image and view of a row: the views of an image lie side by side."""
+        if self.chosen is not None:
+            return self.chosen[row]
         position, view = divmod(row, len(self.views))
         return int(self.positions[position]), self.views[view]
 
 
-def plan_store(options: CacheOptions, reporter: ProgressReporter) -> Plan:
+def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
     """Everything about a store but its rows; reads the annotations and the teacher, writes nothing."""
     threads = set_threads(options.threads)
     if "LOCAL_RANK" in os.environ and options.device != "cpu" and torch.cuda.is_available():
@@ -74,23 +72,17 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> Plan:
     canvas = Canvas.parse(options.canvas or meta.canvas)
     views = parse_views(options.views)
     methods = find_methods(options.method)
-    for table in options.methods:
-        if table not in methods:
-            raise OptionError(
-                f"[methods.{table}] is not used: --method names {', '.join(methods)}{did_you_mean(table, methods)}"
-            )
+    require_known(options.methods, methods)
     lineage = default_keys(detector.spec.detector)
     pair = Pair(specs, specs, detector.grid, canvas, lineage[-1])
-    resolved = {}
+    resolved = resolve_all(methods, lineage, options.methods, detector.region_defaults)
     for name, method in methods.items():
-        resolved[name] = resolve_options(name, method, lineage, options.methods.get(name, {}), detector.region_defaults)
         check_pair(name, method, resolved[name], pair, detector.spec.name, detector.spec.name)
-    needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(resolved[k])}))
+    needs = all_needs(methods, resolved)
     positions = usable(dataset, options.skip_bad, reporter)
-    source = SampleSource(
-        dataset, canvas, options.view_seed, detector.grid, detector.assigner,
-        region_spec(detector.region_defaults, methods, resolved), regions_of(needs),
-        targets=bool(regions_of(needs)),  # what is positive decides the entries, and nothing of a dense tensor: 1.3 ms
+    source = SampleSource.for_caching(
+        dataset, canvas, detector, view_seed=options.view_seed,
+        region_spec=region_spec(detector.region_defaults, methods, resolved), regions=regions_of(needs),
     )  # fmt: skip
     derived = derived_from_dense(needs, options.encoding)
     stored = tuple(n for n in needs if n not in derived)
@@ -118,57 +110,13 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> Plan:
     forward = TeacherForward(detector.eval(), order, options.micro_batch, options.precision)
     if options.compile:
         forward = compiled(forward, canvas)
-    workers = pick_teacher_workers(options.workers, device)
-    return Plan(options, forward, source, positions, views, schema, stored, manifest, device, workers)
-
-
-def measure_teacher(plan: Plan, reporter: ProgressReporter) -> float | None:
-    """The teacher's AP on the val split (None without one), which the manifest keeps.
-
-    Raises GateError when it is below ``min_teacher_ap``.
-    """
-    root = Path(plan.options.data)
-    if not has_split(root, "val"):
-        reporter.message("no val split: the teacher's AP is not measured")
-        return None
-    val: Dataset = open_split(root, "val")
-    keep = set(usable(val, plan.options.skip_bad, reporter).tolist())
-    reporter.stage("teacher AP", len(keep))
-    source = validation_source(val, plan.forward.detector, plan.source.canvas)
-    found = evaluate(
-        plan.forward.detector, val, plan.source.canvas, device=plan.device, batch=plan.forward.micro_batch,
-        loader=Loader(source, plan.workers), forward=plan.forward.outputs, relabel=plan.forward.relabel,
-        left_out=frozenset(range(val.num_images)) - keep, advance=reporter.advance,
+    return StorePlan(
+        options=options, source=source, positions=positions, views=views, schema=schema, needs=stored, manifest=manifest,
+        teacher=TeacherRunner(forward, device, pick_teacher_workers(options.workers, device)),
     )  # fmt: skip
-    ap = found.metrics.ap
-    reporter.message(f"teacher AP on val: {'not defined' if ap is None else f'{ap:.1f}'}")
-    require_able(ap, plan.options.min_teacher_ap)
-    return ap
 
 
-def require_able(ap: float | None, least: float) -> None:
-    """Raises GateError when a measured AP is below ``--min-teacher-ap``: a teacher that knows nothing teaches nothing."""
-    if ap is not None and ap < least:
-        raise GateError(
-            f"the teacher has {ap:.1f} AP on val, below --min-teacher-ap {least:g}; nothing was written. Check its "
-            "canvas and classes, or lower the gate"
-        )
-
-
-def teacher_rows(
-    plan: Plan, samples: list[Sample], proposals: list[Tensor] | None = None
-) -> list[dict[str, NDArray[np.float32]]]:
-    """Teacher tensors (float32, by ``Need.key``) of samples of one orientation. ``proposals``: see TeacherForward.rows."""
-    if not plan.needs:  # pictures alone are added to a store
-        return [{} for _ in samples]
-    batch = collate(samples, None).to(plan.device)
-    return [
-        {need.key: row_tensor(row[need.key][0] if need.dense else row[need.key]) for need in plan.needs}
-        for row in plan.forward.rows(batch.images, batch.targets, batch.entries, plan.needs, proposals)
-    ]
-
-
-def encode_row(plan: Plan, sample: Sample, value: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+def encode_row(plan: StorePlan, sample: Sample, value: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
     """The stored arrays by path of a sample whose teacher tensors are ``value``. Raises GateError as the schema does."""
     identity = sample.content_hash + guard(sample.boxes, sample.labels, plan.source.definition)
     arrays: dict[str, Any] = {

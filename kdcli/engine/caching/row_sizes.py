@@ -20,7 +20,7 @@ from kdcli.store.arrays import StoredTensor
 from kdcli.store.encoding_policy import derived_from_dense, plan_tensors
 from kdcli.store.schema import MAX_PROPOSALS, StoreSchema
 from kdcli.structures import Canvas, Entries
-from kdcli.tensors import DERIVED, FEATURES, Need, TensorSpec
+from kdcli.tensors import DERIVED, FEATURES, Need, Region, TensorSpec
 
 CHANNELS = 256  # of the teacher's neck
 
@@ -81,6 +81,6 @@ def row_bytes(
 def _rows(tensor: StoredTensor, entries: Entries, boxes: int) -> int:
     """Rows that a sparse ``tensor`` has in the typical image."""
     region = tensor.need.region
-    if region in ("all", "gt", "proposals"):
-        return {"all": 0, "gt": boxes, "proposals": MAX_PROPOSALS + boxes}[region]
+    if region in (Region.ALL, Region.GT, Region.PROPOSALS):
+        return {Region.ALL: 0, Region.GT: boxes, Region.PROPOSALS: MAX_PROPOSALS + boxes}[Region(region)]
     return int(entries.select(region).sum())

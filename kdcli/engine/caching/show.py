@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kdcli.data.coco import open_split
 from kdcli.data.images import read_image
-from kdcli.data.views import Geometry, render, to_canvas
+from kdcli.data.views import Geometry, render
+from kdcli.engine.loading.samples import canvas_boxes
 from kdcli.errors import StoreError
 from kdcli.geometry.derive import decode_distribution
 from kdcli.store.batch_buffers import collate_arrays
@@ -18,10 +19,10 @@ from kdcli.store.manifest import compare_manifests
 from kdcli.store.reader import StoreReader
 from kdcli.store.storage.base import Where
 from kdcli.structures import Entries, RowKey
-from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, RANK, Need
+from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, MAIN_OR_VLR, RANK, Need, Region
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShownRow:
     """A row for drawing; boxes are xyxy canvas pixels."""
 
@@ -57,26 +58,30 @@ def read_for_show(store: Where, data: str | None, image_id: int, view: str | Non
         if content != row.content:
             raise StoreError(f"{key}: the image file is not the one that the teacher saw")
         image = render(pixels, geometry)
-    boxes_np, labels_np = dataset.training_boxes(position)
-    boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
-    labels = [dataset.classes[k].name for k in torch.from_numpy(labels_np)[keep].tolist()]
+    boxes, labels = canvas_boxes(dataset, position, geometry)
+    names = [dataset.classes[k].name for k in labels.tolist()]
     schema, canvas = reader.schema, geometry.canvas
     tensors = schema.decode(collate_arrays([row.arrays], reader.layout.values()), [t.need for t in reader.tensors])
     index = row.entries.index if row.entries is not None else torch.zeros(0, dtype=torch.int64)
     centers = schema.grid.centers(canvas, torch.float32)[index // schema.grid.num_anchors]
     teacher_boxes = teacher_scores = heat = None
-    edges = Need(BOX_DISTRIBUTION, "main+vlr").key
+    edges = Need(BOX_DISTRIBUTION, MAIN_OR_VLR).key
     if row.entries is not None and edges in tensors:
-        main = row.entries.select("main")
+        main = row.entries.select(Region.MAIN)
         strides = schema.grid.anchor_strides(canvas, torch.float32)[index]
-        teacher_boxes = decode_distribution(tensors[edges], centers, strides)[main[row.entries.select("main+vlr")]]
-    if Need(RANK, "main").key in tensors:
-        teacher_scores = tensors[Need(RANK, "main").key][:, 0]
-    elif Need(CLS_LOGITS, "main").key in tensors:
+        teacher_boxes = decode_distribution(tensors[edges], centers, strides)[main[row.entries.select(MAIN_OR_VLR)]]
+    if Need(RANK, Region.MAIN).key in tensors:
+        teacher_scores = tensors[Need(RANK, Region.MAIN).key][:, 0]
+    elif Need(CLS_LOGITS, Region.MAIN).key in tensors:
         assert row.entries is not None
-        truth = torch.from_numpy(labels_np)[keep][row.entries.gt[row.entries.select("main")]]
-        teacher_scores = tensors[Need(CLS_LOGITS, "main").key].sigmoid().gather(1, truth[:, None].long()).squeeze(1)
+        truth = labels[row.entries.gt[row.entries.select(Region.MAIN)]]
+        teacher_scores = (
+            tensors[Need(CLS_LOGITS, Region.MAIN).key].sigmoid().gather(1, truth[:, None].long()).squeeze(1)
+        )
     if "features@all" in tensors:
         height, width = schema.grid.level_shapes(canvas)[0]
         heat = tensors["features@all"][0, : height * width].abs().mean(dim=-1).reshape(height, width)
-    return ShownRow(key, image, boxes[keep], labels, row.entries, centers, teacher_boxes, teacher_scores, heat)
+    return ShownRow(
+        key=key, image=image, boxes=boxes, labels=names, entries=row.entries, centers=centers,
+        teacher_boxes=teacher_boxes, teacher_scores=teacher_scores, heat=heat,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from zarr.storage import MemoryStore
 
 from kdcli.data.views import format_views
 from kdcli.detectors.read import AT_PROPOSALS
-from kdcli.engine.caching.plan import Plan, plan_store, teacher_rows
+from kdcli.engine.caching.plan import StorePlan, plan_store
 from kdcli.engine.loading.region_check import recheck_regions, spread
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import KDError, StoreError
@@ -94,7 +94,7 @@ def _metadata(data: bytes, group: bool) -> Any:
 
 
 def verify_teacher(
-    plan: Plan, store: Where, rows: int, reporter: ProgressReporter
+    plan: StorePlan, store: Where, rows: int, reporter: ProgressReporter
 ) -> tuple[int, dict[str, dict[str, Any]]]:
     """Run the teacher again on ``rows`` evenly spaced rows and compare; returns (rows compared, error per tensor).
 
@@ -105,7 +105,7 @@ def verify_teacher(
     differences = compare_manifests({"weights_sha256": plan.manifest["teacher"]["weights_sha256"]}, stored)
     if differences:
         raise StoreError(f"store '{store}' was written by another teacher: {'; '.join(differences)}")
-    recheck_regions(replace(plan.source, reader=reader), plan.positions, plan.views)
+    recheck_regions(plan.source, reader, plan.positions, plan.views)
     chosen = spread(plan.positions, plan.views, rows)
     reporter.stage("teacher again", len(chosen))
     meter = ErrorMeter()
@@ -115,7 +115,8 @@ def verify_teacher(
         plan.source.check_row(row, sample)
         decoded = reader.schema.decode(collate_arrays([row.arrays], reader.layout.values()), plan.needs)
         boxes = decoded.get(AT_PROPOSALS[0].key)  # at which the RoI head is read again
-        values = teacher_rows(plan, [sample], None if boxes is None else [boxes.to(plan.device)])
+        at = None if boxes is None else [boxes.to(plan.teacher.device)]
+        values = plan.teacher.rows([sample], plan.needs, at)
         for tensor in plan.schema.tensors:
             key, exact = tensor.need.key, values[0][tensor.need.key]
             theirs = row_tensor(decoded[key])
@@ -135,7 +136,7 @@ def _again(storage: Storage, shard: int) -> str:
 def plan_of_store(
     store: Where, data: str, teacher: str, device: str | None, reporter: ProgressReporter, *, methods: str | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None, encoding: str = "default",
-) -> Plan:  # fmt: skip
+) -> StorePlan:  # fmt: skip
     """The plan that wrote ``store``, rebuilt from its manifest with the given data set and teacher.
 
     With ``methods`` and ``settings`` (options of methods), the plan of a store of these. Raises StoreError when the data

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 from kdcli.detectors.read import AT_PROPOSALS
-from kdcli.engine.caching.plan import Plan, encode_row, measure_teacher, require_able, teacher_rows
+from kdcli.engine.caching.plan import StorePlan, encode_row
+from kdcli.engine.caching.teacher_ap import measure_teacher, require_able
 from kdcli.engine.loading.loader import Loader
-from kdcli.engine.loading.samples import Item, Sample, orientation
+from kdcli.engine.loading.orientation import batches_by_orientation
+from kdcli.engine.loading.samples import Item, Sample
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import InlineExecutor, thread_pool, usable_cores
 from kdcli.errors import StoreError
@@ -55,6 +57,7 @@ MANIFEST_IDENTITY = (
 )
 MAX_THREADS = 4  # behind the teacher; one encodes and compresses about 60 rows/s of PFI's dense tensors at 256x320
 SMALL_ROW = 500_000  # bytes
+Load = Callable[[list[list[Item]]], Iterator[list[Sample]]]  # the samples of each planned batch
 AHEAD = 3  # micro-batches a thread that may wait for it: the bound on memory, and the teacher stops for more
 
 
@@ -80,14 +83,9 @@ class Packed:
     precision: dict[str, dict[str, float]]
 
 
-def interleaved(plan: Plan) -> bool:
-    """Whether loading and encoding go between the passes of the teacher, not beside them."""
-    return plan.device.type == "cpu" and plan.workers == 0
-
-
-def _encoders(plan: Plan) -> tuple[AbstractContextManager[Executor], int]:
+def _encoders(plan: StorePlan) -> tuple[AbstractContextManager[Executor], int]:
     """Who encodes, with how many threads: half of the cores, up to MAX_THREADS; in turns, those of the teacher."""
-    if not interleaved(plan):
+    if not plan.teacher.interleaved:
         threads = min(MAX_THREADS, max(1, usable_cores() // 2))
     elif sum(a.row_bytes for a in plan.schema.layout()) > SMALL_ROW:
         threads = torch.get_num_threads()
@@ -97,20 +95,23 @@ def _encoders(plan: Plan) -> tuple[AbstractContextManager[Executor], int]:
     return thread_pool(threads, "encode"), threads
 
 
-def write_store(plan: Plan, out: Where, reporter: ProgressReporter, part: Part | None = None) -> int:
+def write_store(
+    plan: StorePlan, out: Where, reporter: ProgressReporter, part: Part | None = None, load: Load | None = None
+) -> int:
     """Write what is missing of the store at ``out``; returns how many rows were written in this call.
 
     With a ``part``, only the shards of that part: other processes may write the others at the same time. An existing
     store is continued if it is the same one, else StoreError lists the fields that differ; also when another process is
-    writing all of it.
+    writing all of it. ``load``: instead of the plan's data workers.
     """
     storage = open_storage(out)
+    load = load or Loader(plan.source, plan.teacher.workers).samples
     if not isinstance(storage, LocalStorage):  # no locks there: each process tries to make it, and one does
         if not storage.exists():
             with suppress(FileExistsError):
                 _create(plan, storage, reporter)
         require_same(plan, storage)
-        return _write_part(plan, storage, part or Part(), reporter)
+        return _write_part(plan, storage, part or Part(), load, reporter)
     path = storage.path
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(path.with_name(f".{path.name}.lock")):  # the others wait for the one that makes it
@@ -118,15 +119,15 @@ def write_store(plan: Plan, out: Where, reporter: ProgressReporter, part: Part |
             _create(plan, storage, reporter)
     require_same(plan, storage)
     with lock_store(path, shared=part is not None):
-        return _write_part(plan, storage, part or Part(), reporter)
+        return _write_part(plan, storage, part or Part(), load, reporter)
 
 
-def _create(plan: Plan, out: Storage, reporter: ProgressReporter) -> None:
+def _create(plan: StorePlan, out: Storage, reporter: ProgressReporter) -> None:
     manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": measure_teacher(plan, reporter)}}
     create_store(out, plan.schema, manifest, plan.source.dataset.annotations.image_ids[plan.positions])
 
 
-def require_same(plan: Plan, out: Storage) -> None:
+def require_same(plan: StorePlan, out: Storage) -> None:
     """Raises StoreError when the store at ``out`` is not the one of ``plan``, GateError when its teacher is too weak."""
     stored = read_manifest(out)
     ours = {k: plan.manifest[k] for k in MANIFEST_IDENTITY} | {
@@ -142,23 +143,23 @@ def require_same(plan: Plan, out: Storage) -> None:
     require_able(stored["teacher"]["ap"], plan.options.min_teacher_ap)
 
 
-def _write_part(plan: Plan, out: Storage, part: Part, reporter: ProgressReporter) -> int:
-    rows = _write_shards(plan, out, part, reporter)
+def _write_part(plan: StorePlan, out: Storage, part: Part, load: Load, reporter: ProgressReporter) -> int:
+    rows = _write_shards(plan, out, part, load, reporter)
     record_errors(out)  # by the part that comes last; and by a run that was killed between the last shard and this
     return rows
 
 
-def _write_shards(plan: Plan, out: Storage, part: Part, reporter: ProgressReporter) -> int:
+def _write_shards(plan: StorePlan, out: Storage, part: Part, load: Load, reporter: ProgressReporter) -> int:
     writer = StoreWriter(out, plan.schema)
     done, mine = writer.done(), part.shards(plan.schema.num_shards)
     ranges = {s: plan.schema.shard_range(s) for s in mine}
     todo = [s for s in mine if s not in done]
     reporter.stage("cache-teacher", sum(stop - start for start, stop in ranges.values()))
     reporter.advance(sum(ranges[s][1] - ranges[s][0] for s in mine if s in done))
-    chunks = {s: _micro_batches(plan, *ranges[s]) for s in todo}
-    samples = Loader(plan.source, plan.workers).samples([c for s in todo for c in chunks[s]])
-    (pool, threads), turns, progress = _encoders(plan), interleaved(plan), _Progress(reporter)
-    most = 0 if turns else AHEAD * threads * plan.forward.micro_batch
+    chunks = {s: shard_micro_batches(plan, s) for s in todo}
+    samples = load([c for s in todo for c in chunks[s]])
+    (pool, threads), turns, progress = _encoders(plan), plan.teacher.interleaved, _Progress(reporter)
+    most = 0 if turns else AHEAD * threads * plan.teacher.forward.micro_batch
     with pool as encoders, thread_pool(threads, "write") as writers:
         rows: deque[Future[Packed]] = deque()
         files: deque[Future[int]] = deque()
@@ -166,7 +167,7 @@ def _write_shards(plan: Plan, out: Storage, part: Part, reporter: ProgressReport
             packed: dict[Item, Future[Packed]] = {}
             for items in chunks[shard]:
                 batch = next(samples)
-                values = teacher_rows(plan, batch)
+                values = plan.teacher.rows(batch, plan.needs)
                 exact = _exact(plan, batch, values) if not packed else [None] * len(items)
                 for item, sample, value, reference in zip(items, batch, values, exact, strict=True):
                     packed[item] = encoders.submit(_pack, plan, sample, value, reference)
@@ -220,43 +221,39 @@ class _Progress:
         )
 
 
-def _micro_batches(plan: Plan, start: int, stop: int) -> list[list[Item]]:
+def shard_micro_batches(plan: StorePlan, shard: int) -> list[list[Item]]:
     """The micro-batches of a shard: rows in order, grouped by orientation."""
-    buckets: dict[str, list[Item]] = {}
-    for row in range(start, stop):
-        item = plan.item(row)
-        buckets.setdefault(str(orientation(plan.source, item).size), []).append(item)
-    size = plan.forward.micro_batch
-    return [b[k : k + size] for b in buckets.values() for k in range(0, len(b), size)]
+    items = [plan.item(row) for row in range(*plan.schema.shard_range(shard))]
+    return batches_by_orientation(plan.source, items, plan.teacher.forward.micro_batch)
 
 
 def _pack(
-    plan: Plan, sample: Sample, value: dict[str, NDArray[np.float32]], exact: dict[str, NDArray[np.float32]] | None
+    plan: StorePlan, sample: Sample, value: dict[str, NDArray[np.float32]], exact: dict[str, NDArray[np.float32]] | None
 ) -> Packed:
     encoding, precision = ErrorMeter(), ErrorMeter()
     layout = plan.schema.layout()
     row = encode_row(plan, sample, value)
     decoded = plan.schema.decode(collate_arrays([row], layout), plan.needs)
-    _compare(plan, sample, encoding, value, {k: row_tensor(v) for k, v in decoded.items()})
+    compare_row(plan, sample, encoding, value, {k: row_tensor(v) for k, v in decoded.items()})
     if exact is not None:
-        _compare(plan, sample, precision, exact, value)
+        compare_row(plan, sample, precision, exact, value)
     chunks = {a.path: pack_chunk(row[a.path], a) for a in layout}
     raw = sum(v.nbytes for v in value.values()) + (sample.image.nbytes if plan.schema.images else 0)
     return Packed(chunks, raw, encoding.sums, precision.sums)
 
 
 def _exact(
-    plan: Plan, samples: list[Sample], values: list[dict[str, NDArray[np.float32]]]
+    plan: StorePlan, samples: list[Sample], values: list[dict[str, NDArray[np.float32]]]
 ) -> Sequence[dict[str, NDArray[np.float32]] | None]:
     """The tensors of a float32 teacher, when ours is not one: the first micro-batch of each shard is measured."""
-    if plan.forward.precision == "fp32":
+    if plan.teacher.forward.precision == "fp32":
         return [None] * len(samples)
     boxes = AT_PROPOSALS[0].key
-    same = [torch.from_numpy(v[boxes]).to(plan.device) for v in values] if boxes in values[0] else None
-    return teacher_rows(replace(plan, forward=replace(plan.forward, precision="fp32")), samples, same)
+    same = [torch.from_numpy(v[boxes]).to(plan.teacher.device) for v in values] if boxes in values[0] else None
+    return plan.teacher.exact.rows(samples, plan.needs, same)
 
 
-def _write_shard(plan: Plan, writer: StoreWriter, shard: int, packed: Mapping[Item, Future[Packed]]) -> int:
+def _write_shard(plan: StorePlan, writer: StoreWriter, shard: int, packed: Mapping[Item, Future[Packed]]) -> int:
     encoding, precision = ErrorMeter(), ErrorMeter()
     rows: dict[Item, dict[str, bytes]] = {}
     for item, row in ((item, future.result()) for item, future in packed.items()):
@@ -268,8 +265,8 @@ def _write_shard(plan: Plan, writer: StoreWriter, shard: int, packed: Mapping[It
     return writer.write_chunks(shard, chunks, {"encoding": encoding.sums, "precision": precision.sums})
 
 
-def _compare(
-    plan: Plan, sample: Sample, meter: ErrorMeter, exact: Mapping[str, NDArray[np.float32]],
+def compare_row(
+    plan: StorePlan, sample: Sample, meter: ErrorMeter, exact: Mapping[str, NDArray[np.float32]],
     other: Mapping[str, NDArray[np.float32]],
 ) -> None:  # fmt: skip
     """Add the error of one row; cells that no loss reads do not count."""

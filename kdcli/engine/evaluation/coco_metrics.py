@@ -24,7 +24,7 @@ BOX_DECIMALS = 3  # 0.001 pixels: far below what any IoU threshold can see
 SCORE_DECIMALS = 6  # float32 scores of a confident detector differ in the sixth digit; fewer would make ties
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Metrics:
     """COCO box metrics on the 0-100 scale; None where no ground truth of that kind exists (pycocotools' -1).
 

@@ -16,7 +16,8 @@ from kdcli.data.views import to_image
 from kdcli.detectors.base import Detector, count_parameters
 from kdcli.engine.evaluation.coco_metrics import Metrics, coco_results, evaluate_detections
 from kdcli.engine.loading.loader import Loader
-from kdcli.engine.loading.samples import Item, Sample, SampleSource, orientation
+from kdcli.engine.loading.orientation import batches_by_orientation
+from kdcli.engine.loading.samples import Item, Sample, SampleSource
 from kdcli.engine.runtime.distributed import gathered, world_rank
 from kdcli.errors import DataError
 from kdcli.structures import Canvas
@@ -35,18 +36,9 @@ class Evaluation:
     parameters: int
 
 
-def validation_source(dataset: coco.Dataset, detector: Detector, canvas: Canvas) -> SampleSource:
-    """Samples of ``dataset`` for evaluation with ``detector``."""
-    return SampleSource(dataset, canvas, 0, detector.grid, detector.assigner, detector.region_defaults, targets=False)
-
-
 def evaluation_batches(source: SampleSource, positions: list[int], batch: int) -> list[list[Item]]:
     """Images in the order of the data set, batched by orientation."""
-    buckets: dict[str, list[Item]] = {}
-    for position in positions:
-        item = (position, IDENTITY)
-        buckets.setdefault(str(orientation(source, item).size), []).append(item)
-    return [b[k : k + batch] for b in buckets.values() for k in range(0, len(b), batch)]
+    return batches_by_orientation(source, [(position, IDENTITY) for position in positions], batch)
 
 
 def require_same_classes(detector_classes: list[dict[str, Any]], dataset: coco.Dataset) -> None:

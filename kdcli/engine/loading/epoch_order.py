@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcli.engine.loading.samples import Item, SampleSource, orientation
+from kdcli.engine.loading.orientation import group_by_orientation
+from kdcli.engine.loading.samples import Item, SampleSource
 from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
 
@@ -41,12 +42,11 @@ def plan_epoch(
         assert source.reader is not None
         keys = [RowKey(int(i), view) for i, (_, view) in zip(ids, items, strict=True)]
         window = shard_windows(source.reader, keys, seed, epoch)
-    buckets: dict[str, list[int]] = {}
-    for k in np.lexsort((order_key, window)).tolist():
-        buckets.setdefault(str(orientation(source, items[k]).size), []).append(k)
+    order = np.lexsort((order_key, window)).tolist()
+    groups = group_by_orientation(source, [items[k] for k in order])
     batches: list[list[int]] = []
     due = []  # the window of a batch's last image: what is left of a window goes with the next one
-    for bucket in (buckets[name] for name in sorted(buckets)):
+    for bucket in ([order[i] for i in groups[size]] for size in sorted(groups, key=str)):
         for start in range(0, len(bucket), batch):
             chunk = bucket[start : start + batch]
             due.append(window[chunk[-1]])

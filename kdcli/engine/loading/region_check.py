@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from kdcli.data.views import to_canvas
 from kdcli.engine.loading.samples import SampleSource
 from kdcli.errors import StoreError
-from kdcli.geometry.assign import assign
-from kdcli.geometry.regions import compute_entries
+from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
 
 RECHECKED_ROWS = 64
@@ -25,31 +23,25 @@ def spread(positions: NDArray[np.int64], views: Sequence[str], count: int) -> li
     return [(int(p), views[k % len(views)]) for k, p in enumerate(positions[::step][:count])]
 
 
-def recheck_regions(source: SampleSource, positions: NDArray[np.int64], views: Sequence[str]) -> int:
-    """Compute the entries of up to 64 rows again and compare them with the store's; returns how many rows were compared.
+def recheck_regions(
+    source: SampleSource, reader: StoreReader, positions: NDArray[np.int64], views: Sequence[str]
+) -> int:
+    """Compute the entries of up to 64 rows again and compare them with those of ``reader``; returns how many were compared.
 
     Raises StoreError when more than 0.1 % of a row's anchors differ.
     """
-    reader = source.reader
-    if reader is None or not reader.schema.sparse:
+    if not reader.schema.sparse:
         return 0
+    computed = replace(source, regions=reader.schema.regions)
     chosen = spread(positions, views, RECHECKED_ROWS)
     for item in chosen:
-        geometry = source.geometry(item)
-        boxes_np, _ = source.dataset.training_boxes(item[0])
-        boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
-        boxes = boxes[keep]
-        assigned = assign(source.assigner, source.grid, geometry.canvas, boxes, geometry.content)
-        key = RowKey(source.dataset.image_id(item[0]), item[1])
-        ours = compute_entries(
-            reader.schema.regions, source.region_spec, source.grid, geometry.canvas, boxes, assigned, geometry.content,
-            str(key),
-        )  # fmt: skip
-        theirs = reader.read(key).entries
+        key, targets = RowKey(source.dataset.image_id(item[0]), item[1]), computed.targets(item)
+        ours, theirs = targets.entries, reader.read(key).entries
+        assert ours is not None
         assert theirs is not None
         mine = set(zip(ours.index.tolist(), ours.flag.tolist(), strict=True))
         stored = set(zip(theirs.index.tolist(), theirs.flag.tolist(), strict=True))
-        if len(mine ^ stored) > RECHECK_TOLERANCE * source.grid.num_total(geometry.canvas):
+        if len(mine ^ stored) > RECHECK_TOLERANCE * source.grid.num_total(targets.geometry.canvas):
             raise StoreError(
                 f"store '{reader.storage}', {key}: {len(mine ^ stored)} region entries differ from those computed here; the "
                 "boxes or the region rules have changed: write the store again"

@@ -20,21 +20,23 @@ from torch.utils.data import get_worker_info
 
 from kdcli.data import coco
 from kdcli.data.images import read_image
-from kdcli.data.views import Geometry, orient, render, to_canvas, view_geometry
+from kdcli.data.views import Geometry, render, to_canvas, view_geometry
+from kdcli.detectors.base import Detector
 from kdcli.errors import KDError, StoreError
-from kdcli.geometry.assign import AssignerSpec, assign, from_positives
+from kdcli.geometry.assign import AssignerSpec, assign, follows_from_positives, from_positives
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec, compute_entries, guard
 from kdcli.store.batch_buffers import BatchSlot, allocate_batch, collate_rows
 from kdcli.store.reader import Row, StoreReader
 from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
+from kdcli.tensors import Region
 
 T = TypeVar("T")
 Item = tuple[int, str]  # (position of the image in its data set, view)
 PIXEL_TOLERANCE = 2  # of 255: libjpeg and resizing may round otherwise on a processor with other vector instructions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """One image in one view, with its targets, entries and stored teacher arrays."""
 
@@ -62,12 +64,23 @@ class LoadedImage:
 
 
 @dataclass(frozen=True)
+class ItemTargets:
+    """What the annotations say of one item, on its canvas."""
+
+    geometry: Geometry
+    boxes: Tensor  # [G, 4] float32, xyxy canvas pixels
+    labels: Tensor  # [G]
+    assigned: Tensor  # [N] int32; empty when neither a loss nor a region reads it
+    entries: Entries | None  # None without regions
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleSource:
     """Makes samples. With ``reader``, their teacher arrays and entries come from its store, else entries are computed.
 
-    Pixels come from the store too when it has them; no image file is opened then. ``regions`` is empty in plain training.
-    The stored index is the truth for distillation: a row whose image, boxes, labels, view or region definition differ from
-    ours is refused.
+    Made by ``for_training``, ``for_evaluation`` or ``for_caching``. Pixels come from the store too when it has them; no
+    image file is opened then. The stored index is the truth for distillation: a row whose image, boxes, labels, view or
+    region definition differ from ours is refused.
     """
 
     dataset: coco.Dataset
@@ -76,11 +89,47 @@ class SampleSource:
     grid: Grid
     assigner: AssignerSpec
     region_spec: RegionSpec
-    regions: frozenset[str] = frozenset()
+    regions: frozenset[str] = frozenset()  # that entries are computed for; none in plain training and evaluation
+    detection_loss: bool = True  # reads the assignment of every image; without it only regions do: 1.3 ms an image
     reader: StoreReader | None = None
-    targets: bool = True  # False: evaluation, which reads no assignment
     row_definition: str | None = None  # of the reader's rows
     stored_positives: bool = False  # the rows have them, by this assigner, and all it gave follows from them
+
+    @classmethod
+    def for_training(
+        cls, dataset: coco.Dataset, canvas: Canvas, detector: Detector, *, view_seed: int = 0
+    ) -> SampleSource:
+        """Samples that ``detector`` trains on. A teacher adds to them: see ``with_regions`` and ``with_store``."""
+        return cls(
+            dataset=dataset, canvas=canvas, view_seed=view_seed, grid=detector.grid, assigner=detector.assigner,
+            region_spec=detector.region_defaults,
+        )  # fmt: skip
+
+    @classmethod
+    def for_evaluation(cls, dataset: coco.Dataset, canvas: Canvas, detector: Detector) -> SampleSource:
+        """Samples that ``detector`` is scored on: nothing is assigned."""
+        return replace(cls.for_training(dataset, canvas, detector), detection_loss=False)
+
+    @classmethod
+    def for_caching(
+        cls, dataset: coco.Dataset, canvas: Canvas, detector: Detector, *, view_seed: int, region_spec: RegionSpec,
+        regions: frozenset[str],
+    ) -> SampleSource:  # fmt: skip
+        """Samples that a teacher's rows are made of: with the entries of ``regions``, and no assignment without them."""
+        source = cls.for_training(dataset, canvas, detector, view_seed=view_seed)
+        return replace(source, region_spec=region_spec, regions=regions, detection_loss=False)
+
+    def with_regions(self, region_spec: RegionSpec, regions: frozenset[str]) -> SampleSource:
+        """The same samples with the entries of ``regions``, as ``region_spec`` defines them."""
+        return replace(self, region_spec=region_spec, regions=regions)
+
+    def with_store(self, reader: StoreReader, definition: str, *, index_aligned: bool) -> SampleSource:
+        """The same samples with the rows of ``reader``, whose guards were made with ``definition``.
+
+        ``index_aligned``: the rows' anchors and assigner are those of this source.
+        """
+        known = index_aligned and Region.MAIN in self.regions and follows_from_positives(self.assigner)
+        return replace(self, reader=reader, row_definition=definition, stored_positives=known)
 
     @property
     def definition(self) -> str:
@@ -147,10 +196,8 @@ class SampleSource:
         position, view = item
         geometry, row = fetched.geometry, fetched.row
         key = RowKey(self.dataset.image_id(position), view)
-        boxes_np, labels_np = self.dataset.training_boxes(position)
-        boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
-        boxes, labels = boxes[keep], torch.from_numpy(labels_np)[keep]
         canvas = geometry.canvas
+        boxes, labels = canvas_boxes(self.dataset, position, geometry)
         sample = Sample(
             key=key,
             image=fetched.image,
@@ -161,26 +208,39 @@ class SampleSource:
             valid=self.grid.valid(canvas, geometry.content),
             content_hash=fetched.content_hash,
         )
-        entries = None
-        if row is not None:
-            self.check_row(row, sample)
-            entries = row.entries
-            sample = replace(sample, entries=entries, arrays=row.arrays, slot=row.slot)
-        if entries is not None and self.stored_positives:
-            main = entries.select("main")
-            found = from_positives(
-                self.assigner, self.grid, canvas, geometry.content, entries.index[main], entries.gt[main]
+        if row is None:
+            assigned, entries = self._targets(key, geometry, boxes)
+            return replace(sample, assigned=assigned, entries=entries)
+        self.check_row(row, sample)
+        if row.entries is not None and self.stored_positives:
+            main = row.entries.select(Region.MAIN)
+            assigned = from_positives(
+                self.assigner, self.grid, canvas, geometry.content, row.entries.index[main], row.entries.gt[main]
             )
-            return replace(sample, assigned=found)
-        if self.targets:
-            found = assign(self.assigner, self.grid, canvas, boxes, geometry.content)
-            sample = replace(sample, assigned=found)
-        if row is None and self.regions:
-            entries = compute_entries(
-                self.regions, self.region_spec, self.grid, canvas, boxes, sample.assigned, geometry.content, str(key)
-            )
-            sample = replace(sample, entries=entries)
-        return sample
+        else:
+            assigned = assign(self.assigner, self.grid, canvas, boxes, geometry.content)
+        return replace(sample, assigned=assigned, entries=row.entries, arrays=row.arrays, slot=row.slot)
+
+    def targets(self, item: Item) -> ItemTargets:
+        """What is computed of ``item`` from its annotations, whatever a store says; reads no image."""
+        position, view = item
+        geometry = self.geometry(item)
+        boxes, labels = canvas_boxes(self.dataset, position, geometry)
+        assigned, entries = self._targets(RowKey(self.dataset.image_id(position), view), geometry, boxes)
+        return ItemTargets(geometry, boxes, labels, assigned, entries)
+
+    def _targets(self, key: RowKey, geometry: Geometry, boxes: Tensor) -> tuple[Tensor, Entries | None]:
+        """The assignment, if anything reads it, and the entries of the regions, if there are any."""
+        canvas, content = geometry.canvas, geometry.content
+        if not (self.detection_loss or self.regions):
+            return torch.empty(0, dtype=torch.int32), None
+        assigned = assign(self.assigner, self.grid, canvas, boxes, content)
+        if not self.regions:
+            return assigned, None
+        entries = compute_entries(
+            self.regions, self.region_spec, self.grid, canvas, boxes, assigned, content, str(key)
+        )  # fmt: skip
+        return assigned, entries
 
     def check_row(self, row: Row, sample: Sample) -> None:
         """Raises StoreError when a stored row does not belong to the image, view, boxes and regions of ``sample``."""
@@ -193,12 +253,19 @@ class SampleSource:
             raise StoreError(f"{sample.key}: its boxes, labels or regions are not those of the store; {again}")
         if row.entries is not None and len(row.entries.gt):
             box = row.entries.gt
-            if int(box.max()) >= len(sample.boxes) or bool((box[row.entries.select("main")] < 0).any()):
+            if int(box.max()) >= len(sample.boxes) or bool((box[row.entries.select(Region.MAIN)] < 0).any()):
                 raise StoreError(f"{sample.key}: its entries name boxes that are not there; {again}")
         if row.image is not None and not np.shares_memory(row.image, sample.image.numpy()):
             difference = np.abs(row.image.astype(np.int16) - sample.image.numpy()).max()
             if difference > PIXEL_TOLERANCE:
                 raise StoreError(f"{sample.key}: its stored pixels are not those of its image file; {again}")
+
+
+def canvas_boxes(dataset: coco.Dataset, position: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Boxes [G, 4] float32 (xyxy canvas pixels) and labels [G] of an image that are left where ``geometry`` puts it."""
+    boxes_np, labels_np = dataset.training_boxes(position)
+    boxes, keep = to_canvas(torch.from_numpy(boxes_np), geometry)
+    return boxes[keep], torch.from_numpy(labels_np)[keep]
 
 
 def _attempt(function: Callable[..., T], *arguments: Any) -> T | KDError:
@@ -214,7 +281,7 @@ def region_definition(canvas: Canvas, grid: Grid, assigner: AssignerSpec, region
     return repr((str(canvas), grid.to_json(), assigner.to_json(), regions.to_json()))
 
 
-def collate(samples: list[Sample], reader: StoreReader | None) -> Batch:
+def collate(samples: Sequence[Sample], reader: StoreReader | None) -> Batch:
     """Join samples of one orientation into a batch."""
     entries = None
     if samples[0].entries is not None:
@@ -229,10 +296,3 @@ def collate(samples: list[Sample], reader: StoreReader | None) -> Batch:
         valid=torch.stack([s.valid for s in samples]),
     )
     return Batch(torch.stack([s.image for s in samples]), targets, [s.key for s in samples], entries, rows)
-
-
-def orientation(source: SampleSource, item: Item) -> Canvas:
-    """The orientation of the canvas that ``item`` takes."""
-    if item[1].startswith("crop-"):
-        return source.geometry(item).canvas
-    return orient(source.canvas, *source.dataset.image_size(item[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,10 @@ from kdcli.engine.teacher import forward as teachers
 from kdcli.engine.teacher.match import require_match, require_strides
 from kdcli.engine.teacher.specs import TeacherSide, region_spec, specs_of, with_classes
 from kdcli.errors import OptionError, StoreError
-from kdcli.geometry.assign import AssignerSpec, follows_from_positives
+from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.regions import RegionSpec
 from kdcli.methods.base import Method, Pair
-from kdcli.methods.resolve import check_pair, find_methods, resolve_options
+from kdcli.methods.resolve import all_needs, check_pair, resolve_all
 from kdcli.options import TrainOptions
 from kdcli.store.encoding_policy import plan_tensors
 from kdcli.store.journal import store_digest
@@ -33,7 +33,7 @@ from kdcli.structures import Canvas
 from kdcli.tensors import Need
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BoundTeacher:
     """A teacher that fits: the callable of the loop, the methods, and where their tensors are read."""
 
@@ -57,14 +57,15 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
             raise StoreError(f"store '{reader.storage}' names no teacher: `kdcli cache-teacher` did not write it")
         name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
         return TeacherSide(
-            name, specs_of(reader.manifest), reader.schema.canvas, reader.views, entry["ap"], entry["weights_sha256"],
-            reader=reader,
+            name=name, specs=specs_of(reader.manifest), canvas=reader.schema.canvas, views=reader.views, ap=entry["ap"],
+            sha256=entry["weights_sha256"], reader=reader,
         )  # fmt: skip
     detector, meta = load_detector(str(options.teacher))
     ap = meta.extra.get("ap")
     return TeacherSide(
-        detector.spec.name, with_classes(detector.specs(), len(train.classes)), Canvas.parse(meta.canvas), None,
-        ap if isinstance(ap, float) else None, meta.weights_sha256, detector=detector, meta=meta,
+        name=detector.spec.name, specs=with_classes(detector.specs(), len(train.classes)),
+        canvas=Canvas.parse(meta.canvas), views=None, ap=ap if isinstance(ap, float) else None,
+        sha256=meta.weights_sha256, detector=detector, meta=meta,
     )  # fmt: skip
 
 
@@ -93,10 +94,10 @@ def bind_teacher(
     for name, method in methods.items():
         check_pair(name, method, options.methods[name], pair, student.spec.name, side.name)
     built = {name: method(pair, **options.methods[name]) for name, method in methods.items()}
-    needs: tuple[Need, ...] = tuple(sorted({n for k, m in methods.items() for n in m.reads(options.methods[k])}))
+    needs = all_needs(methods, options.methods)
     require_strides(side, student)
     base = RegionSpec.from_json(side.reader.manifest["regions"]) if side.reader else student.region_defaults
-    source = replace(source, region_spec=region_spec(base, methods, options.methods), regions=regions_of(needs))
+    source = source.with_regions(region_spec(base, methods, options.methods), regions_of(needs))
     aligned = any(m.index_aligned for m in methods.values())
     if side.reader is not None:
         gone = set(side.reader.manifest["dataset"]["left_out"])
@@ -108,14 +109,13 @@ def bind_teacher(
             )
         index_space = (student.grid, student.assigner, source.region_spec) if aligned else None
         require_match(side.reader, source.dataset, source.canvas, views, index_space)
-        reader = _reader_for(side, needs, options, default_keys(student.spec.detector))
-        known = aligned and "main" in source.regions and follows_from_positives(student.assigner)
-        source = replace(source, reader=reader, row_definition=stored_definition(reader), stored_positives=known)
+        reader = _reader_for(side.reader, needs, methods, options, default_keys(student.spec.detector))
+        source = source.with_store(reader, stored_definition(reader), index_aligned=aligned)
         if aligned:
-            recheck_regions(source, positions, views)
+            recheck_regions(source, reader, positions, views)
         return BoundTeacher(
-            teachers.cached(reader.schema, needs), built, source, side.ap, side.sha256, store_digest(reader.storage),
-            reader.bytes_on_disk(),
+            forward=teachers.cached(reader.schema, needs), methods=built, source=source, ap=side.ap, sha256=side.sha256,
+            store_hash=store_digest(reader.storage), store_bytes=reader.bytes_on_disk(),
         )  # fmt: skip
     assert side.detector is not None
     assert side.meta is not None
@@ -128,7 +128,9 @@ def bind_teacher(
     detector = side.detector.to(device).to(memory_format=torch.channels_last)
     forward = teachers.TeacherForward(detector.eval(), order, options.micro_batch, options.teacher_precision)
     schema = StoreSchema(student.grid, source.canvas, 1, 1, plan_tensors(needs, side.specs, "lossless"))
-    return BoundTeacher(teachers.live(forward, needs, schema), built, source, side.ap, side.sha256)
+    return BoundTeacher(
+        forward=teachers.live(forward, needs, schema), methods=built, source=source, ap=side.ap, sha256=side.sha256
+    )
 
 
 def stored_definition(reader: StoreReader) -> str:
@@ -141,17 +143,17 @@ def stored_definition(reader: StoreReader) -> str:
 
 
 def _reader_for(
-    side: TeacherSide, needs: tuple[Need, ...], options: TrainOptions, lineage: tuple[str, str]
-) -> StoreReader:
-    whole = side.reader
-    assert whole is not None
+    whole: StoreReader, needs: tuple[Need, ...], methods: Mapping[str, type[Method]], options: TrainOptions,
+    lineage: tuple[str, str],
+) -> StoreReader:  # fmt: skip
+    """The reader of what ``needs`` name. Raises StoreError with the command that adds what is missing."""
     try:
         return StoreReader(whole.storage, needs)
     except StoreError as error:
         flags = [f"--method {options.method}"]
         stored = whole.manifest["method_options"]
-        for name, method in find_methods(options.method).items():
-            plain = {**resolve_options(name, method, lineage, {}), **stored.get(name, {})}
+        for name, defaults in resolve_all(methods, lineage, {}).items():
+            plain = {**defaults, **stored.get(name, {})}
             given = options.methods.get(name, {})
             changed = {o: v for o, v in given.items() if o in plain and plain[o] != v}
             flags += [f"--set {name}.{o}={'none' if v is None else str(v).lower()}" for o, v in changed.items()]

@@ -19,7 +19,7 @@ from kdcli.detectors.read import read
 from kdcli.errors import DataError, OptionError
 from kdcli.store.schema import MAX_PROPOSALS, StoreSchema
 from kdcli.structures import Batch, Canvas, Entries, Targets
-from kdcli.tensors import CLS_LOGITS, PROPOSAL_BOXES, PROPOSAL_COUNT, PROPOSAL_LOGITS, Need, Tensors
+from kdcli.tensors import CLS_LOGITS, PROPOSAL_BOXES, PROPOSAL_COUNT, PROPOSAL_LOGITS, Need, Region, Tensors
 
 Teacher = Callable[[Batch], Tensors]
 
@@ -55,7 +55,7 @@ class TeacherForward:
                 part = None if entries is None else single(entries, start + offset)
                 target = _single_target(targets, start + offset)
                 at = None
-                if any(n.region == "proposals" for n in wanted):
+                if any(n.region == Region.PROPOSALS for n in wanted):
                     at = self._proposals(one, target) if proposals is None else [proposals[start + offset]]
                 rows.append(self._reorder(read(self.detector, one, wanted, part, target, at)))
         return rows
@@ -70,7 +70,7 @@ class TeacherForward:
 
         A softmax gives what is surely a class that the data set lacks to the background: its probability moves there.
         """
-        key = Need(PROPOSAL_LOGITS, "proposals").key
+        key = Need(PROPOSAL_LOGITS, Region.PROPOSALS).key
         if key in row:
             logits = row[key]
             rest = [k for k in range(logits.shape[-1]) if k not in self.class_order]
@@ -141,8 +141,8 @@ def live(forward: TeacherForward, needs: tuple[Need, ...], schema: StoreSchema) 
             valid = schema.valid_rows(stored, batch.targets.valid)
             # a store holds 0 in invalid cells
             tensors[key] = value.masked_fill(~valid.reshape(*valid.shape, *[1] * (value.ndim - 2)), 0)
-        if any(n.region == "proposals" for n in needs):
-            counts = [len(r[Need(PROPOSAL_BOXES, "proposals").key]) for r in rows]
+        if any(n.region == Region.PROPOSALS for n in needs):
+            counts = [len(r[Need(PROPOSAL_BOXES, Region.PROPOSALS).key]) for r in rows]
             tensors[PROPOSAL_COUNT] = torch.tensor(counts, device=batch.images.device)
         return tensors
 

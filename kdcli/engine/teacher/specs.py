@@ -17,7 +17,7 @@ from kdcli.tensors import CLS_LOGITS, PROPOSAL_LOGITS, TensorSpec
 
 def teacher_entry(detector: Detector, weights_sha256: str, ap: float | None) -> dict[str, Any]:
     """Who the teacher is, and what it gives."""
-    specs = {name: {"per": s.per, "dims": list(s.dims)} for name, s in detector.specs().items()}
+    specs = {name: {"per": str(s.per), "dims": list(s.dims)} for name, s in detector.specs().items()}
     return {"model": detector.spec.to_json(), "weights_sha256": weights_sha256, "ap": ap, "specs": specs}
 
 
@@ -41,7 +41,7 @@ def region_spec(base: RegionSpec, methods: Mapping[str, type[Method]], options: 
     return RegionSpec(**{**base.to_json(), **changes})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherSide:
     """What the teacher contributes before the student is known. Either ``reader`` or ``detector`` is set."""
 

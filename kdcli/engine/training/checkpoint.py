@@ -19,7 +19,7 @@ STATE_FILE = Path("weights") / "state.pt"
 STATE_VERSION = 1
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingState:
     """Where a run is, and what it has seen so far."""
 

@@ -11,7 +11,7 @@ from kdcli.engine.runtime import distributed
 from kdcli.engine.runtime.memory import reset_peak_memory
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.training import run_folder
-from kdcli.engine.training.run_config import CONTENT_FIELDS, RunRequest, _resolved
+from kdcli.engine.training.run_config import CONTENT_FIELDS, RunRequest, resolved_fields
 from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.trainer import Trainer
 from kdcli.errors import OptionError
@@ -37,7 +37,7 @@ def resume(run: Path, asked: RunRequest, reporter: ProgressReporter) -> tuple[Pa
     stored = began = run_folder.read_config(run)
     if stored.command != asked.command:
         raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
-    fields = _resolved(asked.fields, stored)
+    fields = resolved_fields(asked.fields, stored)
     moved = {name: fields[name] for name in CONTENT_FIELDS if fields.get(name) and getattr(began, name)}
     stored = build(TrainOptions, layer(to_plain(began), moved))
     run_folder.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))

@@ -9,8 +9,8 @@ from typing import Any
 
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.build import default_keys, parse_model_name
-from kdcli.errors import OptionError, UsageError, did_you_mean
-from kdcli.methods.resolve import absolute_methods, find_methods, resolve_options
+from kdcli.errors import OptionError, UsageError
+from kdcli.methods.resolve import absolute_methods, find_methods, require_known, require_table, resolve_all
 from kdcli.options import TrainOptions, build, layer
 from kdcli.store.storage.resolve import absolute
 from kdcli.structures import Canvas
@@ -26,7 +26,7 @@ def absolute_weights(weights: str) -> str:
     return weights if weights in BACKBONE_WORDS else str(Path(weights).resolve())
 
 
-def _absolute(path: str | None) -> str | None:
+def absolute_path(path: str | None) -> str | None:
     """config.toml runs again from any folder."""
     return None if path is None else str(Path(path).resolve())
 
@@ -45,7 +45,7 @@ class RunRequest:
             raise UsageError("--data is missing: name the data set folder")
         if self.command == "distill" and not options.method:
             raise UsageError("--method is missing: name one or more of `kdcli methods`, e.g. --method ld")
-        require_known(options.methods, options.method)
+        require_known(options.methods, find_methods(options.method) if options.method else {})
         return options
 
 
@@ -59,28 +59,17 @@ def from_flags(
     merged = layer(fields, given, {"model": {"name": model}} if model else {})
     known = find_methods(str(merged["method"])) if merged.get("method") else {}
     for table, values in tables.items():
+        require_table(table, [*known, "model", "optim", "train"])
         if table in known:
             merged = layer(merged, {"methods": {table: values}})
         elif table in ("model", "optim"):
             merged = layer(merged, {table: values})
-        elif table == "train":
-            merged = layer(merged, values)
         else:
-            choices = [*known, "model", "optim", "train"]
-            raise OptionError(f"--set {table}.…: unknown table '{table}'{did_you_mean(table, choices)}")
+            merged = layer(merged, values)
     return RunRequest(command, merged)
 
 
-def require_known(tables: Mapping[str, object], methods: str) -> None:
-    """Raises OptionError for a table of a method that is not in the comma list ``methods``: it would do nothing."""
-    known = find_methods(methods) if methods else {}
-    for table in tables:
-        if table not in known:
-            there = f"--method names {', '.join(known)}" if known else "there is no --method"
-            raise OptionError(f"[methods.{table}] is not used: {there}{did_you_mean(table, known)}")
-
-
-def _resolved(fields: Mapping[str, Any], stored: TrainOptions) -> dict[str, Any]:
+def resolved_fields(fields: Mapping[str, Any], stored: TrainOptions) -> dict[str, Any]:
     """The fields as ``prepare`` writes them to config.toml, so that the same flags compare equal."""
     ways: dict[str, Callable[[str], str]] = {
         **dict.fromkeys(PATH_FIELDS, lambda v: str(Path(v).resolve())),
@@ -91,12 +80,11 @@ def _resolved(fields: Mapping[str, Any], stored: TrainOptions) -> dict[str, Any]
         "views": lambda v: format_views(parse_views(v)),
     }
     resolved: dict[str, Any] = {n: ways[n](value) if n in ways else value for n, value in fields.items()}
-    known = find_methods(stored.method) if stored.method else {}
-    for name in set(known) & set(resolved.get("methods", {})):
-        given = resolved["methods"][name]
-        read = resolve_options(name, known[name], default_keys(parse_model_name(stored.model.name)[0]), given)
+    given = resolved.get("methods", {})
+    known = {name: m for name, m in (find_methods(stored.method) if stored.method else {}).items() if name in given}
+    for name, read in resolve_all(known, default_keys(parse_model_name(stored.model.name)[0]), given).items():
         # TOML has no null: an option that is None is not in config.toml
-        kept = {k: read[k] for k in given if read[k] is not None}
+        kept = {k: read[k] for k in given[name] if read[k] is not None}
         resolved["methods"] = {**resolved["methods"], name: kept}
     if resolved.get("model", {}).get("bn") == "auto":
         resolved["model"] = {**resolved["model"], "bn": stored.model.bn}

@@ -20,17 +20,17 @@ from kdcli.engine.runtime.device import make_deterministic, pick_amp, pick_devic
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import pick_workers, set_threads
 from kdcli.engine.teacher.binding import BoundTeacher, bind_teacher, inherit_regions, open_teacher
-from kdcli.engine.training.run_config import _absolute, absolute_weights
+from kdcli.engine.training.run_config import absolute_path, absolute_weights
 from kdcli.errors import DataError, OptionError, UsageError
 from kdcli.methods.base import Method
-from kdcli.methods.resolve import absolute_methods, find_methods, resolve_options
+from kdcli.methods.resolve import absolute_methods, find_methods, resolve_all
 from kdcli.options import TrainOptions
 from kdcli.store.storage.resolve import absolute
 from kdcli.structures import Canvas
 from kdcli.tensors import world_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSetup:
     """A run, ready for its first step."""
 
@@ -77,23 +77,18 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     val_bad = frozenset(range(val.num_images)) - frozenset(usable(val, options.skip_bad, reporter).tolist())
     torch.manual_seed(options.seed)
     student = make_student(options, len(train.classes))
-    resolved = {
-        name: resolve_options(
-            name, method, default_keys(student.spec.detector), options.methods.get(name, {}), student.region_defaults
-        )
-        for name, method in methods.items()
-    }
+    resolved = resolve_all(methods, default_keys(student.spec.detector), options.methods, student.region_defaults)
     if side and side.reader:
         resolved = inherit_regions(resolved, methods, side.reader, options.methods)
     view_seed = side.reader.manifest["view_seed"] if side and side.reader else 0
-    source = SampleSource(train, canvas, view_seed, student.grid, student.assigner, student.region_defaults)
+    source = SampleSource.for_training(train, canvas, student, view_seed=view_seed)
     options = replace(
         options,
         canvas=str(canvas), views=format_views(views), methods=resolved, threads=threads,
         data=str(Path(options.data).resolve()),
         model=replace(options.model, bn=student.spec.bn, head_channels=student.spec.head_channels),
         cache=None if options.cache is None else absolute(options.cache),
-        teacher=_absolute(options.teacher), init_from=_absolute(options.init_from),
+        teacher=absolute_path(options.teacher), init_from=absolute_path(options.init_from),
         backbone_weights=absolute_weights(options.backbone_weights), method=absolute_methods(options.method),
     )  # fmt: skip
     for name, method in methods.items():
@@ -101,8 +96,9 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
             reporter.message(f"{name}: {warning}")
     joined = bind_teacher(side, student, methods, options, source, positions, views, device) if side else None
     return RunSetup(
-        options, train, val, positions, val_bad, canvas, views, device, amp, pick_workers(options.workers), student,
-        joined.methods if joined else {}, joined.source if joined else source, joined,
+        options=options, train=train, val=val, positions=positions, val_left_out=val_bad, canvas=canvas, views=views,
+        device=device, amp=amp, workers=pick_workers(options.workers), student=student,
+        methods=joined.methods if joined else {}, source=joined.source if joined else source, teacher=joined,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from kdcli.detectors.base import Detector
 from kdcli.detectors.read import read, sample_proposals
 from kdcli.methods.base import Method
 from kdcli.structures import Batch
-from kdcli.tensors import BACKBONE, Need, Tensors, precise
+from kdcli.tensors import BACKBONE, Need, Region, Tensors, precise
 
 
 class TrainStep(nn.Module):
@@ -44,7 +44,7 @@ class TrainStep(nn.Module):
         detection = self.student.loss(outputs, batch.targets)
         distillation: dict[str, Tensor] = {}
         proposals = None
-        if any(n.region == "proposals" for n in self.student_needs):
+        if any(n.region == Region.PROPOSALS for n in self.student_needs):
             teacher, proposals = sample_proposals(self.student, teacher, batch.targets)
         student = read(self.student, outputs, self.student_needs, batch.entries, batch.targets, proposals)
         for name, method in self.methods.items():

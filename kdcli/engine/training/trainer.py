@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from kdcli.detectors.base import Detector
 from kdcli.detectors.weights import export, load_detector
-from kdcli.engine.evaluation.evaluate import evaluate, plain_forward, validation_source
+from kdcli.engine.evaluation.evaluate import evaluate, plain_forward
 from kdcli.engine.loading.epoch_order import image_draws, plan_epoch
 from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import SampleSource
 from kdcli.engine.runtime import distributed
 from kdcli.engine.runtime.memory import peak_memory_bytes
 from kdcli.engine.runtime.progress import ProgressReporter
@@ -62,9 +63,7 @@ class Trainer:
         self.state = load_state(self.run, self.step, self.optimizer, self.scaler, self.average, self.guard)
         state = self.state
         loader = Loader(self.prepared.source, self.prepared.workers)
-        val_loader = Loader(
-            validation_source(self.prepared.val, self.prepared.student, self.prepared.canvas), self.prepared.workers
-        )
+        val_loader = self._val_loader()
         evaluation: dict[str, Any] = {}
         while state.epoch < options.epochs:
             plan = self._plan(state.epoch)
@@ -182,6 +181,10 @@ class Trainer:
         total = sum(norms.values()) or 1.0
         self.state.shares = {f"grad_share_{name}": norm / total for name, norm in norms.items()}
 
+    def _val_loader(self) -> Loader:
+        made = self.prepared
+        return Loader(SampleSource.for_evaluation(made.val, made.canvas, made.student), made.workers)
+
     def _evaluate(self, loader: Loader) -> dict[str, Any]:
         started = time.perf_counter()
         student = self._final_student()
@@ -250,11 +253,7 @@ class Trainer:
         state = self.state
         if not evaluation:  # killed after the last epoch's state, before metrics.json: evaluate again
             self.step.eval()
-            val_loader = Loader(
-                validation_source(self.prepared.val, self.prepared.student, self.prepared.canvas),
-                self.prepared.workers,
-            )
-            evaluation = self._evaluate(val_loader)
+            evaluation = self._evaluate(self._val_loader())
         distributed.barrier()  # the weights are written
         teacher = self.prepared.teacher
         seconds = [row["epoch_s"] for row in state.history]

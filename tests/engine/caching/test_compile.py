@@ -44,7 +44,7 @@ def test_a_compiled_teacher_writes_the_same_rows(
     use(monkeypatch, "eager")
     options = cache_options(shapes, teacher, compile=True)
     plan, out = plan_store(options, NullReporter()), tmp_path / "store"
-    assert plan.forward.network is not None
+    assert plan.teacher.forward.network is not None
     write_store(plan, out, NullReporter(), Part(0, 2))
     with pytest.raises(StoreError, match=r"teacher_run.compile: store True, here None"):
         write_store(plan_store(cache_options(shapes, teacher), NullReporter()), out, NullReporter())
@@ -91,4 +91,4 @@ def test_every_detector_compiles_whole(
     use(monkeypatch, "eager")
     checkpoint = make_teacher(tmp_path / "teacher.pt", detector=detector, scale=5.0)
     plan = plan_store(cache_options(shapes, checkpoint, method="cwd", compile=True), NullReporter())
-    assert plan.forward.network is not None
+    assert plan.teacher.forward.network is not None

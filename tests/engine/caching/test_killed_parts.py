@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kdcli.engine.caching import write as writing
-from kdcli.engine.caching.plan import Plan, plan_store
+from kdcli.engine.caching.plan import StorePlan, plan_store
 from kdcli.engine.caching.write import Part, write_store
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.teacher.forward import single
@@ -59,11 +60,12 @@ class StubTeacher:
 
 
 @pytest.fixture
-def stub_plan(shapes: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+def stub_plan(shapes: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> StorePlan:
     """A store of 16 shards with that teacher."""
     monkeypatch.setattr(writing, "measure_teacher", lambda plan, reporter: 50.0)
     plan = plan_store(cache_options(shapes, teacher, shard_rows=3), NullReporter())
-    return replace(plan, forward=StubTeacher(plan.schema))  # type: ignore[arg-type]
+    stub: Any = StubTeacher(plan.schema)
+    return replace(plan, teacher=replace(plan.teacher, forward=stub))
 
 
 def journalled(store: Path) -> int:
@@ -71,7 +73,7 @@ def journalled(store: Path) -> int:
     return len(list((store / "journal").glob("0*.json")))
 
 
-def write_parts(plan: Plan, store: Path, count: int, draw: random.Random, *, kill: bool) -> int:
+def write_parts(plan: StorePlan, store: Path, count: int, draw: random.Random, *, kill: bool) -> int:
     """Fork ``count`` processes for a part each; returns how many died.
 
     ``kill``: the first and some of the others, each once a random number of shards is there.
@@ -101,7 +103,7 @@ def write_parts(plan: Plan, store: Path, count: int, draw: random.Random, *, kil
     return killed
 
 
-def rounds_of_parts(plan: Plan, folder: Path, counts: Sequence[int], seed: int) -> int:
+def rounds_of_parts(plan: StorePlan, folder: Path, counts: Sequence[int], seed: int) -> int:
     """Each of ``counts``: so many parts, killed at random, then another number of them, killed, then a third to the end."""
     write_store(plan, folder / "whole", NullReporter())
     whole, draw, killed = contents(folder / "whole"), random.Random(seed), 0
@@ -118,13 +120,13 @@ def rounds_of_parts(plan: Plan, folder: Path, counts: Sequence[int], seed: int) 
     return killed
 
 
-def test_killed_parts_lose_nothing(stub_plan: Plan, tmp_path: Path) -> None:
+def test_killed_parts_lose_nothing(stub_plan: StorePlan, tmp_path: Path) -> None:
     assert rounds_of_parts(stub_plan, tmp_path, (3,), seed=1) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_twenty_rounds_of_killed_parts(stub_plan: Plan, tmp_path: Path, count: int) -> None:
+def test_twenty_rounds_of_killed_parts(stub_plan: StorePlan, tmp_path: Path, count: int) -> None:
     assert rounds_of_parts(stub_plan, tmp_path, [count] * 20, seed=count) > 20
 
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from kdcli.cli.main import run
 from kdcli.engine.caching import write as writing
-from kdcli.engine.caching.plan import Plan, plan_store
-from kdcli.engine.caching.write import Part, interleaved, write_store
+from kdcli.engine.caching.plan import plan_store
+from kdcli.engine.caching.teacher_runner import TeacherRunner
+from kdcli.engine.caching.write import Part, write_store
 from kdcli.engine.loading.samples import Sample
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.runtime.threads import pick_teacher_workers, pick_workers
@@ -61,22 +62,22 @@ def test_the_teacher_does_not_wait_for_the_disk(
 ) -> None:
     """The first shard is not written before the teacher has begun the second: with it in between, on a CPU, or beside it."""
     plan = plan_store(cache_options(shapes, teacher, workers=workers), NullReporter())
-    assert interleaved(plan) == (workers == 0)
-    real_rows, real_write = writing.teacher_rows, StoreWriter.write_chunks
+    assert plan.teacher.interleaved == (workers == 0)
+    real_rows, real_write = TeacherRunner.rows, StoreWriter.write_chunks
     rows, went_on, late = [0], threading.Event(), []
 
-    def count_rows(plan: Plan, batch: list[Sample]) -> Any:
+    def count_rows(self: TeacherRunner, batch: list[Sample], *rest: Any) -> Any:
         if rows[0] >= plan.schema.shard_rows:
             went_on.set()
         rows[0] += len(batch)
-        return real_rows(plan, batch)
+        return real_rows(self, batch, *rest)
 
     def write(self: StoreWriter, shard: int, *rest: Any) -> int:
         if not went_on.wait(60):
             late.append(shard)
         return real_write(self, shard, *rest)
 
-    monkeypatch.setattr(writing, "teacher_rows", count_rows)
+    monkeypatch.setattr(TeacherRunner, "rows", count_rows)
     monkeypatch.setattr(StoreWriter, "write_chunks", write)
     assert write_store(plan, tmp_path / "store", NullReporter()) == 48
     assert late == []

@@ -65,7 +65,10 @@ class Shards:
 def source_of(pictures: Pictures) -> SampleSource:
     stub: Any = pictures
     reader: Any = Shards(pictures)
-    return SampleSource(stub, Canvas(256, 320), 0, GFL.grid, GFL.assigner, RegionSpec(), reader=reader)
+    return SampleSource(
+        dataset=stub, canvas=Canvas(256, 320), view_seed=0, grid=GFL.grid, assigner=GFL.assigner, region_spec=RegionSpec(),
+        reader=reader,
+    )  # fmt: skip
 
 
 SOURCE = source_of(Pictures(IMAGES))

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from kdcli.detectors.weights import export, load_detector
-from kdcli.engine.caching.plan import measure_teacher, plan_store
-from kdcli.engine.evaluation.evaluate import evaluate, validation_source
+from kdcli.engine.caching.plan import plan_store
+from kdcli.engine.caching.teacher_ap import measure_teacher
+from kdcli.engine.evaluation.evaluate import evaluate
 from kdcli.engine.loading.epoch_order import plan_epoch
 from kdcli.engine.loading.loader import Loader
-from kdcli.engine.loading.samples import collate
+from kdcli.engine.loading.samples import SampleSource, collate
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.teacher.forward import TeacherForward
 from kdcli.files import atomic_save
@@ -39,11 +40,11 @@ def test_detections_are_in_the_data_sets_order(shapes: Path, tmp_path: Path) -> 
     found = []
     for file in (teacher, other):
         plan = plan_store(cache_options(shapes, file, method="defeat", methods=DEFEAT), NullReporter())
-        source = validation_source(plan.source.dataset, plan.forward.detector, plan.source.canvas)
+        source = SampleSource.for_evaluation(plan.source.dataset, plan.source.canvas, plan.teacher.forward.detector)
         found.append(
             evaluate(
-                plan.forward.detector, plan.source.dataset, plan.source.canvas, device=plan.device, batch=4,
-                loader=Loader(source, 0), forward=plan.forward.outputs, relabel=plan.forward.relabel,
+                plan.teacher.forward.detector, plan.source.dataset, plan.source.canvas, device=plan.teacher.device, batch=4,
+                loader=Loader(source, 0), forward=plan.teacher.forward.outputs, relabel=plan.teacher.forward.relabel,
             ).results
         )  # fmt: skip
     plain, mirrored = ([r["category_id"] for r in results] for results in found)
@@ -54,7 +55,7 @@ def test_detections_are_in_the_data_sets_order(shapes: Path, tmp_path: Path) -> 
 def test_a_teacher_of_more_classes_is_measured(shapes: Path, tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "t.pt", detector="faster_rcnn")
     plan = plan_store(cache_options(shapes, teacher, method="defeat", methods=DEFEAT), NullReporter())
-    larger = replace(plan.forward, class_order=(5, 2, 0))
+    larger = replace(plan.teacher.forward, class_order=(5, 2, 0))
     assert larger.relabel is not None
     assert larger.relabel.tolist() == [2, -1, 1, -1, -1, 0, -1, -1]
     assert measure_teacher(plan, NullReporter()) is not None
@@ -64,8 +65,8 @@ def test_a_class_that_the_data_set_lacks_is_background(shapes: Path, tmp_path: P
     teacher = make_teacher(tmp_path / "t.pt", detector="faster_rcnn")
     plan = plan_store(cache_options(shapes, teacher, method="defeat", methods=DEFEAT), NullReporter())
     batch = collate([plan.source.load((k, "identity")) for k in (0,)], None)
-    whole = plan.forward.rows(batch.images, batch.targets, batch.entries, BOTH)[0]
-    few: TeacherForward = replace(plan.forward, class_order=(5, 2, 0))
+    whole = plan.teacher.forward.rows(batch.images, batch.targets, batch.entries, BOTH)[0]
+    few: TeacherForward = replace(plan.teacher.forward, class_order=(5, 2, 0))
     some = few.rows(batch.images, batch.targets, batch.entries, BOTH, [whole[BOTH[0].key]])[0]
     exact, ours = whole[BOTH[1].key].softmax(dim=-1), some[BOTH[1].key].softmax(dim=-1)
     torch.testing.assert_close(ours[:, :3], exact[:, [5, 2, 0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def check_retina(case: Case) -> None:
         differs = golden != ours.assigned[i]
         assert not (differs & ~tied_anchors(canvas, boxes)).any(), f"image {i}: {int(differs.sum())} anchors differ"
         assigned.append(golden)
-    targets = Targets(ours.boxes, ours.labels, ours.content, canvas, torch.stack(assigned), ours.valid)
+    targets = replace(ours, canvas=canvas, assigned=torch.stack(assigned))
     check_targets(case, targets, RETINA_GRID, deltas=True)
     outputs = flat(cls, (NUM_CLASSES,)), flat(box, (4,))
 

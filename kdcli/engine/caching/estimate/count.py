@@ -6,17 +6,15 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from kdcli.data.views import to_canvas
-from kdcli.engine.caching.plan import Plan
-from kdcli.engine.loading.samples import Item, orientation
-from kdcli.geometry.assign import assign
-from kdcli.geometry.regions import compute_entries
+from kdcli.engine.caching.plan import StorePlan
+from kdcli.engine.caching.write import shard_micro_batches
+from kdcli.engine.loading.samples import Item
 from kdcli.store.arrays import ArraySpec, StoredTensor
 from kdcli.store.image_codec import PIXELS
-from kdcli.structures import Entries, RowKey
+from kdcli.structures import Entries
+from kdcli.tensors import Region
 
 COUNT_ROWS = 2000  # at most: with entries that vary as much as their mean, 2 % of error
 LEAST_ROWS = 128  # at least, however slow: 127 ms a row with nine anchors a cell at 800x1344
@@ -33,7 +31,7 @@ class ElementCounts:
     totals: dict[str, float]  # by array path, over all rows of the store
 
 
-def count_units(plan: Plan) -> ElementCounts:
+def count_units(plan: StorePlan) -> ElementCounts:
     """Count the elements of up to COUNT_ROWS rows, scattered over the store, in about COUNT_SECONDS at most.
 
     When these are not all rows, totals follow the number of annotated boxes, which is known for every image.
@@ -72,26 +70,21 @@ def scattered(total: int, count: int) -> list[int]:
     return [int(row) for row in draw.permutation(rows)]
 
 
-def units_of(plan: Plan, item: Item) -> dict[str, int]:
+def units_of(plan: StorePlan, item: Item) -> dict[str, int]:
     """The elements of one row by array path; 1 for arrays at proposals, whose number the teacher decides."""
-    source, schema = plan.source, plan.schema
-    geometry = source.geometry(item)
-    boxes, keep = to_canvas(torch.from_numpy(source.dataset.training_boxes(item[0])[0]), geometry)
-    boxes = boxes[keep]
-    entries = None
-    if source.regions:
-        assigned = assign(source.assigner, source.grid, geometry.canvas, boxes, geometry.content)
-        entries = compute_entries(
-            source.regions, source.region_spec, source.grid, geometry.canvas, boxes, assigned, geometry.content,
-            str(RowKey(source.dataset.image_id(item[0]), item[1])),
-        )  # fmt: skip
-    valid = source.grid.valid(geometry.canvas, geometry.content)
+    schema, targets = plan.schema, plan.source.targets(item)
+    geometry, entries = targets.geometry, targets.entries
+    valid = schema.grid.valid(geometry.canvas, geometry.content)
     entry_count = 0 if entries is None else len(entries.index)
     units = {a.path: entry_count if a.path.startswith("entries/") and a.sparse else 1 for a in schema.layout()}
     if schema.images:
         units[PIXELS] = geometry.content[0] * geometry.content[1]
     for tensor in schema.tensors:
-        real = int(schema.valid_rows(tensor, valid).sum()) if tensor.need.dense else _at(tensor, entries, len(boxes))
+        real = (
+            int(schema.valid_rows(tensor, valid).sum())
+            if tensor.need.dense
+            else _at(tensor, entries, len(targets.boxes))
+        )
         for array in schema.tensor_arrays(tensor).values():
             # scales of a whole level have another first axis
             units[array.path] = real if array.shape[0] == schema.count(tensor) else 1
@@ -104,29 +97,25 @@ def element_bytes(array: ArraySpec) -> float:
 
 
 def _at(tensor: StoredTensor, entries: Entries | None, boxes: int) -> int:
-    if tensor.need.region == "gt":
+    if tensor.need.region == Region.GT:
         return boxes
-    if tensor.need.region == "proposals" or entries is None:
+    if tensor.need.region == Region.PROPOSALS or entries is None:
         return 1
     return int(entries.select(tensor.need.region).sum())
 
 
-def count_micro_batches(plan: Plan, shards: range) -> int:
+def count_micro_batches(plan: StorePlan, shards: range) -> int:
     """The forward passes that ``shards`` take: rows of a shard are grouped by orientation, and a short group is filled."""
     # the last shard of a store may be a short one
     chosen = {*shards[:: max(1, len(shards) // COUNTED_SHARDS)], *shards[-1:]}
     found = rows = 0
     for shard in chosen:
-        start, stop = plan.schema.shard_range(shard)
-        groups: dict[tuple[int, int], int] = {}
-        for row in range(start, stop):
-            size = orientation(plan.source, plan.item(row)).size
-            groups[size] = groups.get(size, 0) + 1
-        found += sum(-(-n // plan.forward.micro_batch) for n in groups.values())
-        rows += stop - start
+        batches = shard_micro_batches(plan, shard)
+        found += len(batches)
+        rows += sum(map(len, batches))
     return round(found * rows_of(plan, shards) / rows) if rows else 0
 
 
-def rows_of(plan: Plan, shards: range) -> int:
+def rows_of(plan: StorePlan, shards: range) -> int:
     """Rows in ``shards``."""
     return sum(stop - start for start, stop in map(plan.schema.shard_range, shards))

@@ -15,10 +15,10 @@ import numpy as np
 from kdcli.data.coco import has_split, open_split
 from kdcli.engine.caching.estimate.count import ElementCounts, count_micro_batches, count_units, element_bytes, rows_of
 from kdcli.engine.caching.estimate.probe import Probe, StageTimings, run_probe
-from kdcli.engine.caching.plan import Plan
+from kdcli.engine.caching.plan import StorePlan
 from kdcli.engine.caching.write import Part
-from kdcli.engine.evaluation.evaluate import evaluation_batches, validation_source
-from kdcli.engine.loading.samples import Item
+from kdcli.engine.evaluation.evaluate import evaluation_batches
+from kdcli.engine.loading.samples import Item, SampleSource
 from kdcli.engine.runtime.threads import usable_cores
 from kdcli.store.image_codec import PIXELS
 from kdcli.store.schema import StoreSchema
@@ -26,12 +26,13 @@ from kdcli.store.shards import pack_chunk
 from kdcli.store.storage.base import Where
 from kdcli.store.storage.local import LocalStorage
 from kdcli.store.storage.resolve import open_storage
+from kdcli.tensors import Region
 
 EPOCHS = 12  # of a usual student
 MARGIN = 1.1  # bytes are known to 10 %: ask for that much more room
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What one process has to do."""
 
@@ -57,7 +58,7 @@ class BreakEven:
     store_seconds: float  # by one process
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a store will take."""
 
@@ -76,7 +77,7 @@ class Estimate:
     break_even: BreakEven
 
 
-def estimate(plan: Plan, out: Where, part: Part | None = None) -> Estimate:
+def estimate(plan: StorePlan, out: Where, part: Part | None = None) -> Estimate:
     """Count rows, run a short probe, and scale up. ``part``: the time is that of this share of the store, bytes are of all.
 
     Beside ``out``, in a folder that is gone afterwards, some rows are written to time the disk.
@@ -92,7 +93,7 @@ def estimate(plan: Plan, out: Where, part: Part | None = None) -> Estimate:
     stages = stage_seconds(probe.pace, work)
     seconds = run_seconds(probe.pace, work)
     whole = seconds if part is None else run_seconds(probe.pace, _work(plan, everything, total))
-    image_seconds = probe.pace.teacher / plan.forward.micro_batch
+    image_seconds = probe.pace.teacher / plan.teacher.forward.micro_batch
     return Estimate(
         rows=plan.schema.rows, bytes_total=total, bytes_by_tensor=tensor_bytes(plan.schema, by_array),
         bytes_by_array=by_array, bytes_raw=_raw_bytes(plan.schema, counted), seconds=seconds,
@@ -170,16 +171,17 @@ def free_bytes(where: Where) -> int | None:
     return shutil.disk_usage(folder).free
 
 
-def _work(plan: Plan, shards: range, total: int) -> Workload:
-    rows, root, size = rows_of(plan, shards), Path(plan.options.data), plan.forward.micro_batch
+def _work(plan: StorePlan, shards: range, total: int) -> Workload:
+    rows, root, size = rows_of(plan, shards), Path(plan.options.data), plan.teacher.forward.micro_batch
     val: list[list[Item]] = []
     if has_split(root, "val"):
-        source = validation_source(open_split(root, "val"), plan.forward.detector, plan.source.canvas)
+        val_split, detector = open_split(root, "val"), plan.teacher.forward.detector
+        source = SampleSource.for_evaluation(val_split, plan.source.canvas, detector)
         val = evaluation_batches(source, list(range(source.dataset.num_images)), size)
     return Workload(
         rows=rows, micro_batches=count_micro_batches(plan, shards), micro_batch=size,
         shards=len(shards), bytes=round(total * rows / plan.schema.rows),
-        val_rows=sum(map(len, val)), val_batches=len(val), workers=plan.workers,
+        val_rows=sum(map(len, val)), val_batches=len(val), workers=plan.teacher.workers,
         cores=usable_cores(),
     )  # fmt: skip
 
@@ -187,7 +189,7 @@ def _work(plan: Plan, shards: range, total: int) -> Workload:
 def _raw_bytes(schema: StoreSchema, counted: ElementCounts) -> int:
     """Of proposals as many as fit: the teacher decides how many there are."""
     proposals = {
-        a.path for t in schema.tensors if t.need.region == "proposals" for a in schema.tensor_arrays(t).values()
+        a.path for t in schema.tensors if t.need.region == Region.PROPOSALS for a in schema.tensor_arrays(t).values()
     }
     return round(
         sum(

@@ -10,24 +10,21 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from kdcli.data.coco import has_split
 from kdcli.engine.caching.estimate.count import ElementCounts, element_bytes
-from kdcli.engine.caching.plan import Plan, teacher_rows
-from kdcli.engine.caching.write import interleaved, write_store
+from kdcli.engine.caching.plan import StorePlan
+from kdcli.engine.caching.write import Load, write_store
 from kdcli.engine.loading.loader import Loader
-from kdcli.engine.loading.samples import Item, Sample, SampleSource, orientation
+from kdcli.engine.loading.orientation import group_by_orientation
+from kdcli.engine.loading.samples import Item, Sample
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.runtime.threads import usable_cores
-from kdcli.errors import KDError
 from kdcli.store.arrays import shard_key
 from kdcli.store.storage.base import Storage
 from kdcli.store.storage.local import LocalStorage
@@ -41,7 +38,7 @@ SLOW_SECONDS = 5.0  # a micro-batch: then its first pass, which starts the netwo
 LOAD_SECONDS = 3.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageTimings:
     """Seconds, measured on this machine."""
 
@@ -68,26 +65,6 @@ class Probe:
     on_target: bool  # False: the disk that was timed is not the one of the store
 
 
-@dataclass(frozen=True)
-class _ProbePlan(Plan):
-    """The plan of a store of a few items."""
-
-    items: tuple[Item, ...] = ()
-
-    def item(self, row: int) -> Item:
-        return self.items[row]
-
-
-@dataclass(frozen=True)
-class _LoadedSource(SampleSource):
-    """Samples that are there already."""
-
-    samples: Mapping[Item, Sample] = field(default_factory=dict)
-
-    def load_batch(self, items: Sequence[Item], mapping: Any = map) -> list[Sample | KDError]:
-        return [self.samples[item] for item in items]
-
-
 class _Clock(NullReporter):
     """When each micro-batch was handed on."""
 
@@ -99,9 +76,9 @@ class _Clock(NullReporter):
             self.times.append(time.perf_counter())
 
 
-def run_probe(plan: Plan, counted: ElementCounts, storage: Storage) -> Probe:
+def run_probe(plan: StorePlan, counted: ElementCounts, storage: Storage) -> Probe:
     """Load, run, encode and write a few micro-batches of the rows that were ``counted``. Leaves nothing behind."""
-    size = plan.forward.micro_batch
+    size = plan.teacher.forward.micro_batch
     sizes = _sizes(plan, counted)
     first = _load(plan, counted, [p for b in _pick(sizes, 1, size) for p in b])
     alone = _time_teacher(plan, first.samples)
@@ -115,17 +92,18 @@ def run_probe(plan: Plan, counted: ElementCounts, storage: Storage) -> Probe:
         return _write(plan, chosen, loaded, alone, evaluate, Path(scratch), on_target)
 
 
-def loads(plan: Plan) -> bool:
+def loads(plan: StorePlan) -> bool:
     """Whether loading images takes time of the teacher's: without data processes, or on cores that its threads take all of."""
-    return plan.workers == 0 or (plan.device.type == "cpu" and torch.get_num_threads() >= usable_cores())
+    return plan.teacher.workers == 0 or (
+        plan.teacher.device.type == "cpu" and torch.get_num_threads() >= usable_cores()
+    )
 
 
-def _sizes(plan: Plan, counted: ElementCounts) -> list[int]:
+def _sizes(plan: StorePlan, counted: ElementCounts) -> list[int]:
     """Counted rows of the commoner orientation, by their bytes before compression."""
-    of = [orientation(plan.source, item).size for item in counted.items]
-    common = Counter(of).most_common(1)[0][0]
+    common = max(group_by_orientation(plan.source, counted.items).values(), key=len)
     total = np.sum([element_bytes(a) * counted.units[a.path] for a in plan.schema.layout()], axis=0)
-    return sorted((p for p, size in enumerate(of) if size == common), key=lambda p: (int(total[p]), p))
+    return sorted(common, key=lambda p: (int(total[p]), p))
 
 
 def _pick(ordered: list[int], batches: int, size: int) -> list[list[int]]:
@@ -145,13 +123,18 @@ class _Loaded:
     apart: float  # seconds that a row takes longer by itself, as in the probe's own store
 
 
-def _load(plan: Plan, counted: ElementCounts, chosen: list[int]) -> _Loaded:
+def _from_memory(loaded: _Loaded) -> Load:
+    there = dict(zip(loaded.items, loaded.samples, strict=True))
+    return lambda batches: ([there[item] for item in items] for items in batches)
+
+
+def _load(plan: StorePlan, counted: ElementCounts, chosen: list[int]) -> _Loaded:
     """As the writer does it: with one thread, as a data process, or in this one."""
     items = [counted.items[p] for p in chosen]
     images = list(dict.fromkeys(position for position, _ in items))[: -(-len(items) // len(plan.views))]
     together = [(position, view) for position in images for view in plan.views]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if plan.workers else threads)
+    torch.set_num_threads(1 if plan.teacher.workers else threads)
     try:
         _, wall, cpu = _timed_load(plan, together)
         samples, single, _ = _timed_load(plan, items)
@@ -160,37 +143,39 @@ def _load(plan: Plan, counted: ElementCounts, chosen: list[int]) -> _Loaded:
     return _Loaded(samples, tuple(items), wall, cpu, max(0.0, single - wall))
 
 
-def _timed_load(plan: Plan, items: list[Item]) -> tuple[list[Sample], float, float]:
+def _timed_load(plan: StorePlan, items: list[Item]) -> tuple[list[Sample], float, float]:
     """Samples, and seconds a row: of the clock and of the processor."""
     wall, cpu = time.perf_counter(), time.process_time()
     samples = next(Loader(plan.source, 0).samples([items]))
     return samples, (time.perf_counter() - wall) / len(items), (time.process_time() - cpu) / len(items)
 
 
-def _time_teacher(plan: Plan, samples: list[Sample]) -> float:
+def _time_teacher(plan: StorePlan, samples: list[Sample]) -> float:
     """Seconds of a micro-batch, without the first pass, which starts the network up, unless it is slow."""
     seconds: list[float] = []
     while not seconds or (sum(seconds[1:]) < ALONE_SECONDS and seconds[0] < SLOW_SECONDS and len(seconds) < 6):
         started = time.perf_counter()
-        teacher_rows(plan, samples)
+        plan.teacher.rows(samples, plan.needs)
         seconds.append(time.perf_counter() - started)
     return float(np.mean(seconds[1:] or seconds))
 
 
-def _time_evaluation(plan: Plan, samples: list[Sample]) -> float:
+def _time_evaluation(plan: StorePlan, samples: list[Sample]) -> float:
     """Seconds of a micro-batch when the teacher's AP is measured."""
-    images = torch.stack([s.image for s in samples]).to(plan.device)
-    content = torch.tensor([s.geometry.content for s in samples], device=plan.device)
+    images = torch.stack([s.image for s in samples]).to(plan.teacher.device)
+    content = torch.tensor([s.geometry.content for s in samples], device=plan.teacher.device)
     seconds = []
     for _ in range(2):  # NMS starts up too
         started = time.perf_counter()
-        found = plan.forward.detector.decode(plan.forward.outputs(images), content, samples[0].geometry.canvas)
+        found = plan.teacher.forward.detector.decode(
+            plan.teacher.forward.outputs(images), content, samples[0].geometry.canvas
+        )
         torch.cat([d.boxes for d in found]).cpu()  # a GPU has finished then
         seconds.append(time.perf_counter() - started)
     return seconds[-1]
 
 
-def _folder(plan: Plan, storage: Storage, rows: int) -> tuple[Path | None, bool]:
+def _folder(plan: StorePlan, storage: Storage, rows: int) -> tuple[Path | None, bool]:
     """The folder that the store will be in, if it can be written to; else None, and False: the system's own."""
     if isinstance(storage, LocalStorage):
         parent = storage.path.absolute().parent
@@ -201,21 +186,22 @@ def _folder(plan: Plan, storage: Storage, rows: int) -> tuple[Path | None, bool]
 
 
 def _write(
-    plan: Plan, chosen: list[int], loaded: _Loaded, alone: float, evaluate: float, scratch: Path, on_target: bool
+    plan: StorePlan, chosen: list[int], loaded: _Loaded, alone: float, evaluate: float, scratch: Path, on_target: bool
 ) -> Probe:
-    rows, size = len(chosen), plan.forward.micro_batch
+    rows, size = len(chosen), plan.teacher.forward.micro_batch
     schema = replace(plan.schema, rows=rows, shard_rows=rows)
     manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": None}}
-    few = replace(plan, schema=schema, manifest=manifest)
+    few = replace(plan, schema=schema, manifest=manifest, chosen=loaded.items)
+    load: Load | None = None
     if not loads(plan):
-        # nothing to wait for, and no data processes to end, which would be counted as encoding
-        source = _LoadedSource(**_parts(plan.source), samples=dict(zip(loaded.items, loaded.samples, strict=True)))
-        few = replace(few, source=source, workers=0)
+        # nothing to wait for, and no data workers to end, which would be counted as encoding
+        load = _from_memory(loaded)
+        few = replace(few, teacher=replace(plan.teacher, workers=0))
     out = scratch / "store"
     create_store(out, schema, manifest, plan.source.dataset.annotations.image_ids[:0])
     clock = _Clock()
     started, cpu = time.perf_counter(), time.process_time()
-    write_store(_ProbePlan(**_parts(few), items=loaded.items), out, clock)
+    write_store(few, out, clock, load=load)
     ended, cpu = time.perf_counter(), time.process_time() - cpu
     files = {a.path: out / shard_key(a, 0) for a in schema.layout()}
     shard, byte = _time_disk(plan, {path: file.read_bytes() for path, file in files.items()}, scratch)
@@ -227,10 +213,10 @@ def _write(
         front = max(alone, front - size * loaded.apart)
     pace = StageTimings(
         load=loaded.wall, load_cpu=loaded.cpu, teacher=alone, front=front,
-        front_cpu=cpu / batches - (size * loaded.apart if plan.workers == 0 else 0.0),
-        start=max(size * loaded.wall if plan.workers else 0.0, times[0] - started - front),
+        front_cpu=cpu / batches - (size * loaded.apart if plan.teacher.workers == 0 else 0.0),
+        start=max(size * loaded.wall if plan.teacher.workers else 0.0, times[0] - started - front),
         # the first micro-batch is encoded from here on, the last one until the end
-        encode=0.0 if interleaved(plan) else max(0.0, ended - times[0] - shard - written * byte) / rows,
+        encode=0.0 if plan.teacher.interleaved else max(0.0, ended - times[0] - shard - written * byte) / rows,
         drain=ended - times[-1], shard=shard, byte=byte, evaluate=evaluate,
     )  # fmt: skip
     # a shard file ends in 16 bytes for each row and a checksum of 4
@@ -238,7 +224,7 @@ def _write(
     return Probe(pace, tuple(chosen), chunks, on_target)
 
 
-def _time_disk(plan: Plan, files: dict[str, bytes], scratch: Path) -> tuple[float, float]:
+def _time_disk(plan: StorePlan, files: dict[str, bytes], scratch: Path) -> tuple[float, float]:
     """Seconds to write the files of a shard, and seconds a byte of them, synced."""
     disk = LocalStorage(scratch / "disk")
     seconds = []
@@ -249,8 +235,3 @@ def _time_disk(plan: Plan, files: dict[str, bytes], scratch: Path) -> tuple[floa
         disk.write(f"journal/{shard}", b"{}")
         seconds.append(time.perf_counter() - started)
     return seconds[1], max(0.0, seconds[2] - seconds[1]) / sum(map(len, files.values()))
-
-
-def _parts(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass, for a class derived from it."""
-    return {f.name: getattr(value, f.name) for f in fields(value)}

@@ -17,7 +17,7 @@ from kdcli.engine.caching.estimate import count as counting
 from kdcli.engine.caching.estimate.count import count_micro_batches, count_units, mean_at, scattered, units_of
 from kdcli.engine.caching.estimate.estimate import Estimate, Workload, break_even, estimate, run_seconds, stage_seconds
 from kdcli.engine.caching.estimate.probe import StageTimings
-from kdcli.engine.caching.plan import Plan, plan_store
+from kdcli.engine.caching.plan import StorePlan, plan_store
 from kdcli.engine.caching.write import Part, write_store
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.store.journal import read_journal
@@ -27,7 +27,7 @@ from tests.support.small_runs import cache_options
 STAGES = {"teacher", "loading", "encoding", "disk", "cores"}
 
 
-def plan_of(data: Path, teacher: Path, method: str, **changes: Any) -> Plan:
+def plan_of(data: Path, teacher: Path, method: str, **changes: Any) -> StorePlan:
     return plan_store(cache_options(data, teacher, method=method, **changes), NullReporter())
 
 

@@ -1,0 +1,47 @@
+"""The gate before a store is written: what the teacher scores on val."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdcli.data.coco import Dataset, has_split, open_split
+from kdcli.engine.caching.plan import StorePlan
+from kdcli.engine.evaluation.evaluate import evaluate
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import SampleSource
+from kdcli.engine.loading.selection import usable
+from kdcli.engine.runtime.progress import ProgressReporter
+from kdcli.errors import GateError
+
+
+def measure_teacher(plan: StorePlan, reporter: ProgressReporter) -> float | None:
+    """The teacher's AP on the val split (None without one), which the manifest keeps.
+
+    Raises GateError when it is below ``min_teacher_ap``.
+    """
+    root, forward = Path(plan.options.data), plan.teacher.forward
+    if not has_split(root, "val"):
+        reporter.message("no val split: the teacher's AP is not measured")
+        return None
+    val: Dataset = open_split(root, "val")
+    keep = set(usable(val, plan.options.skip_bad, reporter).tolist())
+    reporter.stage("teacher AP", len(keep))
+    source = SampleSource.for_evaluation(val, plan.source.canvas, forward.detector)
+    found = evaluate(
+        forward.detector, val, plan.source.canvas, device=plan.teacher.device, batch=forward.micro_batch,
+        loader=Loader(source, plan.teacher.workers), forward=forward.outputs, relabel=forward.relabel,
+        left_out=frozenset(range(val.num_images)) - keep, advance=reporter.advance,
+    )  # fmt: skip
+    ap = found.metrics.ap
+    reporter.message(f"teacher AP on val: {'not defined' if ap is None else f'{ap:.1f}'}")
+    require_able(ap, plan.options.min_teacher_ap)
+    return ap
+
+
+def require_able(ap: float | None, least: float) -> None:
+    """Raises GateError when a measured AP is below ``--min-teacher-ap``: a teacher that knows nothing teaches nothing."""
+    if ap is not None and ap < least:
+        raise GateError(
+            f"the teacher has {ap:.1f} AP on val, below --min-teacher-ap {least:g}; nothing was written. Check its "
+            "canvas and classes, or lower the gate"
+        )
