@@ -37,8 +37,9 @@ def test_what_tests_share_lies_in_support() -> None:
         beside = ".".join(file.parent.relative_to(TESTS.parent).parts)
         for name in imports(file):
             if name.split(".")[0] in ("tests", "conftest"):
-                inside = name.startswith(("tests.support.", f"{beside}."))
-                assert inside and ".test_" not in name, f"{file.relative_to(TESTS)} imports {name}"
+                where = f"{file.relative_to(TESTS)} imports {name}"
+                assert name.startswith(("tests.support.", f"{beside}.")), where
+                assert ".test_" not in name, where
                 shared += 1
     assert shared > 50
 

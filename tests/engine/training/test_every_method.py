@@ -29,6 +29,7 @@ from kdcli.methods.resolve import check_pair, resolve_options
 from kdcli.store.reader import StoreReader
 from kdcli.structures import Batch
 from tests.support.lifelike import CROWD, LARGE, SMALL, lifelike_teacher, make_crowd
+from tests.support.selection import matrix
 from tests.support.small_runs import asked, cache_options, make_teacher, write
 
 Options = dict[str, dict[str, Any]]
@@ -114,7 +115,7 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_crowd(tmp_path_factory.mktemp("crowd") / "shapes")
 
 
-@pytest.fixture(scope="module", params=cases())
+@pytest.fixture(scope="module", params=matrix(cases()))
 def sides(request: pytest.FixtureRequest, crowd: Path, tmp_path_factory: pytest.TempPathFactory) -> Sides:
     """A case with its stores."""
     case = cases()[request.param]

@@ -52,6 +52,7 @@ from tests.support.writers import fill, forked
 pytest.importorskip("moto")
 pytest.importorskip("obstore")
 from tests.support.s3_case import BUCKET, Proxy, Server, use
+from tests.support.selection import matrix
 
 SCHEMA = make_schema()
 ROWS = range(SCHEMA.rows)
@@ -146,7 +147,7 @@ class Rows:
         return self.reader.read(keys()[index]).content
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", matrix(["fork", "spawn"]))
 def test_data_workers_read(whole: str, start: str) -> None:
     reader = StoreReader(whole)
     reader.read(keys()[0])  # obstore's threads would now be lost by a fork
@@ -379,6 +380,7 @@ def test_the_read_cache_is_bounded_with_several_processes(
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
+@pytest.mark.full
 def test_what_was_read_last_stays(tmp_path: Path) -> None:
     from kdcli.store.storage.read_cache import PARTS, ReadCache
 
@@ -431,6 +433,7 @@ def test_a_size_that_is_no_number(whole: str, monkeypatch: pytest.MonkeyPatch) -
         open_storage(whole)
 
 
+@pytest.mark.full
 def test_a_real_store_and_a_run_from_it(
     server: Server, shapes: Path, teacher: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
