@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import os
+import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,30 +163,31 @@ def test_nothing_is_unpickled() -> None:
 
 
 HEAVY = ("torch", "torchvision", "zarr", "numpy", "matplotlib", "pycocotools", "PIL")
-PROBE = f"""
-import sys
+PROBE = """
+import json, sys
+import typer
+of_typer = set(sys.modules)
 sys.argv = ["kdcli", "--help"]
 from kdcli.cli.main import main
 try:
     main()
 except SystemExit as stop:
-    print("exit", stop.code, sorted(set(sys.modules) & set({HEAVY!r})))
+    print(json.dumps([stop.code, sorted(set(sys.modules) - of_typer)]))
 """
 
 
-def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE], capture_output=True, text=True, env=environment, check=True
-        )
-        seconds.append(time.perf_counter() - start)
-    assert done.stdout.splitlines()[-1] == "exit 0 []"
+def test_help_imports_the_command_line_alone() -> None:
+    """What makes it immediate; benchmarks/startup.py says how long it takes."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     for command in ("train", "cache-teacher", "distill", "eval", "compare"):
         assert command in done.stdout
-    assert min(seconds) < 0.5, f"kdcli --help took {min(seconds):.2f} s"
+    code, imported = json.loads(done.stdout.splitlines()[-1])
+    assert code == 0
+    parts = {".".join(name.split(".")[:2]) for name in imported if name.split(".")[0] == "kdcli"}
+    assert parts <= {"kdcli", "kdcli.cli", "kdcli.errors", "kdcli.store"}
+    others = [name for name in imported if name.split(".")[0] != "kdcli"]
+    assert not set(HEAVY) & set(others)
+    assert len(others) < 10, others  # 3: of typer, and of Python
 
 
 def _top_level(file: Path) -> Iterator[str]:
