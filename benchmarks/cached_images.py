@@ -1,7 +1,7 @@
-"""What ``--cache-images`` costs and saves: kB a picture by the way it is stored, and processor time to load a row.
+"""What ``--cache-images`` costs and saves: kB an image by the way it is stored, and processor time to load a row.
 
 Prints one JSON object. The ways are zstd level 1, as in the store, over several reversible transforms of the canvas, and
-PNG and lossless WebP for comparison. For loading, a store with pictures and one without are written with the given
+PNG and lossless WebP for comparison. For loading, a store with cached images and one without are written with the given
 teacher; their rows are loaded in turn, batch by batch, in one process.
 
     python benchmarks/cached_images.py --data DATA --teacher RUN --out FOLDER [--method ld] [--canvas 256x320]
@@ -154,10 +154,10 @@ def canvases_of(data: str, canvas: Canvas, number: int) -> tuple[list[Pixels], f
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """Rows a second and processor milliseconds a row, of the whole loader and with one data process for training."""
     runs, written = {}, {}
-    for name, pictures in (("files", False), ("store", True)):
+    for name, cached in (("files", False), ("store", True)):
         store = args.out / name
         options = CacheOptions(
-            data=args.data, teacher=args.teacher, method=args.method, canvas=args.canvas, cache_images=pictures
+            data=args.data, teacher=args.teacher, method=args.method, canvas=args.canvas, cache_images=cached
         )
         started = time.perf_counter()
         if not store.exists():

@@ -146,7 +146,7 @@ class DenseRows:
 
     def __init__(self, kind: str, folder: Path, schema: StoreSchema, numbers: Mapping[RowKey, int]) -> None:
         self.kind, self.folder, self.schema, self.numbers = kind, folder, schema, numbers
-        # what collating goes by, as in CacheReader
+        # what collating goes by, as in StoreReader
         self.layout: dict[str, ArraySpec] = {
             a.path: a for t in schema.tensors for a in schema.tensor_arrays(t).values()
         }

@@ -76,7 +76,7 @@ def wait_for(device: torch.device) -> None:
 
 
 class Bar:
-    """A watcher that keeps the last line of the progress bar."""
+    """A reporter that keeps the last line of the progress bar."""
 
     def __init__(self) -> None:
         self.info = ""

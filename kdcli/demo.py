@@ -42,7 +42,7 @@ IMAGES = (300, 100)  # training, validation
 METHODS = ("bckd", "ld,bckd")
 MARKER = ".kdcli-demo"  # says that a folder is a demo's, which --overwrite may replace
 MADE = ("shapes", "runs", "store", "plots", "report.html", "detections.png", "row.png")
-PICTURES = 3
+DRAWN_IMAGES = 3
 SCORE = 0.25  # detections are drawn from here on
 
 
@@ -63,7 +63,7 @@ def clear_folder(out: Path, *, overwrite: bool) -> None:
 
 
 def run_demo(out: Path, *, quick: bool, reporter: ProgressReporter) -> Comparison:
-    """Shapes, teacher, store, students, pictures and report in the folder ``out``; returns the comparison.
+    """Shapes, teacher, store, students, drawings and report in the folder ``out``; returns the comparison.
 
     ``quick``: a tenth of the images and one epoch each.
     """
@@ -83,7 +83,7 @@ def run_demo(out: Path, *, quick: bool, reporter: ProgressReporter) -> Compariso
     comparison = compare(load_runs([out / "runs"]), out / "runs" / "baseline")
     write_html(comparison, out / "report.html")
     write_plots(comparison, out / "plots")
-    _pictures(out)
+    _draw(out)
     return comparison
 
 
@@ -115,12 +115,12 @@ def _cache(out: Path, reporter: ProgressReporter) -> None:
     write_store(plan_store(options, reporter), out / "store", reporter)
 
 
-def _pictures(out: Path) -> None:
+def _draw(out: Path) -> None:
     """Teacher, baseline and student side by side on validation images, and one row of the store."""
     val = open_split(out / "shapes", "val")
     names = val.classes.names
     counts = np.array([len(val.training_boxes(i)[1]) for i in range(val.num_images)])
-    chosen = sorted(np.argsort(-counts, kind="stable")[:PICTURES].tolist())
+    chosen = sorted(np.argsort(-counts, kind="stable")[:DRAWN_IMAGES].tolist())
     files = [val.image_path(i) for i in chosen]
     columns: list[list[Any]] = []
     truth = []

@@ -39,7 +39,7 @@ def demo(
         show_comparison(reporter.console, comparison)
         reporter.message(gist(comparison))
         reporter.message(f"report    {out / 'report.html'}")
-        reporter.message(f"pictures  {out / 'detections.png'}  {out / 'row.png'}  {out / 'plots'}")
+        reporter.message(f"drawings  {out / 'detections.png'}  {out / 'row.png'}  {out / 'plots'}")
         reporter.message(f"it took {time.perf_counter() - started:.0f} s")
     if json:
         print_json({"seconds": time.perf_counter() - started, "comparison": comparison.to_json()})

@@ -64,7 +64,7 @@ def evaluate(
 def predict(
     checkpoint: Checkpoint,
     source: Annotated[Path, typer.Argument(help="Image, or folder of images.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and detections.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for the drawings and detections.json.")],
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw detections from this score.")] = 0.3,
     canvas: f.CanvasSize = None, device: f.Device = None, json: f.Json = False,
 ) -> int:  # fmt: skip
@@ -102,7 +102,7 @@ def predict(
             save_png(picture, name)
             drawn.append({"image": str(found.file), "drawn": str(name), "detections": int(keep.sum())})
             reporter.advance(1)
-        reporter.message(f"{pluralize(len(drawn), 'picture')} and detections.json in {out}")
+        reporter.message(f"{pluralize(len(drawn), 'drawing')} and detections.json in {out}")
     if json:
         print_json({"images": drawn})
     return 0

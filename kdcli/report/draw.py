@@ -1,4 +1,4 @@
-"""Pictures of detections: boxes with labels that stay inside the picture, and several pictures side by side."""
+"""Drawings of detections: boxes with labels that stay inside the picture, and several images side by side."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draw_detections(
     """Draw boxes on a copy of ``image`` [H, W, 3] uint8; a small image is enlarged by a whole factor first.
 
     ``boxes``: [D, 4] xyxy in pixels of ``image``; ``labels``: D class names; ``scores``: D values in 0..1, or None for
-    ground truth. ``classes`` gives every class its colour by position, so that pictures of one data set agree; without
+    ground truth. ``classes`` gives every class its colour by position, so that images of one data set agree; without
     it the names present are numbered in alphabetical order. The best scores are drawn last, on top.
     """
     scale = _scale(image)
@@ -56,17 +56,17 @@ def draw_detections(
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Put pictures in a row, each under its caption, scaled to the height of the tallest."""
+    """Put images in a row, each under its caption, scaled to the height of the tallest."""
     height = max(picture.height for _, picture in panels)
-    pictures = [_of_height(picture, height) for _, picture in panels]
+    images = [_of_height(picture, height) for _, picture in panels]
     font = ImageFont.load_default(max(14, height // 24))
     gap = max(6, height // 60)
     strip = _text_size(font, "Ag")[1] + 2 * gap
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) + 1)
+    width = sum(picture.width for picture in images) + gap * (len(images) + 1)
     sheet = Image.new("RGB", (width, height + strip + gap), "#FFFFFF")
     pen = ImageDraw.Draw(sheet)
     left = gap
-    for (caption, _), picture in zip(panels, pictures, strict=True):
+    for (caption, _), picture in zip(panels, images, strict=True):
         text = _fitted(plain(caption), font, picture.width)
         pen.text((left, strip // 2), text, fill="#000000", font=font, anchor="lm")
         sheet.paste(picture, (left, strip))

@@ -1,4 +1,4 @@
-"""How a store holds the pictures of ``--cache-images``: exactly, at about the size of a PNG, undone in two numpy calls.
+"""How a store holds the images of ``--cache-images``: exactly, at about the size of a PNG, undone in two numpy calls.
 
 Red and blue are stored as what they have over green, and each row of pixels as what it has over the row above, all modulo
 256. zstd then finds small numbers. The padding of a canvas is constant, so it becomes zeros.

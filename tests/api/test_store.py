@@ -31,10 +31,10 @@ def source(shapes: Path, teacher: Path) -> SampleSource:
 
 
 @pytest.fixture(scope="module")
-def pictured(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def with_images(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the canvases."""
     options = cache_options(shapes, teacher, method="rm", cache_images=True)
-    return write(options, tmp_path_factory.mktemp("pictured") / "store")
+    return write(options, tmp_path_factory.mktemp("with_images") / "store")
 
 
 def test_what_a_store_says(default_store: Path, shapes: Path) -> None:
@@ -112,9 +112,9 @@ def test_wrong_pixels_are_refused(default_store: Path, source: SampleSource, tmp
 
 
 def test_images_come_from_the_store_or_the_data(
-    pictured: Path, default_store: Path, shapes: Path, source: SampleSource
+    with_images: Path, default_store: Path, shapes: Path, source: SampleSource
 ) -> None:
-    from_store, from_files = kdcli.open_store(pictured), kdcli.open_store(default_store, data=shapes)
+    from_store, from_files = kdcli.open_store(with_images), kdcli.open_store(default_store, data=shapes)
     for image_id, name in KEYS:
         expected = source.load((source.dataset.index_of(image_id), name)).image
         assert torch.equal(from_store.image(image_id, name), expected)

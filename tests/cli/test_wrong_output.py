@@ -244,7 +244,7 @@ def test_a_download_leaves_stdout_alone(
     assert "AP 1.00 after 1 epoch, 1 s" in capsys.readouterr().err
 
 
-def test_pictures_are_pngs(shapes: Path, default_store: Path, tmp_path: Path) -> None:
+def test_images_are_pngs(shapes: Path, default_store: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "ROW.PNG"
     assert run(["cache", "show", str(default_store), "1", "--out", str(out), "--data", str(shapes)]) == 0
     with Image.open(out) as picture:

@@ -52,7 +52,7 @@ def _grey(height: int, width: int) -> NDArray[np.uint8]:
     return np.full((height, width, 3), 128, dtype=np.uint8)
 
 
-def test_small_pictures_are_enlarged_and_the_image_is_not_touched() -> None:
+def test_small_images_are_enlarged_and_the_image_is_not_touched() -> None:
     image = _grey(48, 64)
     drawn = draw_detections(image, np.array([[10, 10, 40, 30]]), ["cat"], [0.9], classes=["dog", "cat"])
     assert drawn.size == (512, 384)

@@ -108,7 +108,7 @@ def test_ticks_cover_the_range() -> None:
     assert nice_ticks(1, 12)[-1] >= 12
 
 
-def test_plots_are_pictures(comparison: Comparison, tmp_path: Path) -> None:
+def test_plots_are_images(comparison: Comparison, tmp_path: Path) -> None:
     written = write_plots(comparison, tmp_path / "plots")
     plot_run(comparison.groups[1].runs[0], tmp_path / "plots" / "run.png")
     assert [path.name for path in written] == ["ap.png", "learning_curves.png"]

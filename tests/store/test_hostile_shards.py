@@ -1,4 +1,4 @@
-"""Shard files with right checksums and wrong contents; and manifests and journals with anything anywhere, sealed."""
+"""Shard files with right checksums and wrong contents; manifests and journals with anything, under a right checksum."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def mutated(document: Any, draw: random.Random) -> tuple[str, Any]:
 
 
 def mutations(store: Path, number: int, seed: int) -> list[Change]:
-    """Mutated and sealed manifests and journal entries."""
+    """Mutated manifests and journal entries."""
     draw = random.Random(seed)
     manifest, entry = read_manifest(store).to_json(), read_journal(store)[1].to_json()
     changes = []

@@ -1,4 +1,4 @@
-"""Manifests, journals and headers by someone who knows how to seal them: refused with one line before memory goes by them."""
+"""Manifests, journals and headers under right checksums, by an attacker: refused with one line before memory goes by them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attempts to read a store that was changed by someone who knows how to seal it, in a child with little memory."""
+"""Attempts to read a store that was changed by someone who knows how to make its checksums, in a child with little memory."""
 
 from __future__ import annotations
 

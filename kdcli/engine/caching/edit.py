@@ -37,11 +37,11 @@ def add(
     store: Where, data: str | None, teacher: str | None, methods: str, settings: Mapping[str, Mapping[str, Any]],
     encoding: str, reporter: ProgressReporter, images: bool = False, device: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """Add what ``methods`` read and ``store`` lacks, and with ``images`` the pictures; returns the keys of what is new.
+    """Add what ``methods`` read and ``store`` lacks, and with ``images`` the cached images; returns the keys of what is new.
 
     The teacher runs again, but only the new tensors are encoded and written, into a store inside the store that is taken
-    in when it is complete: until then readers see the old store. For pictures alone it does not run. The same call goes on
-    after a kill. ``data`` and ``teacher``: None for where the store was written from; ``device``: None for the kind that it
+    in when it is complete: until then readers see the old store. For cached images alone it does not run. The same call
+    goes on after a kill. ``data`` and ``teacher``: None for where the store was written from; ``device``: None for the kind that it
     was written on. Another one rounds differently: the manifest then says of each new tensor where it was computed. Raises
     StoreError when data or teacher are not those of the manifest, OptionError when the device is not here.
     """
@@ -80,7 +80,7 @@ def add(
     if joined.images and not reader.schema.images:
         new.append(PIXELS)
     if not new and set(joined.derived_from_dense) <= {*reader.schema.derived_from_dense, *have}:
-        reporter.message(f"{store}: has everything that {methods or 'training from pictures'} read(s)")
+        reporter.message(f"{store}: has everything that {methods or 'training from cached images'} read(s)")
         return []
     # what was sparse and is now derived from a new dense tensor goes last, so that it is there until then
     between = replace(
@@ -151,7 +151,7 @@ def _plan_of(whole: StorePlan, joined: StoreSchema, stored: StoreSchema) -> Stor
 def prune_tensors(store: Where, keys: Sequence[str], reporter: ProgressReporter) -> list[str]:
     """Drop the tensors ``keys`` from a store, and the methods that read them from its manifest; returns what was dropped.
 
-    ``row/image`` drops the pictures.
+    ``row/image`` drops the cached images.
 
     Raises OptionError for a key that the store does not have, or when nothing would be left.
     """

@@ -122,7 +122,7 @@ def _from_wire(wire: tuple[Batch, list[int]]) -> Batch:
 
 
 def _pack(samples: list[Sample | KDError]) -> Any:
-    """Samples as they travel: pictures too, since eight of them would be eight tensors."""
+    """Samples as they travel: images too, since eight of them would be eight tensors."""
     for sample in samples:
         if isinstance(sample, KDError):
             return sample

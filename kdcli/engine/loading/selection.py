@@ -15,26 +15,26 @@ DECODED_IMAGES = 1000  # seconds; all of COCO would take minutes at each start
 
 
 def usable(
-    dataset: Dataset, skip_bad: bool, reporter: ProgressReporter, pictured: StoreReader | None = None
+    dataset: Dataset, skip_bad: bool, reporter: ProgressReporter, image_store: StoreReader | None = None
 ) -> NDArray[np.int64]:
     """Positions of the images that may be used. Raises DataError on a fault unless ``skip_bad``, which lists them.
 
     Images are decoded whole when the set is small or when bad ones are to be left out; else their headers are read, and
-    an image that cannot be decoded stops the run when its turn comes. With ``pictured``, a store that has the pixels, no
+    an image that cannot be decoded stops the run when its turn comes. With ``image_store``, a store that has the pixels, no
     file is opened: the bad ones are those that the store was written without.
     """
     decode = skip_bad or dataset.num_images <= DECODED_IMAGES
-    report = check_dataset(dataset, decode=decode, files=pictured is None)
+    report = check_dataset(dataset, decode=decode, files=image_store is None)
     report.refuse(skip_bad)
     for fault in report.faults:
         reporter.message(f"left out: {fault.where}: {fault.message}")
     bad = set(report.bad_images)
-    if pictured is not None and skip_bad:
-        gone = set(pictured.manifest.dataset.left_out)
+    if image_store is not None and skip_bad:
+        gone = set(image_store.manifest.dataset.left_out)
         lost = {i for i in range(dataset.num_images) if dataset.image_id(i) in gone} - bad
         if lost:
             reporter.message(
-                f"left out: {pluralize(len(lost), 'image')} that store '{pictured.storage}' was written without"
+                f"left out: {pluralize(len(lost), 'image')} that store '{image_store.storage}' was written without"
             )
         bad |= lost
     keep = np.array([i for i in range(dataset.num_images) if i not in bad], dtype=np.int64)

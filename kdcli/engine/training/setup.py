@@ -70,8 +70,8 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     canvas = side.canvas if side and "canvas" not in given else Canvas.parse(options.canvas)
     views = side.views if side and side.views and "views" not in given else parse_views(options.views)
 
-    pictured = side.reader if side and side.reader and side.reader.schema.images else None
-    positions = usable(train, options.skip_bad, reporter, pictured)
+    image_store = side.reader if side and side.reader and side.reader.schema.images else None
+    positions = usable(train, options.skip_bad, reporter, image_store)
     if options.skip_empty:
         positions = with_boxes(train, positions, reporter)
     val_bad = frozenset(range(val.num_images)) - frozenset(usable(val, options.skip_bad, reporter).tolist())

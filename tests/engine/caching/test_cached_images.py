@@ -53,22 +53,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without pictures."""
+    """A store without images."""
     return write(cache_options(data, teacher, method="ld,rm"), tmp_path_factory.mktemp("stores") / "plain")
 
 
 @pytest.fixture(scope="module")
-def pictured(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def with_images(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same store with them."""
     return write(
-        cache_options(data, teacher, method="ld,rm", cache_images=True), tmp_path_factory.mktemp("stores") / "pictured"
+        cache_options(data, teacher, method="ld,rm", cache_images=True),
+        tmp_path_factory.mktemp("stores") / "with_images",
     )
 
 
 @pytest.fixture(scope="module")
-def bare(data: Path, pictured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bare(data: Path, with_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data set without a single training image; made after the store was written."""
-    assert pictured.exists()
+    assert with_images.exists()
     root = Path(shutil.copytree(data, tmp_path_factory.mktemp("bare") / "shapes"))
     for file in (root / "train").iterdir():
         file.unlink()
@@ -89,24 +90,24 @@ def test_pixels_come_back_whatever_they_are(size: tuple[int, int]) -> None:
     assert np.count_nonzero(encode_pixels(padding)[:, size[1] :]) == 0
 
 
-def test_a_store_without_pictures_is_what_it_was(plain: Path, pictured: Path) -> None:
-    ours, theirs = contents(plain), contents(pictured)
+def test_a_store_without_images_is_what_it_was(plain: Path, with_images: Path) -> None:
+    ours, theirs = contents(plain), contents(with_images)
     assert not any(PIXELS in path for path in ours)
     assert "images" not in read_manifest(plain).schema.to_json()
-    assert read_manifest(plain).to_json()["version"] == read_manifest(pictured).to_json()["version"] == 1
+    assert read_manifest(plain).to_json()["version"] == read_manifest(with_images).to_json()["version"] == 1
     changed = {k for k in ours if ours[k] != theirs[k]}
     assert changed == {"zarr.json", *(k for k in ours if k.startswith("journal/"))}
     assert {k for k in theirs if k not in ours} == {
-        f"{PIXELS}/zarr.json", *(shard_key(StoreReader(pictured).layout[PIXELS], s) for s in range(3))
+        f"{PIXELS}/zarr.json", *(shard_key(StoreReader(with_images).layout[PIXELS], s) for s in range(3))
     }  # fmt: skip
 
 
-def test_zarr_alone_reads_the_pictures(pictured: Path, data: Path) -> None:
+def test_zarr_alone_reads_the_images(with_images: Path, data: Path) -> None:
     import zarr
 
-    reader = StoreReader(pictured)
+    reader = StoreReader(with_images)
     key = RowKey(reader.image_ids[1], "hflip")
-    group: Any = zarr.open_group(str(pictured), mode="r")
+    group: Any = zarr.open_group(str(with_images), mode="r")
     row = reader.row_index(key)
     height, width = group["row/geometry"][row][-2:].astype(int)
     image = np.cumsum(group["row/image"][row].reshape(3, height, width), axis=1, dtype="uint8")
@@ -114,7 +115,7 @@ def test_zarr_alone_reads_the_pictures(pictured: Path, data: Path) -> None:
     ours = reader.read(key).image
     assert ours is not None
     np.testing.assert_array_equal(image, ours, strict=True)
-    through = StoreReader(pictured, direct=False).read(key).image
+    through = StoreReader(with_images, direct=False).read(key).image
     assert through is not None
     np.testing.assert_array_equal(through, ours, strict=True)
 
@@ -125,9 +126,9 @@ def batches(store: Path, root: Path) -> Iterator[Batch]:
     yield from Loader(run.source, 0).batches([[(int(p), v)] for v in run.views for p in run.positions])
 
 
-def test_every_row_has_the_same_pixels_bit_for_bit(plain: Path, pictured: Path, data: Path, bare: Path) -> None:
+def test_every_row_has_the_same_pixels_bit_for_bit(plain: Path, with_images: Path, data: Path, bare: Path) -> None:
     sizes = set()
-    for ours, theirs in zip(batches(plain, data), batches(pictured, bare), strict=True):
+    for ours, theirs in zip(batches(plain, data), batches(with_images, bare), strict=True):
         assert ours.keys == theirs.keys
         assert ours.images.dtype == theirs.images.dtype
         assert torch.equal(ours.images, theirs.images)
@@ -137,10 +138,10 @@ def test_every_row_has_the_same_pixels_bit_for_bit(plain: Path, pictured: Path, 
 
 
 def test_training_is_the_same_without_the_files(
-    plain: Path, pictured: Path, data: Path, bare: Path, tmp_path: Path
+    plain: Path, with_images: Path, data: Path, bare: Path, tmp_path: Path
 ) -> None:
     from_files = trace(prepared(data, "ld,rm", cache=str(plain)), tmp_path, 3)
-    from_store = trace(prepared(bare, "ld,rm", cache=str(pictured)), tmp_path, 3)
+    from_store = trace(prepared(bare, "ld,rm", cache=str(with_images)), tmp_path, 3)
     assert from_files[0] == from_store[0]
     assert all(torch.equal(value, from_store[1][name]) for name, value in from_files[1].items())
     with pytest.raises(DataError, match="missing image"):
@@ -148,22 +149,22 @@ def test_training_is_the_same_without_the_files(
 
 
 @pytest.mark.parametrize("workers", matrix([0, 2]))
-def test_a_whole_run_needs_the_val_images_alone(pictured: Path, bare: Path, tmp_path: Path, workers: int) -> None:
-    fields = asked("distill", bare, cache=str(pictured), method="ld", epochs=1, workers=workers)
+def test_a_whole_run_needs_the_val_images_alone(with_images: Path, bare: Path, tmp_path: Path, workers: int) -> None:
+    fields = asked("distill", bare, cache=str(with_images), method="ld", epochs=1, workers=workers)
     _, metrics = launch.start(fields, tmp_path / "run", NullReporter(), overwrite=False)
     assert metrics["epochs"] == 1
     assert metrics["ap"] is not None
 
 
-def test_other_boxes_are_still_refused(pictured: Path, bare: Path, tmp_path: Path) -> None:
+def test_other_boxes_are_still_refused(with_images: Path, bare: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(bare, tmp_path / "shapes"))
     notes = json.loads((root / "annotations" / "train.json").read_text())
     notes["annotations"][0]["bbox"][2] -= 1
     (root / "annotations" / "train.json").write_text(json.dumps(notes))
     with pytest.raises(StoreError, match="annotations_sha256"):
-        prepared(root, "ld", cache=str(pictured))
+        prepared(root, "ld", cache=str(with_images))
     # and by the row's own guard, where the files of the annotations are not compared
-    run = prepared(bare, "ld", cache=str(pictured))
+    run = prepared(bare, "ld", cache=str(with_images))
     position = next(int(p) for p in run.positions if len(run.train.training_boxes(int(p))[0]))
     run.train.annotations.boxes_xywh[run.train.annotations.box_offsets[position], 2] -= 1
     with pytest.raises(StoreError, match="boxes, labels or regions"):
@@ -185,8 +186,8 @@ def test_bad_images_are_those_of_the_writing(data: Path, teacher: Path, tmp_path
         prepared(root, "rm", cache=str(store))
 
 
-def test_flipped_bits_of_pictures_are_found(pictured: Path, data: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(pictured, tmp_path / "store"))
+def test_flipped_bits_of_images_are_found(with_images: Path, data: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(with_images, tmp_path / "store"))
     files, _ = verify_checksums(store, NullReporter())
     assert files == 3 * len(StoreReader(store).layout)
     file = store / shard_key(StoreReader(store).layout[PIXELS], 0)
@@ -204,22 +205,22 @@ def test_flipped_bits_of_pictures_are_found(pictured: Path, data: Path, tmp_path
                 reader.read(RowKey(reader.image_ids[row // 2], reader.views[row % 2]))
 
 
-def test_verify_with_the_teacher_compares_the_pictures(
-    pictured: Path, data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_verify_with_the_teacher_compares_the_images(
+    with_images: Path, data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def again(store: Path) -> int:
         plan = plan_of_store(store, str(data), str(teacher), None, NullReporter())
         return verify_teacher(plan, store, 4, NullReporter())[0]
 
-    assert again(pictured) == 4
+    assert again(with_images) == 4
     monkeypatch.setattr(caching, "encode_pixels", lambda image: encode_pixels(255 - image))
     wrong = write(cache_options(data, teacher, method="rm", cache_images=True), tmp_path / "wrong")
     with pytest.raises(StoreError, match="stored pixels are not those of its image file"):
         again(wrong)
 
 
-def test_added_tensors_leave_the_pictures(pictured: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(pictured, tmp_path / "store"))
+def test_added_tensors_leave_the_images(with_images: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(with_images, tmp_path / "store"))
     whole = write(cache_options(data, teacher, method="ld,rm,pfi", cache_images=True), tmp_path / "whole")
     assert editing.add(store, None, None, "pfi", {}, "default", NullReporter()) == ["cls_logits@all", "features@all"]
     assert contents(store) == contents(whole)
@@ -227,7 +228,7 @@ def test_added_tensors_leave_the_pictures(pictured: Path, data: Path, teacher: P
 
 
 @pytest.mark.parametrize("methods", matrix(["", "pfi"]))
-def test_added_pictures_are_those_of_one_writing(
+def test_added_images_are_those_of_one_writing(
     plain: Path, data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: str
 ) -> None:
     store = Path(shutil.copytree(plain, tmp_path / "store"))
@@ -243,77 +244,77 @@ def test_added_pictures_are_those_of_one_writing(
     assert editing.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == []
 
 
-def test_pruned_pictures_leave_the_store_without_them(plain: Path, pictured: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(pictured, tmp_path / "store"))
+def test_pruned_images_leave_the_store_without_them(plain: Path, with_images: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(with_images, tmp_path / "store"))
     assert editing.prune_tensors(store, [PIXELS], NullReporter()) == [PIXELS]
     assert contents(store) == contents(plain)
     with pytest.raises(OptionError, match="has no row/image"):
         editing.prune_tensors(store, [PIXELS], NullReporter())
-    kept = Path(shutil.copytree(pictured, tmp_path / "kept"))
+    kept = Path(shutil.copytree(with_images, tmp_path / "kept"))
     editing.prune_tensors(kept, ["rank@main"], NullReporter())
     assert StoreReader(kept).schema.images
     verify_checksums(kept, NullReporter())
 
 
-def test_pictures_go_through_merge_and_views(
-    pictured: Path, plain: Path, data: Path, teacher: Path, tmp_path: Path
+def test_images_go_through_merge_and_views(
+    with_images: Path, plain: Path, data: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    def one(view: str, name: str, pictures: bool) -> Path:
-        options = cache_options(data, teacher, method="ld,rm", views=view, cache_images=pictures)
+    def one(view: str, name: str, images: bool) -> Path:
+        options = cache_options(data, teacher, method="ld,rm", views=view, cache_images=images)
         return write(options, tmp_path / name)
 
     sides = [one("identity", "identity", True), one("hflip", "hflip", True)]
     both = tmp_path / "both"
     assert editing.merge(sides, both, None, NullReporter()) == 24
-    files = [k for k in contents(pictured) if k.startswith("row/")]
-    assert [contents(both)[k] for k in files] == [contents(pictured)[k] for k in files]
+    files = [k for k in contents(with_images) if k.startswith("row/")]
+    assert [contents(both)[k] for k in files] == [contents(with_images)[k] for k in files]
     without = one("hflip", "without", False)
     for pair in ([sides[0], without], [without, sides[0]]):
         with pytest.raises(StoreError, match=r"do not go together: schema\.images"):
             editing.merge(pair, tmp_path / "mixed", None, NullReporter())
-    assert editing.prune_views(pictured, ["hflip"], tmp_path / "less", NullReporter()) == 12
+    assert editing.prune_views(with_images, ["hflip"], tmp_path / "less", NullReporter()) == 12
     assert [contents(tmp_path / "less")[k] for k in files if k in contents(sides[0])] == [
         contents(sides[0])[k] for k in files if k in contents(sides[0])
     ]
 
 
 def test_a_store_is_not_continued_the_other_way(
-    plain: Path, pictured: Path, data: Path, teacher: Path, tmp_path: Path
+    plain: Path, with_images: Path, data: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    for store, pictures in ((plain, True), (pictured, False)):
-        plan = plan_store(cache_options(data, teacher, method="ld,rm", cache_images=pictures), NullReporter())
+    for store, images in ((plain, True), (with_images, False)):
+        plan = plan_store(cache_options(data, teacher, method="ld,rm", cache_images=images), NullReporter())
         with pytest.raises(StoreError, match=r"schema\.images: store"):
             write_store(plan, store, NullReporter())
-    # a killed writing with pictures goes on
-    broken = Path(shutil.copytree(pictured, tmp_path / "broken"))
+    # a killed writing with images goes on
+    broken = Path(shutil.copytree(with_images, tmp_path / "broken"))
     (broken / "journal" / "000002.json").unlink()
     write(cache_options(data, teacher, method="ld,rm", cache_images=True), broken)
-    assert contents(broken) == contents(pictured)
+    assert contents(broken) == contents(with_images)
 
 
-def test_what_a_store_with_pictures_takes(
-    plain: Path, pictured: Path, data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_a_store_with_images_takes(
+    plain: Path, with_images: Path, data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    info = store_info(pictured)
-    size = sum(f.stat().st_size for f in (pictured / "row" / "image" / "c").rglob("*") if f.is_file())
+    info = store_info(with_images)
+    size = sum(f.stat().st_size for f in (with_images / "row" / "image" / "c").rglob("*") if f.is_file())
     assert info["images"] == {"encoding": "row_differences", "bytes": size}
     assert store_info(plain)["images"] is None
-    assert run(["cache", "info", str(pictured)]) == 0
+    assert run(["cache", "info", str(with_images)]) == 0
     assert f"{PIXELS}  " in capsys.readouterr().err
     plan = plan_store(cache_options(data, teacher, method="ld,rm", cache_images=True), NullReporter())
     guess = estimate(plan, tmp_path / "store").bytes_by_array[PIXELS]
     assert abs(guess - size) < 0.3 * size
 
 
-def test_an_encoding_of_a_newer_kdcli_is_refused(pictured: Path) -> None:
-    schema = read_manifest(pictured).schema.to_json()
+def test_an_encoding_of_a_newer_kdcli_is_refused(with_images: Path) -> None:
+    schema = read_manifest(with_images).schema.to_json()
     assert StoreSchema.from_json(schema).images
     for wrong in ("jpeg_xl", 7, True, {}):
         with pytest.raises(StoreError, match="unknown encoding of images"):
             StoreSchema.from_json({**schema, "images": wrong})
 
 
-def test_pictures_of_any_pillow_mode(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_images_of_any_pillow_mode(data: Path, teacher: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(data, tmp_path / "shapes"))
     file = sorted((root / "train").iterdir())[0]
     with Image.open(io.BytesIO(file.read_bytes())) as image:

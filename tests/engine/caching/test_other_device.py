@@ -142,7 +142,7 @@ def test_a_store_of_a_compiled_teacher_is_extended_and_verified(
     assert plan.teacher.forward.network is not None
     assert plan.manifest.teacher_run == read_manifest(store).teacher_run
     assert verify_teacher(plan, store, 4, NullReporter())[0] == 4
-    shutil.copytree(store, tmp_path / "pictured")
+    shutil.copytree(store, tmp_path / "with_images")
     add(store, "ld")
     assert contents(store) == contents(whole)
 
@@ -150,7 +150,7 @@ def test_a_store_of_a_compiled_teacher_is_extended_and_verified(
         raise AssertionError("nothing is compiled for images alone")
 
     monkeypatch.setattr(torch, "compile", missing)
-    assert add(tmp_path / "pictured", "", images=True) == [PIXELS]
+    assert add(tmp_path / "with_images", "", images=True) == [PIXELS]
     torch._dynamo.reset()
 
 

@@ -36,7 +36,7 @@ GOLDEN = {
 }
 
 
-class Pictures:
+class FakeDataset:
     """Ids and sizes of a data set: one image in ``portrait`` stands upright."""
 
     def __init__(self, number: int, portrait: int = 5) -> None:
@@ -55,23 +55,23 @@ class Pictures:
 class Shards:
     """A store's shards: rows in the order of the images, the views of an image side by side."""
 
-    def __init__(self, pictures: Pictures) -> None:
-        self.row = {int(image): k for k, image in enumerate(pictures.ids)}
+    def __init__(self, images: FakeDataset) -> None:
+        self.row = {int(image): k for k, image in enumerate(images.ids)}
 
     def shard_of(self, key: RowKey) -> int:
         return (self.row[key.image_id] * len(VIEWS) + VIEWS.index(key.view)) // SHARD_ROWS
 
 
-def source_of(pictures: Pictures) -> SampleSource:
-    stub: Any = pictures
-    reader: Any = Shards(pictures)
+def source_of(images: FakeDataset) -> SampleSource:
+    stub: Any = images
+    reader: Any = Shards(images)
     return SampleSource(
         dataset=stub, canvas=Canvas(256, 320), view_seed=0, grid=GFL.grid, assigner=GFL.assigner, region_spec=RegionSpec(),
         reader=reader,
     )  # fmt: skip
 
 
-SOURCE = source_of(Pictures(IMAGES))
+SOURCE = source_of(FakeDataset(IMAGES))
 
 
 def plan(epoch: int = 0, seed: int = 0, shuffle: Any = "shards", world: int = 1, rank: int = 0) -> list[list[Item]]:
@@ -87,7 +87,7 @@ def shards_of(batch: list[Item]) -> list[int]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_full_shuffle_has_not_changed(world: int) -> None:
-    source = source_of(Pictures(211))
+    source = source_of(FakeDataset(211))
     positions = np.array([p for p in range(211) if p % 13], np.int64)
     views = (*VIEWS, "crop-0")
     plans = [
@@ -157,7 +157,7 @@ def test_windows_are_whole_shards() -> None:
 
 def test_below_two_windows_it_is_the_full_shuffle() -> None:
     images = 31 * SHARD_ROWS // len(VIEWS)
-    source = source_of(Pictures(images))
+    source = source_of(FakeDataset(images))
     asked_for: Any = {"seed": 1, "epoch": 2, "batch": 16}
     plans = [plan_epoch(source, np.arange(images), VIEWS, **asked_for, shuffle=s) for s in ("full", "shards")]
     assert plans[0] == plans[1]

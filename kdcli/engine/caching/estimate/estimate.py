@@ -81,9 +81,9 @@ def estimate(plan: StorePlan, out: Where, part: Part | None = None) -> Estimate:
     Beside ``out``, in a folder that is gone afterwards, some rows are written to time the disk.
     """
     storage = open_storage(out)
-    counted = count_units(plan)
-    probe = run_probe(plan, counted, storage)
-    by_array = array_bytes(plan.schema, counted, probe)
+    counts = count_units(plan)
+    probe = run_probe(plan, counts, storage)
+    by_array = array_bytes(plan.schema, counts, probe)
     total = sum(by_array.values())
     everything = Part().shards(plan.schema.num_shards)
     mine = everything if part is None else part.shards(plan.schema.num_shards)
@@ -94,9 +94,9 @@ def estimate(plan: StorePlan, out: Where, part: Part | None = None) -> Estimate:
     image_seconds = probe.pace.teacher / plan.teacher.forward.micro_batch
     return Estimate(
         rows=plan.schema.rows, bytes_total=total, bytes_by_tensor=tensor_bytes(plan.schema, by_array),
-        bytes_by_array=by_array, bytes_raw=_raw_bytes(plan.schema, counted), seconds=seconds,
+        bytes_by_array=by_array, bytes_raw=_raw_bytes(plan.schema, counts), seconds=seconds,
         rows_per_s=work.rows / seconds, slowest=max(stages, key=lambda name: stages[name]),
-        disk_timed=probe.on_target, free_bytes=storage.free_bytes(), counted_rows=len(counted.items),
+        disk_timed=probe.on_target, free_bytes=storage.free_bytes(), counted_rows=len(counts.items),
         probed_rows=len(probe.chosen), break_even=break_even(whole, len(plan.positions), image_seconds),
     )  # fmt: skip
 
@@ -137,16 +137,16 @@ def run_seconds(pace: StageTimings, work: Workload) -> float:
     return val + start + max(stage_seconds(pace, work).values()) + pace.drain
 
 
-def array_bytes(schema: StoreSchema, counted: ElementCounts, probe: Probe) -> dict[str, int]:
+def array_bytes(schema: StoreSchema, counts: ElementCounts, probe: Probe) -> dict[str, int]:
     """Bytes of each array on the disk: a row of nothing but padding, what each element adds to it, and the index."""
     found = {}
     index = schema.num_shards * (16 * schema.shard_rows + 4)
     for array in schema.layout():
         empty = len(pack_chunk(np.zeros((0, *array.shape[1:])), array))
-        units = int(counted.units[array.path][list(probe.chosen)].sum())
+        units = int(counts.units[array.path][list(probe.chosen)].sum())
         raw = element_bytes(array)  # where the probe has none: not compressed
         each = max(0.0, probe.chunk_bytes[array.path] - empty * len(probe.chosen)) / units if units else raw
-        found[array.path] = round(schema.rows * empty + counted.totals[array.path] * each) + index
+        found[array.path] = round(schema.rows * empty + counts.totals[array.path] * each) + index
     return found
 
 
@@ -173,14 +173,14 @@ def _work(plan: StorePlan, shards: range, total: int) -> Workload:
     )  # fmt: skip
 
 
-def _raw_bytes(schema: StoreSchema, counted: ElementCounts) -> int:
+def _raw_bytes(schema: StoreSchema, counts: ElementCounts) -> int:
     """Of proposals as many as fit: the teacher decides how many there are."""
     proposals = {
         a.path for t in schema.tensors if t.need.region == Region.PROPOSALS for a in schema.tensor_arrays(t).values()
     }
     return round(
         sum(
-            counted.totals[a.path] * element_bytes(a)
+            counts.totals[a.path] * element_bytes(a)
             if a.sparse and a.path not in proposals
             else schema.rows * a.row_bytes
             for a in schema.layout()

@@ -76,16 +76,16 @@ class _Clock(NullReporter):
             self.times.append(time.perf_counter())
 
 
-def run_probe(plan: StorePlan, counted: ElementCounts, storage: Storage) -> Probe:
-    """Load, run, encode and write a few micro-batches of the rows that were ``counted``. Leaves nothing behind."""
+def run_probe(plan: StorePlan, counts: ElementCounts, storage: Storage) -> Probe:
+    """Load, run, encode and write a few micro-batches of the rows of ``counts``. Leaves nothing behind."""
     size = plan.teacher.forward.micro_batch
-    sizes = _sizes(plan, counted)
-    first = _load(plan, counted, [p for b in _pick(sizes, 1, size) for p in b])
+    sizes = _sizes(plan, counts)
+    first = _load(plan, counts, [p for b in _pick(sizes, 1, size) for p in b])
     alone = _time_teacher(plan, first.samples)
     batches = min(MOST_BATCHES, -(-plan.schema.rows // size) // SHARE, int(WRITE_SECONDS / alone))
     batches = min(batches, int(LOAD_SECONDS / (size * first.wall)))
     chosen = [p for b in _pick(sizes, max(LEAST_BATCHES, batches), size) for p in b]
-    loaded = _load(plan, counted, chosen)
+    loaded = _load(plan, counts, chosen)
     evaluate = _time_evaluation(plan, first.samples) if has_split(Path(plan.options.data), "val") else 0.0
     folder, on_target = _folder(plan, storage, len(chosen))
     with tempfile.TemporaryDirectory(prefix=".kdcli-probe-", dir=folder) as scratch:
@@ -99,10 +99,10 @@ def loads(plan: StorePlan) -> bool:
     )
 
 
-def _sizes(plan: StorePlan, counted: ElementCounts) -> list[int]:
+def _sizes(plan: StorePlan, counts: ElementCounts) -> list[int]:
     """Counted rows of the commoner orientation, by their bytes before compression."""
-    common = max(group_by_orientation(plan.source, counted.items).values(), key=len)
-    total = np.sum([element_bytes(a) * counted.units[a.path] for a in plan.schema.layout()], axis=0)
+    common = max(group_by_orientation(plan.source, counts.items).values(), key=len)
+    total = np.sum([element_bytes(a) * counts.units[a.path] for a in plan.schema.layout()], axis=0)
     return sorted(common, key=lambda p: (int(total[p]), p))
 
 
@@ -128,9 +128,9 @@ def _from_memory(loaded: _Loaded) -> Load:
     return lambda batches: ([there[item] for item in items] for items in batches)
 
 
-def _load(plan: StorePlan, counted: ElementCounts, chosen: list[int]) -> _Loaded:
+def _load(plan: StorePlan, counts: ElementCounts, chosen: list[int]) -> _Loaded:
     """As the writer does it: with one thread, as a data process, or in this one."""
-    items = [counted.items[p] for p in chosen]
+    items = [counts.items[p] for p in chosen]
     images = list(dict.fromkeys(position for position, _ in items))[: -(-len(items) // len(plan.views))]
     together = [(position, view) for position in images for view in plan.views]
     threads = torch.get_num_threads()
