@@ -41,8 +41,8 @@ def add(
 
     The teacher runs again, but only the new tensors are encoded and written, into a store inside the store that is taken
     in when it is complete: until then readers see the old store. For cached images alone it does not run. The same call
-    goes on after a kill. ``data`` and ``teacher``: None for where the store was written from; ``device``: None for the kind that it
-    was written on. Another one rounds differently: the manifest then says of each new tensor where it was computed. Raises
+    goes on after a kill. ``data`` and ``teacher``: None for where the store was written from; ``device``: None for the kind
+    that it was written on. Another one rounds differently: the manifest then says of each new tensor where it was computed. Raises
     StoreError when data or teacher are not those of the manifest, OptionError when the device is not here.
     """
     reader = StoreReader(store)

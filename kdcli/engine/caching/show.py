@@ -66,9 +66,9 @@ def read_for_show(store: Where, data: str | None, image_id: int, view: str | Non
     teacher_boxes = teacher_scores = heat = None
     edges = Need(BOX_DISTRIBUTION, MAIN_OR_VLR).key
     if row.entries is not None and edges in tensors:
-        main = row.entries.select(Region.MAIN)
+        main, read = row.entries.select(Region.MAIN), row.entries.select(MAIN_OR_VLR)  # there may be other regions too
         strides = schema.grid.anchor_strides(canvas, torch.float32)[index]
-        teacher_boxes = decode_distribution(tensors[edges], centers, strides)[main[row.entries.select(MAIN_OR_VLR)]]
+        teacher_boxes = decode_distribution(tensors[edges], centers[read], strides[read])[main[read]]
     if Need(RANK, Region.MAIN).key in tensors:
         teacher_scores = tensors[Need(RANK, Region.MAIN).key][:, 0]
     elif Need(CLS_LOGITS, Region.MAIN).key in tensors:
