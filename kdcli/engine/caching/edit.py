@@ -39,11 +39,11 @@ def add(
 ) -> list[str]:  # fmt: skip
     """Add what ``methods`` read and ``store`` lacks, and with ``images`` the cached images; returns the keys of what is new.
 
-    The teacher runs again, but only the new tensors are encoded and written, into a store inside the store that is taken
-    in when it is complete: until then readers see the old store. For cached images alone it does not run. The same call
-    goes on after a kill. ``data`` and ``teacher``: None for where the store was written from; ``device``: None for the kind
-    that it was written on. Another one rounds differently: the manifest then says of each new tensor where it was computed. Raises
-    StoreError when data or teacher are not those of the manifest, OptionError when the device is not here.
+    The teacher runs again, but only the new tensors are encoded and written, into a store inside the store that is merged
+    when it is complete: until then readers see the old store. For cached images alone it does not run. The same call goes
+    on after a kill. ``data`` and ``teacher``: None for where the store was written from; ``device``: None for the kind
+    that it was written on. Another one rounds differently: the manifest then says of each new tensor where it was
+    computed. Raises StoreError when data or teacher are not those of the manifest, OptionError when the device is not here.
     """
     reader = StoreReader(store)
     folder = reader.storage.local_folder("add to it")
