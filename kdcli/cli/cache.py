@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,6 @@ from kdcli.cli import flags as f
 from kdcli.cli.app import app
 from kdcli.errors import UsageError
 from kdcli.store.info import store_info
-
-if TYPE_CHECKING:
-    pass
 
 cache = typer.Typer(
     no_args_is_help=True,
@@ -56,6 +53,8 @@ def info(store: Store, json: f.Json = False) -> int:
         f"data {dataset.annotations_sha256[:12]}, {dataset.num_images} images, canvas {manifest.schema.canvas}, "
         f"views {', '.join(manifest.views)}",
     ]
+    for key, run in found.get("added_on", {}).items():
+        lines.append(f"added later on another device: {key}, {', '.join(f'{k} {v}' for k, v in run.items())}")
     say(console, *lines)
     measured = any(tensor["precision_error"] for tensor in found["tensors"].values())
     precision = [f"{manifest.teacher_run.precision} teacher"] if measured else []
@@ -89,8 +88,9 @@ def verify(
 
     Example: kdcli cache verify STORE --teacher runs/teacher --data DATA --rows 32
     """
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
+    from kdcli.report.progress import ConsoleReporter
     from kdcli.store.manifest import read_manifest
 
     with ConsoleReporter() as reporter:
@@ -125,11 +125,12 @@ def bench(
     """
     from rich.table import Table
 
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.bench import bench as run_bench
     from kdcli.engine.caching.bench import default_workers
     from kdcli.engine.caching.edit import needs_of
     from kdcli.report.console import human_console
+    from kdcli.report.progress import ConsoleReporter
 
     try:
         numbers = [int(n) for n in workers.split(",")] if workers else default_workers()

@@ -92,6 +92,25 @@ class TeacherRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AddedOn:
+    """Where a tensor was computed that ``cache add`` added on another device than the store's."""
+
+    device: str
+    threads: int | None  # on a CPU
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"device": self.device, **({} if self.threads is None else {"threads": self.threads})}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> AddedOn:
+        """Inverse of ``to_json``."""
+        threads = data.get("threads")
+        require(threads is None or is_count(threads), "added_on")
+        return AddedOn(device=field(data, "device", str), threads=threads)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetRecord:
     """The images and boxes that the rows are of."""
 

@@ -17,31 +17,33 @@ from kdcli.engine.caching.write import write_store
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import OptionError, StoreError
 from kdcli.methods.resolve import absolute_methods, all_needs, find_methods
+from kdcli.store.arrays import StoredTensor
 from kdcli.store.image_codec import PIXELS
 from kdcli.store.maintenance import copy_rows, drop_tensors, merge_overlay, record_errors, unreferenced_arrays
 from kdcli.store.manifest import Manifest, read_manifest
-from kdcli.store.provenance import DatasetRecord
+from kdcli.store.provenance import AddedOn, DatasetRecord
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
 from kdcli.store.storage.base import Where
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import create_store
 from kdcli.structures import RowKey
-from kdcli.tensors import Need
+from kdcli.tensors import Need, Region
 
 ADDING = ".adding"  # inside the store: same disk, and gone with it
 
 
 def add(
     store: Where, data: str | None, teacher: str | None, methods: str, settings: Mapping[str, Mapping[str, Any]],
-    encoding: str, reporter: ProgressReporter, images: bool = False,
+    encoding: str, reporter: ProgressReporter, images: bool = False, device: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Add what ``methods`` read and ``store`` lacks, and with ``images`` the pictures; returns the keys of what is new.
 
     The teacher runs again, but only the new tensors are encoded and written, into a store inside the store that is taken
     in when it is complete: until then readers see the old store. For pictures alone it does not run. The same call goes on
-    after a kill. ``data`` and ``teacher``: None for where the store was written from. Raises StoreError when they are not
-    those of the manifest.
+    after a kill. ``data`` and ``teacher``: None for where the store was written from; ``device``: None for the kind that it
+    was written on. Another one rounds differently: the manifest then says of each new tensor where it was computed. Raises
+    StoreError when data or teacher are not those of the manifest, OptionError when the device is not here.
     """
     reader = StoreReader(store)
     folder = reader.storage.local_folder("add to it")
@@ -49,16 +51,28 @@ def add(
     asked = absolute_methods(methods).split(",") if methods else []
     names = ",".join(dict.fromkeys([*manifest.methods, *asked]))
     whole = plan_of_store(
-        store, data or manifest.origin.data, teacher or manifest.origin.teacher, None, reporter, methods=names,
-        settings=settings, encoding=encoding,
+        store, data or manifest.origin.data, teacher or manifest.origin.teacher, device, reporter,
+        methods=names if asked else None, settings=settings, encoding=encoding, runs=bool(asked),
     )  # fmt: skip
-    differences = manifest.differences(whole.manifest, ignoring=("regions", "schema"))
+    # which device, and with it how many threads, is the user's to say; without tensors to add nothing is computed
+    ours = whole.manifest
+    run = manifest.teacher_run
+    if asked:
+        run = replace(ours.teacher_run, device=run.device, threads=run.threads)
+    differences = manifest.differences(replace(ours, teacher_run=run), ignoring=("regions", "schema"))
     if differences:
         raise StoreError(f"store '{store}' is another one: {'; '.join(differences)}; use the teacher that wrote it")
+    changed = manifest.region_differences(ours)
+    if reader.schema.regions - {Region.MAIN} and changed:
+        raise StoreError(f"store '{store}' has tensors in other regions: {'; '.join(changed)}; write another store")
     have = {t.need: t for t in reader.schema.tensors}
+    derived = {*whole.schema.derived_from_dense, *reader.schema.derived_from_dense}
+    # those of a pruned store that no method reads stay
+    tensors = {t.need: t for t in whole.schema.tensors} | {n: t for n, t in have.items() if n not in derived}
     joined = replace(
         whole.schema,
-        tensors=tuple(have.get(t.need, t) for t in whole.schema.tensors),
+        tensors=tuple(tensors[need] for need in sorted(tensors)),
+        derived_from_dense=tuple(sorted(derived)),
         shard_rows=reader.schema.shard_rows,
         images=reader.schema.images or images,
     )
@@ -79,6 +93,7 @@ def add(
         method_options=whole.manifest.method_options,
         regions=whole.manifest.regions,
         schema=between,
+        added_on=_added_on(reader, whole, [t for t in joined.tensors if t.need not in have], reporter),
     )
     with reader.storage.lock(shared=False):
         overlay = folder / ADDING
@@ -88,6 +103,32 @@ def add(
         if between != joined:
             drop_tensors(folder, replace(read_manifest(folder), schema=joined), reporter.advance)
     return new
+
+
+def _added_on(
+    reader: StoreReader, whole: StorePlan, new: Sequence[StoredTensor], reporter: ProgressReporter
+) -> dict[str, AddedOn]:
+    """What the manifest has to say of tensors that were computed on another device than the store: those of before and
+    ``new`` ones.
+
+    Raises StoreError when they belong to the store's proposals: those of another device may be others.
+    """
+    before = dict(reader.manifest.added_on)
+    wrote, run = reader.manifest.teacher_run.device, whole.manifest.teacher_run
+    here = run.device
+    if not new or here == wrote:
+        return before
+    stored = [t.need.key for t in reader.schema.tensors if t.need.region == Region.PROPOSALS]
+    if stored and any(t.need.region == Region.PROPOSALS for t in new):
+        raise StoreError(
+            f"store '{reader.storage}' has {', '.join(stored)}, computed on {wrote}; on {here} the proposals may be others: "
+            f"add to it with --device {wrote}, or write another store"
+        )
+    reporter.message(
+        f"{reader.storage}: what is added is computed on {here}, what is there was on {wrote}; they round differently, and "
+        "the manifest says which is which"
+    )
+    return before | {t.need.key: AddedOn(device=here, threads=run.threads) for t in new}
 
 
 def _plan_of(whole: StorePlan, joined: StoreSchema, stored: StoreSchema) -> StorePlan:
@@ -142,7 +183,8 @@ def prune_tensors(store: Where, keys: Sequence[str], reporter: ProgressReporter)
         images = reader.schema.images and PIXELS not in keys
         schema = replace(reader.schema, tensors=tuple(keep), derived_from_dense=derived, images=images)
         kept = {name: options[name] for name in able.values()}
-        pruned = replace(reader.manifest, methods=tuple(able), method_options=kept, schema=schema)
+        added_on = {key: run for key, run in reader.manifest.added_on.items() if key not in keys}
+        pruned = replace(reader.manifest, methods=tuple(able), method_options=kept, schema=schema, added_on=added_on)
         drop_tensors(folder, pruned, reporter.advance)
     return [k for k in keys if k in droppable]
 

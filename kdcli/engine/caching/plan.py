@@ -81,7 +81,7 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
     specs = with_classes(detector.specs(), len(order))
     canvas = Canvas.parse(options.canvas or meta.canvas)
     views = parse_views(options.views)
-    methods = find_methods(options.method)
+    methods = find_methods(options.method) if options.method else {}  # a pruned store may have none left
     require_known(options.methods, methods)
     lineage = default_keys(detector.spec.detector)
     pair = Pair(specs, specs, detector.grid, canvas, lineage[-1])
@@ -125,6 +125,7 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
         method_options=resolved,
         origin=Origin(data=str(Path(options.data).resolve()), teacher=str(Path(options.teacher).resolve())),
         schema=schema,
+        added_on={},
     )
     detector = detector.to(device).to(memory_format=torch.channels_last)
     forward = TeacherForward(detector.eval(), order, options.micro_batch, options.precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -133,12 +134,13 @@ def _again(storage: Storage, shard: int) -> str:
 
 def plan_of_store(
     store: Where, data: str, teacher: str, device: str | None, reporter: ProgressReporter, *, methods: str | None = None,
-    settings: Mapping[str, Mapping[str, Any]] | None = None, encoding: str = "default",
+    settings: Mapping[str, Mapping[str, Any]] | None = None, encoding: str = "default", runs: bool = True,
 ) -> StorePlan:  # fmt: skip
     """The plan that wrote ``store``, rebuilt from its manifest with the given data set and teacher.
 
-    With ``methods`` and ``settings`` (options of methods), the plan of a store of these. Raises StoreError when the data
-    set is not that of the manifest.
+    ``device``: None for the one that wrote the store. With ``methods`` and ``settings`` (options of methods), the plan of a
+    store of these. ``runs``: False for a plan whose teacher will not run, which then needs neither its device nor a
+    compiler. Raises StoreError when the data set is not that of the manifest, OptionError when the device is not here.
     """
     manifest = read_manifest(store)
     schema, run, dataset = manifest.schema, manifest.teacher_run, manifest.dataset
@@ -146,12 +148,19 @@ def plan_of_store(
         "data": data, "teacher": teacher, "method": ",".join(manifest.methods) if methods is None else methods,
         "split": dataset.split, "canvas": str(schema.canvas), "views": format_views(manifest.views),
         "view_seed": manifest.view_seed, "precision": run.precision, "micro_batch": run.micro_batch,
-        "threads": run.threads, "device": device or run.device, "shard_rows": schema.shard_rows,
-        "skip_bad": bool(dataset.left_out),
+        "threads": run.threads, "device": (device or run.device) if runs else "cpu",
+        "compile": runs and bool(run.compile), "shard_rows": schema.shard_rows, "skip_bad": bool(dataset.left_out),
         "encoding": encoding, "methods": layer(manifest.method_options, settings or {}),
     }  # fmt: skip
     plan = plan_store(build(CacheOptions, fields), reporter)
     differences = dataset.differences(plan.manifest.dataset)
     if differences:
         raise StoreError(f"store '{store}' belongs to another data set: {'; '.join(differences)}")
-    return plan if methods is not None else plan.with_schema(schema)
+    if methods is not None:
+        return plan
+    # a pruned store has tensors that no method of it reads any more
+    source = plan.source.with_regions(manifest.region_spec, schema.regions)
+    needs = tuple(t.need for t in schema.tensors)
+    return replace(
+        plan, manifest=replace(plan.manifest, regions=manifest.regions, schema=schema), needs=needs, source=source
+    )
