@@ -21,9 +21,9 @@ TOLERANCE = 1e-8
 
 def run(shapes: Path, cases: list[dict[str, Any]], processes: int) -> list[list[dict[str, float]]]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.engine.trace_worker"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.support.trace_worker"]
     if processes > 1:
-        command = [sys.executable, *launcher, "--module", "tests.engine.trace_worker"]
+        command = [sys.executable, *launcher, "--module", "tests.support.trace_worker"]
     found = subprocess.run(
         [*command, str(shapes), str(STEPS), json.dumps(cases)], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
