@@ -118,7 +118,7 @@ def _cache(out: Path, reporter: ProgressReporter) -> None:
 def _pictures(out: Path) -> None:
     """Teacher, baseline and student side by side on validation images, and one row of the store."""
     val = open_split(out / "shapes", "val")
-    names = [c.name for c in val.classes]
+    names = val.classes.names
     counts = np.array([len(val.training_boxes(i)[1]) for i in range(val.num_images)])
     chosen = sorted(np.argsort(-counts, kind="stable")[:PICTURES].tolist())
     files = [val.image_path(i) for i in chosen]

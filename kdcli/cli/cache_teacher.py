@@ -71,7 +71,6 @@ def cache_teacher(
     from kdcli.engine.caching.plan import plan_store
     from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.options import layer, read_toml
-    from kdcli.store.storage.local import LocalStorage
     from kdcli.store.storage.resolve import open_storage
 
     given = f.collect(
@@ -84,8 +83,8 @@ def cache_teacher(
     if not out:
         raise UsageError("--out is missing: name the store folder, e.g. --out store")
     storage = open_storage(out)
-    if isinstance(storage, LocalStorage) and not estimate:
-        require_folder(storage.path, "--out")
+    if storage.folder is not None and not estimate:
+        require_folder(storage.folder, "--out")
     part = _part(shard)
     with reporting(part is None or shard is not None or part.index == 0) as reporter:
         plan = plan_store(options, reporter)

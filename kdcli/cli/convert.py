@@ -12,7 +12,7 @@ from kdcli.cli.app import app
 from kdcli.errors import OptionError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from kdcli.detectors.weights import Classes
+    from kdcli.classes import ClassList
 
 SOURCES = ("mmdet", "torchvision")
 
@@ -70,7 +70,7 @@ def convert(
     return 0
 
 
-def _given_classes(classes: str | None, data: str | None) -> tuple[Classes | None, str]:
+def _given_classes(classes: str | None, data: str | None) -> tuple[ClassList | None, str]:
     """The classes that the user names, and the flag that says so."""
     from kdcli.data.coco import has_split, open_split
     from kdcli.detectors.convert.coco import COCO_CLASSES
@@ -80,8 +80,8 @@ def _given_classes(classes: str | None, data: str | None) -> tuple[Classes | Non
     if classes is not None:
         if classes != "coco":
             raise OptionError(f"--classes '{classes}': only coco is known by name; give a data set with --data instead")
-        return list(COCO_CLASSES), "--classes coco"
+        return COCO_CLASSES, "--classes coco"
     if data is not None:
         dataset = open_split(Path(data), "train" if has_split(Path(data), "train") else "val")
-        return [{"id": c.id, "name": c.name} for c in dataset.classes], f"--data {data}"
+        return dataset.classes, f"--data {data}"
     return None, ""

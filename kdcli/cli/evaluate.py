@@ -84,7 +84,7 @@ def predict(
     detector, meta = load_detector(checkpoint)
     target, chosen = Canvas.parse(canvas or meta.canvas), pick_device(device or "auto")
     keep_freed_memory(chosen)
-    names = [str(c["name"]) for c in meta.classes]
+    names = meta.classes.names
     files = image_files(source)
     require_images(files)
     stems = [file.stem for file in files]  # a.jpg and a.png must not draw over each other

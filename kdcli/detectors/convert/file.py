@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from kdcli.classes import ClassList
 from kdcli.detectors.base import Detector, FcosVariant, count_parameters
 from kdcli.detectors.convert.classes import class_list
 from kdcli.detectors.convert.coco import COCO_CLASSES, COCO_OUTPUTS
 from kdcli.detectors.convert.from_mmdet import convert_mmdet
 from kdcli.detectors.convert.from_torchvision import SOURCES as MODELS
 from kdcli.detectors.convert.from_torchvision import class_outputs, convert_torchvision
-from kdcli.detectors.weights import Classes, export
+from kdcli.detectors.weights import export
 from kdcli.errors import MissingPathError, OptionError, UsageError
 from kdcli.files import load_torch
 from kdcli.options import convert, parse_assignments
@@ -31,7 +32,7 @@ class ConvertedFile:
 
     checkpoint: dict[str, Any]
     detector: Detector
-    classes: Classes
+    classes: ClassList
     found: dict[
         str, Any
     ]  # what the file said of itself: ``style``, ``fcos``, ``left_out``; each only where there is one
@@ -43,7 +44,7 @@ class ConvertedFile:
 
 
 def convert_file(
-    file: Path, source: str, canvas: str, *, classes: Classes | None = None, classes_from: str = "",
+    file: Path, source: str, canvas: str, *, classes: ClassList | None = None, classes_from: str = "",
     model: str | None = None, style: str | None = None, prefix: str | None = None, assignments: list[str] | None = None,
 ) -> ConvertedFile:  # fmt: skip
     """Read ``file`` of ``source`` (``mmdet`` or ``torchvision``); runs no code of it and downloads nothing.
@@ -109,5 +110,5 @@ def _torchvision(content: Any, file: Path, model: str | None) -> tuple[Detector,
         detector, outputs = convert_torchvision(content, model), class_outputs(content, model)
     except OptionError as error:
         raise OptionError(f"{file}: {error}") from error
-    names = [str(c["name"]) for c in COCO_CLASSES] if outputs == COCO_OUTPUTS else None
+    names = COCO_CLASSES.names if outputs == COCO_OUTPUTS else None
     return detector, names, {}

@@ -17,7 +17,7 @@ def approximations(teacher: BoundTeacher, live_precision: str) -> list[str]:
     """
     found = [f"method {name}" for name, method in teacher.methods.items() if method.offline == APPROXIMATION]
     reader = teacher.source.reader
-    precision = live_precision if reader is None else reader.manifest["teacher_run"]["precision"]
+    precision = live_precision if reader is None else reader.manifest.teacher_run.precision
     if precision != EXACT:
         found.append(f"teacher in {precision}")
     if reader is not None:

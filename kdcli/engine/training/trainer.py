@@ -242,13 +242,12 @@ class Trainer:
         )
 
     def _checkpoint(self, evaluation: dict[str, Any]) -> dict[str, Any]:
-        classes = [{"id": c.id, "name": c.name} for c in self.prepared.train.classes]
         extra = {
             "ap": evaluation.get("ap"),
             "epoch": self.state.epoch + 1,
             "store": None if self.prepared.teacher is None else self.prepared.teacher.store_hash,
         }
-        return export(self._final_student(), classes, str(self.prepared.canvas), extra)
+        return export(self._final_student(), self.prepared.train.classes, str(self.prepared.canvas), extra)
 
     def _finish(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         state = self.state

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from kdcli.cache import places
+
 from kdcli.cli.main import run
 from kdcli.data.shapes import make_shapes
 from kdcli.detectors.build import ModelSpec, build_detector
