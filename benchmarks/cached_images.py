@@ -16,8 +16,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from PIL import Image
 
 from kdcli.data.coco import open_split
 from kdcli.data.images import read_image
-from kdcli.data.views import render, view_geometry
+from kdcli.data.views import Geometry, render, view_geometry
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.caching.write import write_store
 from kdcli.engine.loading.loader import Loader
@@ -42,6 +43,7 @@ from kdcli.store.info import store_info
 from kdcli.structures import Canvas
 
 Pixels = NDArray[np.uint8]
+T = TypeVar("T")
 
 
 def rows_over(axis: int) -> tuple[Callable[[Pixels], Pixels], Callable[[Pixels], Pixels]]:
@@ -71,11 +73,27 @@ def transforms() -> dict[str, tuple[Callable[[Pixels], Pixels], Callable[[Pixels
     }
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def timed(work: Callable[..., T], *arguments: Any) -> tuple[float, T]:
     """Processor seconds, and what came of it."""
     started = time.process_time()
-    made = work()
+    made = work(*arguments)
     return time.process_time() - started, made
+
+
+def pack(canvas: Pixels, apart: Callable[[Pixels], Pixels]) -> bytes:
+    """A canvas as the store would keep it."""
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(apart(canvas).tobytes())
+
+
+def unpack(packed: bytes, size: tuple[int, ...], back: Callable[[Pixels], Pixels]) -> Pixels:
+    """The canvas again."""
+    data = bytearray(zstandard.ZstdDecompressor().decompress(packed))
+    return back(np.frombuffer(data, np.uint8).reshape(size))
+
+
+def decoded(file: io.BytesIO) -> Pixels:
+    """The canvas of an image file."""
+    return np.ascontiguousarray(np.asarray(Image.open(file)).transpose(2, 0, 1))
 
 
 def sizes(canvases: list[Pixels]) -> dict[str, dict[str, float]]:
@@ -84,17 +102,11 @@ def sizes(canvases: list[Pixels]) -> dict[str, dict[str, float]]:
     for name, (apart, back) in transforms().items():
         total = write = read = 0.0
         for canvas in canvases:
-            seconds, packed = timed(
-                lambda c=canvas, f=apart: zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(f(c).tobytes())
-            )
+            seconds, packed = timed(pack, canvas, apart)
             write += seconds
             total += len(packed)
 
-            def again(p: bytes = packed, size: Any = canvas.shape, f: Callable[[Pixels], Pixels] = back) -> Pixels:
-                data = bytearray(zstandard.ZstdDecompressor().decompress(p))
-                return f(np.frombuffer(data, np.uint8).reshape(size))
-
-            seconds, canvas_again = timed(again)
+            seconds, canvas_again = timed(unpack, packed, canvas.shape, back)
             read += seconds
             assert np.array_equal(canvas_again, canvas)
         found[name] = shown(total, write, read, len(canvases))
@@ -103,9 +115,9 @@ def sizes(canvases: list[Pixels]) -> dict[str, dict[str, float]]:
         for canvas in canvases:
             file = io.BytesIO()
             image = Image.fromarray(np.ascontiguousarray(canvas.transpose(1, 2, 0)))
-            write += timed(lambda i=image, f=file, n=name, o=options: i.save(f, n, **o))[0]
+            write += timed(partial(image.save, file, name, **options))[0]
             total += file.tell()
-            read += timed(lambda f=file: np.ascontiguousarray(np.asarray(Image.open(f)).transpose(2, 0, 1)))[0]
+            read += timed(decoded, file)[0]
         found[name] = shown(total, write, read, len(canvases))
     return found
 
@@ -118,6 +130,12 @@ def shown(total: float, write: float, read: float, number: int) -> dict[str, flo
     }  # fmt: skip
 
 
+def drawn_canvas(path: Path, geometry: Geometry) -> Pixels:
+    """The canvas of a view, from its file."""
+    pixels: Pixels = render(read_image(path, (geometry.height, geometry.width))[0], geometry).numpy()
+    return pixels
+
+
 def canvases_of(data: str, canvas: Canvas, number: int) -> tuple[list[Pixels], float, float]:
     """Canvases of evenly spaced images, mean kB of their files, and milliseconds from file to canvas."""
     dataset = open_split(Path(data), "train")
@@ -126,7 +144,7 @@ def canvases_of(data: str, canvas: Canvas, number: int) -> tuple[list[Pixels], f
         height, width = dataset.image_size(position)
         geometry = view_geometry(canvas, height, width, "identity", 0, dataset.image_id(position))
         path = dataset.image_path(position)
-        took, drawn = timed(lambda p=path, g=geometry: render(read_image(p, (g.height, g.width))[0], g).numpy())
+        took, drawn = timed(drawn_canvas, path, geometry)
         seconds += took
         made.append(drawn)
         files += path.stat().st_size
@@ -159,7 +177,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     for _ in plan * args.rounds:
         for name, batches in loaders.items():
             began = time.perf_counter()
-            cpu, batch = timed(lambda b=batches: next(b))
+            cpu, batch = timed(next, batches)
             times[name].append((time.perf_counter() - began, cpu, len(batch.keys)))
     found: dict[str, Any] = {"write_s": written}
     for name, taken in times.items():

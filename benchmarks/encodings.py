@@ -14,7 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def gradients(step: TrainStep, batch: Batch, teacher: Tensors) -> tuple[dict[str
     step.zero_grad()
     terms = step(batch, teacher)[1]
     total = torch.stack(list(terms.values())).sum()
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     parts = [p.grad.flatten().double() for p in step.student.parameters() if p.grad is not None]
     return {k: float(v.detach()) for k, v in terms.items()}, torch.cat(parts)
 
@@ -149,7 +149,7 @@ def summary(method: str, tensor: str, encoding: str, found: list[Any]) -> dict[s
     }
 
 
-def plot(lines: list[Mapping[str, Any]], file: Path) -> None:
+def plot(lines: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Bytes against the error of the gradient, one line a method and tensor."""
     from matplotlib.figure import Figure
 

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import machine, plan_of, random_teacher
@@ -123,7 +124,7 @@ def main() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         args.threads = 1
         clocks: Any = SimpleNamespace(perf_counter=time.process_time, process_time=time.process_time)
-        probing.time = clocks
+        patch.object(probing, "time", clocks).start()
     if args.threads:
         torch.set_num_threads(args.threads)
     found = {}

@@ -200,7 +200,7 @@ def measure(args: argparse.Namespace, detector: str, methods: tuple[str, ...]) -
             )
             plans = [plan_store(replace(options, method=m), NullReporter()) for m in methods]
             for samples in batches(plans[0], MICRO_BATCH, args.rows):
-                outputs = plans[0].forward.outputs(torch.stack([s.image for s in samples]))
+                outputs = plans[0].teacher.forward.outputs(torch.stack([s.image for s in samples]))
                 for k, sample in enumerate(samples):
                     own = {name: value[k : k + 1] for name, value in outputs.items()}
                     for method, plan in zip(methods, plans, strict=True):

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 STARTED = time.perf_counter()
 UNFINISHED_AT = 0.9  # share of the shards that a resumed run finds
@@ -103,9 +104,9 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     reached("imports")
     plan = scale_store.make_plan(args.out, args.method, args.shard_rows)
     reached("planned")
-    TeacherRunner.rows = teacher_rows  # type: ignore[method-assign]
     try:
-        writing.write_store(plan, args.out / "store", Journal())
+        with patch.object(TeacherRunner, "rows", teacher_rows):
+            writing.write_store(plan, args.out / "store", Journal())
     except ReachedTeacher:
         return found
     raise SystemExit("nothing was missing")

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from kdcli.store.manifest import Manifest
 from kdcli.store.provenance import DatasetRecord, Origin, TeacherRecord, TeacherRun
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
-from kdcli.store.shards import pack_chunk
+from kdcli.store.shards import open_shards, pack_chunk
 from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import Canvas, RowKey
 from kdcli.tensors import Need, TensorSpec
@@ -115,6 +116,7 @@ def manifest_of(schema: StoreSchema, images: int) -> Manifest:
         method_options={},
         origin=Origin(data="", teacher=""),
         schema=schema,
+        added_on={},
     )
 
 
@@ -166,14 +168,15 @@ def read_bytes() -> int:
 def reads(store: Path, images: int, batch: int, turns: int, cold: bool) -> dict[str, Any]:
     """Files opened a row, rows a second, and bytes from the disk a row, of both orders."""
     opened = 0
-    real = reading.open_shards
+    real = open_shards
 
     def counting(storage: Any, keys: Any, chunks: int) -> Any:
         nonlocal opened
         opened += len(keys)
         return real(storage, keys, chunks)
 
-    reading.open_shards = counting
+    patched = patch.object(reading, "open_shards", counting)
+    patched.start()
     files = [f for f in store.rglob("*") if f.is_file()]
     readers = {order: StoreReader(store) for order in ORDERS}
     plans = {order: plan(images, readers[order], order, batch) for order in ORDERS}
@@ -189,7 +192,7 @@ def reads(store: Path, images: int, batch: int, turns: int, cold: bool) -> dict[
                     reader.read(RowKey(position + 1, view))
                     rows[order] += 1
             sums[order] += [opened - before, time.perf_counter() - started, read_bytes() - disk]
-    reading.open_shards = real
+    patched.stop()
     return {
         order: {
             "files_opened_a_row": round(sums[order][0] / rows[order], 2),

@@ -111,9 +111,9 @@ def stepper(trainer: Trainer, entries: dict[str, Any] | None = None) -> Step:
         waited = time.perf_counter() - started
         if entries is not None:
             batch = replace(batch, entries=entries[str(batch.keys)])
-        trainer.progress.batch = 1  # the gradient shares are measured once an epoch, not in a usual step
+        trainer.state.batch = 1  # the gradient shares are measured once an epoch, not in a usual step
         trainer._train_batch(batch, len(plan))
-        trainer.progress.step += 1
+        trainer.state.step += 1
         return waited
 
     return step

@@ -81,12 +81,12 @@ def by_zarr(store: Path, needs: tuple[Need, ...]) -> Reading:
 
     def fresh() -> Read:
         group = zarr.open_group(store, mode="r")
-        opened = {path: group[path] for path in layout}
+        opened: dict[str, Any] = {path: group[path] for path in layout}
 
         def read(key: RowKey) -> Row:
             index = reader.row_index(key)
             values = {path: np.asarray(array[index]) for path, array in opened.items()}
-            entries = None
+            entries: Entries | None = None
             if schema.sparse:
                 index_, flag, gt, weight = (
                     torch.from_numpy(values[f"entries/{n}"][: int(values[ENTRY_COUNT][0])])
@@ -95,7 +95,11 @@ def by_zarr(store: Path, needs: tuple[Need, ...]) -> Reading:
                 entries = Entries(index_.long(), flag, gt.long(), weight, torch.zeros_like(index_, dtype=torch.int64))
             arrays = {}
             for tensor in reader.tensors:
-                real = int(entries.select(tensor.need.region).sum()) if tensor.need.at_entries else None
+                real = (
+                    int(entries.select(tensor.need.region).sum())
+                    if entries is not None and tensor.need.at_entries
+                    else None
+                )
                 for spec in schema.tensor_arrays(tensor).values():
                     arrays[spec.path] = values[spec.path][:real]
             return Row(arrays, entries)
@@ -250,4 +254,4 @@ def _resident_pages(descriptor: int, size: int) -> Any:
         address = np.frombuffer(view, np.uint8).ctypes.data
         if library.mincore(address, size, pages):
             raise OSError(get_errno(), "mincore")
-        return np.frombuffer(pages, np.uint8) & 1
+        return np.frombuffer(memoryview(pages), np.uint8) & 1

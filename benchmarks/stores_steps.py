@@ -23,7 +23,7 @@ from kdcli.engine.teacher import forward as teacher
 from kdcli.engine.training import run_config
 from kdcli.engine.training.setup import prepare
 from kdcli.engine.training.trainer import Trainer
-from kdcli.store.reader import BatchSlot
+from kdcli.store.batch_buffers import BatchSlot
 from kdcli.structures import Batch
 
 Endless = Iterator[tuple[Batch, int]]
@@ -81,9 +81,9 @@ def steps(trainer: Trainer, batches: Endless, count: int) -> NDArray[np.float64]
     """Time (see now) for ``count`` steps: by the clock with waiting for data, by the processor without data workers."""
     began = now()
     for batch, length in itertools.islice(batches, count):
-        trainer.progress.batch = 1  # the gradient shares are measured once an epoch, not in a usual step
+        trainer.state.batch = 1  # the gradient shares are measured once an epoch, not in a usual step
         trainer._train_batch(batch, length)
-        trainer.progress.step += 1
+        trainer.state.step += 1
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
     return now() - began

@@ -24,7 +24,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,14 +33,19 @@ from common import draw_data, machine, pairwise, part_of, plan_of, random_teache
 
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.caching.plan import StorePlan, encode_row
-from kdcli.engine.caching.write import ErrorMeter, compare_row, shard_micro_batches, write_store
+from kdcli.engine.caching.write import compare_row, shard_micro_batches, write_store
 from kdcli.engine.loading.loader import Loader
-from kdcli.engine.loading.samples import Item, SampleSource, collate
+from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
 from kdcli.engine.runtime.memory import keep_freed_memory
+from kdcli.store.arrays import ArraySpec
 from kdcli.store.batch_buffers import collate_arrays
+from kdcli.store.encoding_error import ErrorMeter
+from kdcli.store.encodings import Arrays
 from kdcli.store.schema import row_tensor
 from kdcli.store.shards import pack_chunk
 from kdcli.store.writer import StoreWriter, create_store
+from kdcli.structures import Batch
+from kdcli.tensors import Tensors
 
 METHODS = ("ld", "ld,rm", "pfi", "bckd", "defeat")
 LIMIT = 1.10
@@ -144,14 +149,34 @@ class Stages:
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
 
-    def run(self, name: str, task: Callable[[], T]) -> T:
+    def run(self, name: str, task: Callable[..., T], *arguments: Any) -> T:
         """Time one task."""
         started, used = time.perf_counter(), time.process_time()
-        result = task()
+        result = task(*arguments)
         times = self.seconds.setdefault(name, [0.0, 0.0])
         times[0] += time.perf_counter() - started
         times[1] += time.process_time() - used
         return result
+
+
+def load_all(source: SampleSource, items: list[Item]) -> list[Sample]:
+    """Their samples, one by one."""
+    return [source.load(item) for item in items]
+
+
+def collate_on(samples: list[Sample], device: torch.device) -> Batch:
+    """A batch without the teacher's rows, where the teacher is."""
+    return collate(samples, None).to(device)
+
+
+def decode_row(plan: StorePlan, row: Arrays) -> Tensors:
+    """What a reader would make of a row."""
+    return plan.schema.decode(collate_arrays([row], plan.schema.layout()), plan.needs)
+
+
+def compressed(row: Arrays, layout: Sequence[ArraySpec]) -> dict[str, bytes]:
+    """The chunk of each array."""
+    return {array.path: pack_chunk(row[array.path], array) for array in layout}
 
 
 def profile(plan: StorePlan, out: Path) -> dict[str, Any]:
@@ -167,23 +192,19 @@ def profile(plan: StorePlan, out: Path) -> dict[str, Any]:
     batches = shard_micro_batches(plan, 0)
     packed: dict[Item, dict[str, bytes]] = {}
     for items in batches:
-        stages.run("load: images", lambda items=items: [images.load(i) for i in items])
-        samples = stages.run("load: whole", lambda items=items: [plan.source.load(i) for i in items])
-        batch = stages.run("collate", lambda samples=samples: collate(samples, None).to(plan.teacher.device))
-        stages.run("teacher: forward", lambda batch=batch: plan.teacher.forward.outputs(batch.images))
-        values = stages.run(
-            "teacher: forward, collate, read, copy", lambda samples=samples: plan.teacher.rows(samples, plan.needs)
-        )
+        stages.run("load: images", load_all, images, items)
+        samples = stages.run("load: whole", load_all, plan.source, items)
+        batch = stages.run("collate", collate_on, samples, plan.teacher.device)
+        stages.run("teacher: forward", plan.teacher.forward.outputs, batch.images)
+        values = stages.run("teacher: forward, collate, read, copy", plan.teacher.rows, samples, plan.needs)
         for item, sample, value in zip(items, samples, values, strict=True):
-            row = stages.run("encode", lambda sample=sample, value=value: encode_row(plan, sample, value))
-            decoded = stages.run(
-                "check: decode", lambda row=row: plan.schema.decode(collate_arrays([row], layout), plan.needs)
-            )
+            row = stages.run("encode", encode_row, plan, sample, value)
+            decoded = stages.run("check: decode", decode_row, plan, row)
             read = {key: row_tensor(tensor) for key, tensor in decoded.items()}
-            stages.run("check: compare", lambda s=sample, v=value, r=read: compare_row(plan, s, ErrorMeter(), v, r))
-            packed[item] = stages.run("compress", lambda row=row: {a.path: pack_chunk(row[a.path], a) for a in layout})
+            stages.run("check: compare", compare_row, plan, sample, ErrorMeter(), value, read)
+            packed[item] = stages.run("compress", compressed, row, layout)
     chunks = {a.path: [packed[plan.item(r)][a.path] for r in range(start, stop)] for a in layout}
-    stages.run("write", lambda: StoreWriter(store, plan.schema).write_chunks(0, chunks, Measured()))
+    stages.run("write", StoreWriter(store, plan.schema).write_chunks, 0, chunks, Measured())
     shutil.rmtree(store)
     return table(stages.seconds, stop - start)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import os
+import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +25,7 @@ LAYERS = [
     {"data", "detectors", "methods", "store"},
     {"engine", "plugins"},
     {"report"},
-    {"demo"},
+    {"api", "demo"},
     {"cli"},
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
@@ -73,8 +72,13 @@ def test_imports_point_down(part: str) -> None:
     assert seen or part in ("errors", "tensors", "classes")
 
 
-def test_the_version_imports_nothing() -> None:
-    assert [module for _, module in imported_modules(PACKAGE / "__init__.py")] == []
+def test_the_package_itself_imports_nothing_of_its_own() -> None:
+    """``import kdcli`` reads the version; what the surface offers is imported when it is asked for."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    at_once = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert at_once == ["from __future__ import annotations", "from typing import TYPE_CHECKING"]
+    offered = {module.split(".")[1] for _, module in imported_modules(PACKAGE / "__init__.py") if "kdcli." in module}
+    assert offered == {"api", "detectors", "errors", "methods", "tensors"}
 
 
 def test_only_the_command_line_knows_typer() -> None:
@@ -159,30 +163,31 @@ def test_nothing_is_unpickled() -> None:
 
 
 HEAVY = ("torch", "torchvision", "zarr", "numpy", "matplotlib", "pycocotools", "PIL")
-PROBE = f"""
-import sys
+PROBE = """
+import json, sys
+import typer
+of_typer = set(sys.modules)
 sys.argv = ["kdcli", "--help"]
 from kdcli.cli.main import main
 try:
     main()
 except SystemExit as stop:
-    print("exit", stop.code, sorted(set(sys.modules) & set({HEAVY!r})))
+    print(json.dumps([stop.code, sorted(set(sys.modules) - of_typer)]))
 """
 
 
-def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE], capture_output=True, text=True, env=environment, check=True
-        )
-        seconds.append(time.perf_counter() - start)
-    assert done.stdout.splitlines()[-1] == "exit 0 []"
+def test_help_imports_the_command_line_alone() -> None:
+    """What makes it immediate; benchmarks/startup.py says how long it takes."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     for command in ("train", "cache-teacher", "distill", "eval", "compare"):
         assert command in done.stdout
-    assert min(seconds) < 0.5, f"kdcli --help took {min(seconds):.2f} s"
+    code, imported = json.loads(done.stdout.splitlines()[-1])
+    assert code == 0
+    parts = {".".join(name.split(".")[:2]) for name in imported if name.split(".")[0] == "kdcli"}
+    assert parts <= {"kdcli", "kdcli.cli", "kdcli.errors", "kdcli.store"}
+    others = [name for name in imported if name.split(".")[0] != "kdcli"]
+    assert not set(HEAVY) & set(others)
+    assert len(others) < 10, others  # 3: of typer, and of Python
 
 
 def _top_level(file: Path) -> Iterator[str]:

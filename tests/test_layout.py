@@ -31,12 +31,15 @@ def imports(file: Path) -> list[str]:
 
 
 def test_what_tests_share_lies_in_support() -> None:
+    """Or beside the test, for what is of no use elsewhere; never in another test module."""
     shared = 0
     for file in FILES:
+        beside = ".".join(file.parent.relative_to(TESTS.parent).parts)
         for name in imports(file):
-            parts = name.split(".")
-            if parts[0] in ("tests", "conftest"):
-                assert parts[1] == "support", f"{file.relative_to(TESTS)} imports {name}"
+            if name.split(".")[0] in ("tests", "conftest"):
+                where = f"{file.relative_to(TESTS)} imports {name}"
+                assert name.startswith(("tests.support.", f"{beside}.")), where
+                assert ".test_" not in name, where
                 shared += 1
     assert shared > 50
 

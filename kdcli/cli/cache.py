@@ -89,8 +89,9 @@ def verify(
 
     Example: kdcli cache verify STORE --teacher runs/teacher --data DATA --rows 32
     """
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
+    from kdcli.report.progress import ConsoleReporter
     from kdcli.store.manifest import read_manifest
 
     with ConsoleReporter() as reporter:
@@ -125,11 +126,12 @@ def bench(
     """
     from rich.table import Table
 
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.bench import bench as run_bench
     from kdcli.engine.caching.bench import default_workers
     from kdcli.engine.caching.edit import needs_of
     from kdcli.report.console import human_console
+    from kdcli.report.progress import ConsoleReporter
 
     try:
         numbers = [int(n) for n in workers.split(",")] if workers else default_workers()

@@ -33,12 +33,13 @@ def add(
 
     Example: kdcli cache add STORE --method bckd
     """
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.edit import add as add_tensors
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.methods.resolve import method_tables
     from kdcli.options import parse_assignments
+    from kdcli.report.progress import ConsoleReporter
 
     if not method and not cache_images:
         raise UsageError("name what to add: --method bckd, or --cache-images")
@@ -68,8 +69,9 @@ def prune(
 
     Example: kdcli cache prune STORE --tensor features@all
     """
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.edit import prune_tensors, prune_views
+    from kdcli.report.progress import ConsoleReporter
 
     if bool(tensor) == bool(view):
         raise UsageError("prune takes either --tensor KEY (in place) or --view VIEW with --out COPY")
@@ -102,8 +104,9 @@ def merge(
 
     Example: kdcli cache merge store-identity store-hflip --out store
     """
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.edit import merge as merge_stores
+    from kdcli.report.progress import ConsoleReporter
 
     if len(stores) < 2:
         raise UsageError("merge needs at least two stores")

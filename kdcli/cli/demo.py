@@ -26,10 +26,11 @@ def demo(
     """
     import time
 
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.demo import clear_folder, run_demo
     from kdcli.report.console import show_comparison
     from kdcli.report.html import gist
+    from kdcli.report.progress import ConsoleReporter
 
     clear_folder(out, overwrite=overwrite)
     started = time.perf_counter()

@@ -31,11 +31,12 @@ def evaluate(
     Example: kdcli eval runs/student --data DATA --out scores
     """
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.evaluation.checkpoint import evaluate_checkpoint, write_scores
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.report.console import human_console, table_of_metrics
+    from kdcli.report.progress import ConsoleReporter
 
     if data is None:
         raise UsageError("--data is missing: name the data set folder")
@@ -72,12 +73,13 @@ def predict(
     Example: kdcli predict runs/student photos --out drawn --score 0.4
     """
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.detectors.weights import load_detector
     from kdcli.engine.evaluation.predict import image_files, predict_files, require_images
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.report.draw import draw_detections, save_png
+    from kdcli.report.progress import ConsoleReporter
     from kdcli.structures import Canvas
 
     require_folder(out, "--out")

@@ -44,6 +44,7 @@ class Method(nn.Module):
     student_needs: tuple[Need, ...] | None = None  # what is read of the student, when it is not the same
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # detector -> options that differ there
     region_options: ClassVar[tuple[str, ...]] = ()  # options that decide which entries a store holds
+    reads_targets: ClassVar[bool] = True  # boxes, labels or assignment of the batch; False: at most its padding
     index_aligned: ClassVar[bool] = True  # reads logits or boxes by anchor index: both grids must be equal
 
     @classmethod

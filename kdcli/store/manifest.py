@@ -52,6 +52,7 @@ class Manifest:
     method_options: Mapping[str, Mapping[str, Any]]  # by name of the method
     origin: Origin
     schema: StoreSchema
+    added_on: Mapping[str, AddedOn]  # tensors, by key, that another device computed than the rest
     errors: Measured | None = None  # None until the last shard is written
     added_on: Mapping[str, AddedOn] = dataclasses.field(default_factory=dict)  # by tensor; empty for most
 
@@ -83,6 +84,7 @@ class Manifest:
             "methods": ",".join(self.methods),
             "method_options": {name: dict(options) for name, options in self.method_options.items()},
             "origin": self.origin.to_json(),
+            **({"added_on": {key: run.to_json() for key, run in self.added_on.items()}} if self.added_on else {}),
             "schema": self.schema.to_json(),
             **({} if self.errors is None else {"errors": self.errors.to_json()}),
             **({"added_on": {key: run.to_json() for key, run in self.added_on.items()}} if self.added_on else {}),
@@ -108,6 +110,7 @@ class Manifest:
             method_options={name: table(values, "method_options") for name, values in options.items()},
             origin=Origin.from_json(field(data, "origin", dict)),
             schema=StoreSchema.from_json(field(data, "schema", dict)),
+            added_on=_added_on(data),
             errors=Measured.from_json(data["errors"]) if "errors" in data else None,
             added_on={
                 key: AddedOn.from_json(table(run, "added_on"))
@@ -168,8 +171,13 @@ class Manifest:
             "teacher": self.teacher.to_json(),
             "added_on": {key: run.to_json() for key, run in self.added_on.items()},
             "dataset": {"categories": self.dataset.fingerprint()["categories"]},
+            "added_on": {key: run.to_json() for key, run in self.added_on.items()},
             "schema": {name: value for name, value in identity["schema"].items() if name not in ROWS},
         }
+
+    def region_differences(self, ours: Manifest) -> list[str]:
+        """In what the rules of the sparse regions differ."""
+        return compare({"regions": self.region_spec.to_json()}, {"regions": ours.region_spec.to_json()})
 
     def run_differences(
         self,
@@ -248,6 +256,14 @@ def _views(data: dict[str, Any]) -> tuple[str, ...]:
     require(all(isinstance(v, str) and VIEW.fullmatch(v) for v in views), "views")
     require(0 < len(views) == len(set(views)), "views")
     return tuple(views)
+
+
+def _added_on(data: dict[str, Any]) -> dict[str, AddedOn]:
+    if "added_on" not in data:
+        return {}
+    found = field(data, "added_on", dict)
+    require(bool(found), "added_on")
+    return {key: AddedOn.from_json(table(run, "added_on")) for key, run in found.items()}
 
 
 def _readable(schema: StoreSchema) -> dict[str, Any]:

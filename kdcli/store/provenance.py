@@ -93,14 +93,14 @@ class TeacherRun:
 
 @dataclass(frozen=True, kw_only=True)
 class AddedOn:
-    """Where a tensor was computed that was added on another device than its store was written on."""
+    """Where a tensor was computed that ``cache add`` added on another device than the store's."""
 
     device: str
     threads: int | None  # on a CPU
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
-        return {"device": self.device, "threads": self.threads}
+        return {"device": self.device, **({} if self.threads is None else {"threads": self.threads})}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> AddedOn:

@@ -6,6 +6,7 @@ The chunks of a row are asked for together, as an object store answers them side
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,12 +69,24 @@ class StoreReader:
         self._require_complete()
         self._ids = self._read_image_ids()
         self._sorter = np.argsort(self._ids, kind="stable")  # 16 bytes an image; a dict would take 130
+        self.pixels = self.schema.images
         self.layout = self._wanted()
         self._shards: dict[int, list[ShardFile]] = {}  # of each shard that is open, in the order of the layout
         self._group: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}, "_group": None}
+
+    def restricted(self, needs: Iterable[Need], *, pixels: bool) -> StoreReader:
+        """The same store read for less: what ``needs`` read, with its cached images or not. Nothing is opened or read.
+
+        Raises StoreError when it lacks a need.
+        """
+        other = copy.copy(self)  # through __getstate__: with no open file
+        other.tensors = self.schema.restrict(tuple(needs))
+        other.pixels = pixels and self.schema.images
+        other.layout = other._wanted()
+        return other
 
     @property
     def image_ids(self) -> tuple[int, ...]:
@@ -125,7 +138,7 @@ class StoreReader:
                 arrays[PROPOSAL_COUNT] = np.array([counts[PROPOSAL_COUNT]], np.int32)
         identity = self._array(chunks, "row/identity", index, None).tobytes()
         geometry = self._array(chunks, "row/geometry", index, None)
-        image = self._image(chunks, index, geometry) if self.schema.images else None
+        image = self._image(chunks, index, geometry) if self.pixels else None
         entries = _entries_of(parts) if parts else None
         return Row(
             arrays=arrays, entries=entries, content=identity[:32], guard=identity[32:], geometry=geometry, image=image,
@@ -142,6 +155,8 @@ class StoreReader:
 
     def _wanted(self) -> dict[str, ArraySpec]:
         specs = {a.path: a for a in self.schema.layout() if not a.path.startswith("tensors/")}
+        if not self.pixels:
+            specs.pop(PIXELS, None)
         for tensor in self.tensors:
             specs.update({a.path: a for a in self.schema.tensor_arrays(tensor).values()})
         return specs

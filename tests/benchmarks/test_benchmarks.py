@@ -31,6 +31,7 @@ def test_stores_reads_and_trains_from_every_format(tmp_path: Path) -> None:
         assert line["measured"] > 0
 
 
+@pytest.mark.full
 def test_write_cost_compares_both_passes(tmp_path: Path) -> None:
     found = run("write_cost.py", "--out", str(tmp_path), "--rows", "4", "--method", "ld", "pfi", "--profile")
     for measured in found["methods"].values():
@@ -38,6 +39,7 @@ def test_write_cost_compares_both_passes(tmp_path: Path) -> None:
         assert measured["profile"]["ms_a_row_clock_processors"]["teacher: forward"][0] > 0
 
 
+@pytest.mark.full
 def test_step_cost_compares_all_ways(tmp_path: Path) -> None:
     some = ("--images", "4", "--batch", "2", "--steps", "1", "--methods", "ld", "--wait-steps", "2", "--workers", "1")
     found = run("step_cost.py", "--out", str(tmp_path), *some)

@@ -28,6 +28,7 @@ from kdcli.options import TrainOptions, build
 from kdcli.report import plots
 from kdcli.structures import Canvas
 from kdcli.tensors import FEATURES
+from tests.support.selection import matrix
 
 assert command_line.COMMANDS  # registers the commands on ``app``
 
@@ -50,6 +51,8 @@ CHANNELS = {
 STORED = ("ld_gfl_r18_r101", "defeat_cls_faster_r50_r152")
 
 recipes = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+# building or training what they say takes a minute
+some_recipes = pytest.mark.parametrize("file", matrix(FILES, lambda f: f.stem in STORED), ids=lambda f: f.stem)
 
 
 def fields_of(file: Path) -> dict[str, Any]:
@@ -179,7 +182,7 @@ def test_stored_options_are_those_of_the_recipe(file: Path) -> None:
     assert len(stores) == (fields["command"] == "distill" and "--teacher" not in commands_of(file)[-1])
 
 
-@recipes
+@some_recipes
 def test_recipe_builds_its_own_backbone(file: Path) -> None:
     """The runs below have a small backbone; here each recipe's own goes through its neck and heads, without numbers."""
     model = build(TrainOptions, fields_of(file)).model
@@ -202,7 +205,7 @@ def run_on_meta(spec: ModelSpec) -> tuple[Any, Any]:
         return detector, detector(torch.zeros(1, 3, HEIGHT, WIDTH))
 
 
-@recipes
+@some_recipes
 def test_recipe_runs_two_steps(
     file: Path, coco: Path, teachers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -219,7 +222,7 @@ def test_recipe_runs_two_steps(
     assert "left out: 1 of 5 images, which have no box" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stem", STORED)
+@pytest.mark.parametrize("stem", matrix(STORED))
 def test_recipe_runs_from_the_store_of_its_comment(stem: str, coco: Path, teachers: Any, tmp_path: Path) -> None:
     file = RECIPES / f"{stem}.toml"
     (command,) = (c for c in commands_of(file) if c[0] == "cache-teacher")
@@ -230,7 +233,9 @@ def test_recipe_runs_from_the_store_of_its_comment(stem: str, coco: Path, teache
     run_recipe(file, tmp_path / "run", "--data", str(coco), "--cache", str(tmp_path / "store"))
 
 
-@pytest.mark.parametrize(("detector", "times"), [("gfl", 0), ("retinanet", 1)])
+@pytest.mark.parametrize(
+    ("detector", "times"), matrix([("gfl", 0), ("retinanet", 1)], lambda case: case[0] == "retinanet")
+)
 def test_bckd_off_gfl_says_that_its_weights_are_ours(
     detector: str, times: int, coco: Path, teachers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -241,6 +246,7 @@ def test_bckd_off_gfl_says_that_its_weights_are_ours(
     assert capsys.readouterr().err.count("bckd: its weights 1 and 4 were published for GFL only") == times
 
 
+@pytest.mark.full
 def test_skip_empty(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "--data", str(coco), "--model", f"gfl_{SMALL}", *FLAGS]
     assert run([*train, "--out", str(tmp_path / "all")]) == 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdcli.detectors.backbones import BACKBONES, Backbone, load_backbone_weights
 from kdcli.errors import MissingPathError, OptionError
+from tests.support.selection import matrix
 
 CHANNELS = {
     "resnet18": (128, 256, 512),
@@ -36,7 +37,7 @@ def _write_classifier(name: str, path: Path) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", matrix(BACKBONES, lambda name: "resne" not in name or name == "resnet18"))
 def test_maps_have_strides_8_16_32_and_the_known_channels(name: str) -> None:
     torch.manual_seed(0)
     backbone = Backbone(name).eval()

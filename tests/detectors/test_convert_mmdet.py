@@ -28,6 +28,7 @@ from kdcli.files import atomic_save
 from kdcli.structures import Canvas
 from kdcli.tensors import CENTERNESS, CLS_LOGITS, Tensors, flatten_levels
 from tests.support.mmdet_case import canvas_of, case, config_text, images_of, weights
+from tests.support.selection import matrix
 
 CLASSES = ClassList.numbered("123")
 NAMES = {
@@ -60,7 +61,7 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
     assert difference <= 1e-5 * largest
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", matrix(NAMES, {"gfl", "faster_rcnn"}.__contains__))
 def test_outputs_and_detections_are_mmdets(name: str) -> None:
     made, canvas = converted(name), canvas_of(name)
     detector, arrays = made.detector, {k: torch.from_numpy(v) for k, v in case(name).items() if v.dtype.kind in "fu"}
@@ -103,7 +104,7 @@ def _compare_detections(made: Converted, outputs: Tensors, canvas: Canvas, array
         assert (gap.amin(dim=1) < 1e-2).sum() >= len(boxes) - 1  # the last of 100 may be another
 
 
-@pytest.mark.parametrize("name", ["gfl", "retinanet_caffe", "fcos_detectron", "faster_rcnn"])
+@pytest.mark.parametrize("name", matrix(["gfl", "retinanet_caffe", "fcos_detectron", "faster_rcnn"]))
 def test_checkpoint_reloads_by_itself(name: str, tmp_path: Path) -> None:
     made = converted(name).detector
     atomic_save(export(made, CLASSES, str(canvas_of(name)), {}), tmp_path / "teacher.pt")
@@ -128,6 +129,7 @@ def test_specs_are_seen_in_the_weights() -> None:
     assert found["faster_rcnn"] == ModelSpec("mm_faster_rcnn", "resnet18", head_channels=64, **common)
 
 
+@pytest.mark.full
 def test_style_without_a_config() -> None:
     """Flag first; merged batch norms say Caffe; other batch norms torchvision."""
     bare = weights("retinanet_caffe")

@@ -29,7 +29,10 @@ from kdcli.tensors import CLS_LOGITS, FEATURES, flatten_levels
 
 CANVAS = Canvas(128, 160)  # P6 and P7 have a step of 53 and 80 px across, not of 64 and 128
 SLOW = "fasterrcnn_resnet50_fpn_v2"  # four convs on each of 1000 proposals
-NAMES = [pytest.param(n, marks=pytest.mark.slow) if n == SLOW else n for n in SOURCES]
+QUICK = "retinanet_resnet50_fpn"
+NAMES = [
+    pytest.param(n, marks=pytest.mark.slow if n == SLOW else () if n == QUICK else pytest.mark.full) for n in SOURCES
+]
 
 
 def torchvision_model(name: str, outputs: int, **options: Any) -> Any:
@@ -164,6 +167,7 @@ class _OurSampler:
         return positive, negative
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", pytest.param(SLOW, marks=pytest.mark.slow)])
 def test_losses_are_torchvisions(name: str) -> None:
     """The same anchors and proposals drawn, the four losses agree."""
@@ -225,6 +229,7 @@ def test_anchors_are_torchvisions(canvas: Canvas) -> None:
         Grid(stride_rule="image_over_cells")  # type: ignore[arg-type]
 
 
+@pytest.mark.full
 def test_frozen_batch_norms_without_eps_are_folded() -> None:
     """A published v1 file: frozen batch norms, no counters, an eps of 0, and variances far below ours of 1e-5."""
     name = "retinanet_resnet50_fpn"
@@ -255,6 +260,7 @@ def test_frozen_batch_norms_without_eps_are_folded() -> None:
         convert_torchvision(state, name)
 
 
+@pytest.mark.full
 def test_old_names_of_a_published_file_are_read() -> None:
     """The v1 files were written before torchvision put each conv into a block of its own."""
     name = "fasterrcnn_resnet50_fpn"

@@ -18,6 +18,7 @@ from kdcli.geometry.boxes import encode_deltas, encode_distances
 from kdcli.options import TrainOptions, build
 from kdcli.structures import Canvas, Targets
 from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOX_REGRESSION, CENTERNESS, CLS_LOGITS
+from tests.support.selection import matrix
 
 CANVAS = Canvas(128, 160)
 BOXES = torch.tensor([[8.0, 8, 24, 26], [30, 20, 70, 66], [60, 10, 150, 120], [0, 0, 160, 128]])
@@ -76,7 +77,7 @@ def test_gradient_reaches_every_parameter(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("canvas", [Canvas(32, 32), Canvas(32, 64), Canvas(320, 416)])
+@pytest.mark.parametrize("canvas", matrix([Canvas(32, 32), Canvas(32, 64), Canvas(320, 416)]))
 def test_losses_and_detections_on_any_canvas(form: str, canvas: Canvas) -> None:
     detector = small(form)
     boxes = [many_boxes(canvas, 300), torch.empty(0, 4), many_boxes(canvas, 1)]

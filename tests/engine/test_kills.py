@@ -69,10 +69,12 @@ def distill_chain(shapes: Path, store: Path, folder: Path, kills: int, seed: int
     assert sorted(f for f in contents(run)) == sorted(f for f in contents(folder / "whole"))
 
 
+@pytest.mark.full
 def test_a_killed_cache_teacher_goes_on(shapes: Path, teacher: Path, tmp_path: Path) -> None:
     cache_chain(shapes, teacher, tmp_path, kills=3, seed=1)
 
 
+@pytest.mark.full
 def test_a_killed_distillation_goes_on(shapes: Path, default_store: Path, tmp_path: Path) -> None:
     distill_chain(shapes, default_store, tmp_path, kills=3, seed=2)
 

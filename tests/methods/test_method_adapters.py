@@ -21,17 +21,20 @@ from tests.support.method_case import (
     build,
     class_of,
     detector_of,
+    every,
     make_batch,
     make_outputs,
+    on_gfl,
     pair_of,
     resolved,
     total,
 )
+from tests.support.selection import matrix
 
 PARAMETERS = {"drkd", "drkd_lite", "defeat", "defeat_thin", "fgd"}  # whatever the channels
 
 
-@pytest.mark.parametrize(("name", "detector"), EVERY)
+@every
 def test_other_channels_get_an_adapter_that_learns(name: str, detector: str) -> None:
     torch.manual_seed(0)
     student, teacher = detector_of(detector, 64), detector_of(detector, backbone="mobilenet_v3_small")
@@ -70,7 +73,9 @@ def without_gradient(name: str, student: Detector, batch: Batch) -> tuple[str, .
     return ()
 
 
-@pytest.mark.parametrize(("name", "detector"), [case for case in EVERY if case[0].partition(":")[0] not in PARAMETERS])
+@pytest.mark.parametrize(
+    ("name", "detector"), matrix([case for case in EVERY if case[0].partition(":")[0] not in PARAMETERS], on_gfl)
+)
 def test_equal_channels_need_no_adapter(name: str, detector: str) -> None:
     assert list(build(name, detector).parameters()) == []
     assert list(build(name, detector).buffers()) == []

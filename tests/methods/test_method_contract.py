@@ -36,10 +36,12 @@ from tests.support.method_case import (
     both_sides,
     build,
     detector_of,
+    every,
     first_image,
     make_batch,
     make_outputs,
     many_boxes,
+    on_gfl,
     outside_of,
     resolved,
     student_needs,
@@ -47,6 +49,7 @@ from tests.support.method_case import (
     terms_of,
     total,
 )
+from tests.support.selection import matrix
 
 SCENES = {
     "one box": [ONE],
@@ -87,7 +90,7 @@ def test_which_methods_work_where() -> None:
     assert set(VARIANT_CASES) == variants
 
 
-@pytest.mark.parametrize(("name", "detector"), EVERY)
+@every
 @pytest.mark.parametrize("scene", SCENES)
 def test_terms_are_finite_scalars_with_a_graph(name: str, detector: str, scene: str) -> None:
     student, boxes = detector_of(detector), SCENES[scene]
@@ -123,7 +126,7 @@ READ_FROM = {
 }
 
 
-@pytest.mark.parametrize(("name", "detector"), EVERY)
+@every
 def test_gradients_reach_the_student_and_never_the_teacher(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO, ONE])
@@ -142,7 +145,7 @@ def test_gradients_reach_the_student_and_never_the_teacher(name: str, detector: 
     assert all(output.grad is None for output in theirs.values())
 
 
-@pytest.mark.parametrize(("name", "detector"), EVERY)
+@every
 def test_a_method_reads_its_needs_and_nothing_else(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO])
@@ -156,7 +159,9 @@ def test_a_method_reads_its_needs_and_nothing_else(name: str, detector: str) -> 
     assert theirs.used == {n.key for n in method.needs if n != boxes} | labels
 
 
-@pytest.mark.parametrize(("name", "detector"), [case for case in EVERY if case[0].partition(":")[0] not in TRAINED])
+@pytest.mark.parametrize(
+    ("name", "detector"), matrix([case for case in EVERY if case[0].partition(":")[0] not in TRAINED], on_gfl)
+)
 def test_a_student_that_equals_its_teacher_has_no_loss(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO, many_boxes(20)])
@@ -169,7 +174,7 @@ def test_a_student_that_equals_its_teacher_has_no_loss(name: str, detector: str)
     assert all(v.grad is None or v.grad.abs().max() < 1e-5 for v in ours.values())
 
 
-@pytest.mark.parametrize(("name", "detector"), EVERY)
+@every
 @pytest.mark.parametrize("images", [2, 5])
 def test_the_batch_size_does_not_change_a_term(name: str, detector: str, images: int) -> None:
     student = detector_of(detector)
@@ -184,7 +189,7 @@ def test_the_batch_size_does_not_change_a_term(name: str, detector: str, images:
         assert float(term.detach()) == pytest.approx(float(alone[part].detach()), rel=1e-5, abs=1e-7), part
 
 
-@pytest.mark.parametrize(("name", "detector"), EVERY)
+@every
 def test_the_order_of_images_does_not_change_a_term(name: str, detector: str) -> None:
     student, order = detector_of(detector), [2, 0, 1]
     batch = make_batch(student, [TWO, NONE, many_boxes(12)])
@@ -198,7 +203,9 @@ def test_the_order_of_images_does_not_change_a_term(name: str, detector: str) ->
 
 
 # a RoI head reads beyond the content where a proposal touches its edge, as it does in training and inference
-@pytest.mark.parametrize(("name", "detector"), [case for case in EVERY if case[0] != "defeat:proposals"])
+@pytest.mark.parametrize(
+    ("name", "detector"), matrix([case for case in EVERY if case[0] != "defeat:proposals"], on_gfl)
+)
 def test_invalid_cells_are_never_read(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO])
@@ -220,7 +227,7 @@ def test_invalid_cells_are_never_read(name: str, detector: str) -> None:
         assert value.grad is None or not value.grad[:, mask].any(), key
 
 
-@pytest.mark.parametrize(("name", "detector"), EVERY)
+@every
 def test_a_term_of_weight_0_is_absent(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO])
@@ -235,7 +242,7 @@ def test_a_term_of_weight_0_is_absent(name: str, detector: str) -> None:
         build(name, detector, **dict.fromkeys(options, 0.0))
 
 
-@pytest.mark.parametrize(("name", "detector"), EVERY)
+@every
 def test_terms_scale_with_their_weight(name: str, detector: str) -> None:
     student = detector_of(detector)
     batch = make_batch(student, [TWO])

@@ -18,6 +18,7 @@ from kdcli.store.maintenance import record_errors
 from kdcli.store.manifest import read_manifest, write_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.writer import StoreWriter
+from tests.support.selection import matrix
 from tests.support.store_case import assert_row_equal, contents, create, keys, make_row, make_store
 from tests.support.writers import SCHEMA, fill, forked
 
@@ -61,7 +62,7 @@ def rounds(folder: Path, counts: Sequence[int], seed: int, *, overlap: bool) -> 
     return kills
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["disjoint", "overlapping"])
+@pytest.mark.parametrize("overlap", matrix([False, True]), ids=["disjoint", "overlapping"])
 def test_killed_writers_lose_nothing(tmp_path: Path, overlap: bool) -> None:
     assert sum(rounds(tmp_path, (2, 3, 5), seed=1, overlap=overlap)) > 0
 
@@ -75,6 +76,7 @@ def test_twenty_rounds_of_killed_writers(tmp_path: Path, overlap: bool, count: i
     assert sum(kills) > 20
 
 
+@pytest.mark.full
 def test_writers_that_end_together_do_not_hinder_each_other(tmp_path: Path) -> None:
     store = tmp_path / "s"
     create(store, SCHEMA)

@@ -19,6 +19,7 @@ from kdcli.store.encoding_error import Measured
 from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.writer import StoreWriter
+from tests.support.selection import matrix
 from tests.support.store_case import (
     SHARD_ROWS,
     assert_row_equal,
@@ -77,7 +78,7 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found(store: Path, path: str) -> N
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("where", ["first byte", "end of the last chunk", "index", "last byte"])
+@pytest.mark.parametrize("where", matrix(["first byte", "end of the last chunk", "index", "last byte"]))
 def test_a_flipped_byte_in_every_array_is_found(store: Path, path: str, where: str) -> None:
     file = file_of(store, path)
     data = file.read_bytes()

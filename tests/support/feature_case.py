@@ -22,8 +22,8 @@ NONE = torch.zeros(0, 4)
 
 def make_pair(ours: int = 8, theirs: int = 8) -> Pair:
     """Two nets of which only the neck's channels are known."""
-    specs = [{"features": TensorSpec("cell", (c,))} for c in (ours, theirs)]
-    return Pair(*specs, GRID, CANVAS, "gfl")
+    student, teacher = ({"features": TensorSpec("cell", (c,))} for c in (ours, theirs))
+    return Pair(student, teacher, GRID, CANVAS, "gfl")
 
 
 def make_batch(boxes: Sequence[Tensor], content: tuple[int, int] = CONTENT, canvas: Canvas = CANVAS) -> Batch:

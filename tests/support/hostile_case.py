@@ -98,7 +98,7 @@ def attempt(store: Path, change: Change, right: dict[str, str]) -> Result:
         file.unlink()
     else:
         file.write_bytes(before)
-    return Result(change.name, *found, text, code, grown)
+    return Result(change.name, found[0], found[1], text, code, grown)
 
 
 def attempts(store: Path, changes: Iterable[Change]) -> list[Result]:

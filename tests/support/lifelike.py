@@ -31,6 +31,8 @@ from kdcli.structures import Canvas
 from kdcli.tensors import BOX_DISTRIBUTION
 from tests.support.small_runs import CLASSES
 
+Layer = nn.Conv2d | nn.Linear
+
 SMALL, LARGE = Canvas(64, 96), Canvas(192, 256)
 CROWD = 300  # boxes
 
@@ -108,9 +110,10 @@ def _settle(model: Detector, images: Tensor) -> None:
     _spread(model, images, {**maps, model.head.cls: SCORES, model.head.box: box})
 
 
-def _spread(model: Detector, images: Tensor, wanted: Mapping[nn.Module, tuple[float, float]]) -> None:
+def _spread(model: Detector, images: Tensor, wanted: Mapping[Layer, tuple[float, float]]) -> None:
     """Scale weights and shift biases until what each layer gives has the wanted mean and standard deviation."""
     for layer, (mean, deviation) in wanted.items():
+        assert layer.bias is not None
         layer.bias.zero_()
         found: list[Tensor] = []
         with layer.register_forward_hook(lambda _, __, output, found=found: found.append(output.flatten())):

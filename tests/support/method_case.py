@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from kdcli.methods.base import Method, Pair
 from kdcli.methods.resolve import check_pair, resolve_options
 from kdcli.structures import FLAGS, Batch, Canvas, Entries, RowKey, Targets
 from kdcli.tensors import BOX_REGRESSION, PROPOSAL_COUNT, Need, Tensors
+from tests.support.selection import matrix
 
 CANVAS, CONTENT, K = Canvas(96, 128), (60, 120), 3  # valid: 64 x 128
 CHANNELS = 32
@@ -91,6 +93,14 @@ def _works(name: str, detector: str) -> bool:
 CASES = [(m, d) for m in METHODS for d in NAMES if _works(m, d)]  # every pair that check_pair lets through
 VARIANT_CASES = [(v, d) for v in VARIANTS for d in NAMES if _works(v, d)]
 EVERY = [*CASES, *VARIANT_CASES]
+
+
+def on_gfl(case: tuple[str, str]) -> bool:
+    """The cases that ``make test`` runs: GFL has an output for every method that works on a dense detector."""
+    return case[1] == "gfl"
+
+
+every = pytest.mark.parametrize(("name", "detector"), matrix(EVERY, on_gfl))
 STUDENT, TEACHER = 1, 2  # seeds of their outputs
 
 
@@ -145,7 +155,8 @@ def outside_of(detector: Detector, batch: Batch, name: str) -> Tensor:
     if per == "anchor":
         return invalid.repeat_interleave(detector.grid.num_anchors)
     if per.startswith("level"):
-        return invalid.split([h * w for h, w in detector.grid.level_shapes(CANVAS)])[int(per[5:])]
+        parts: tuple[Tensor, ...] = invalid.split([h * w for h, w in detector.grid.level_shapes(CANVAS)])
+        return parts[int(per[5:])]
     return invalid
 
 

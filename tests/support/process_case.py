@@ -18,7 +18,7 @@ Terms = dict[str, Tensor]
 def _reducing(all_reduce: Callable[[Tensor], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "world_size", lambda: 2)
-        patch.setattr(tensors.dist, "all_reduce", all_reduce)
+        patch.setattr("torch.distributed.all_reduce", all_reduce)
         yield
 
 

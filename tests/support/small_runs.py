@@ -42,9 +42,9 @@ def make_teacher(path: Path, *, detector: str = "gfl", seed: int = 11, scale: fl
     table: dict[str, Any] = {"fpn_channels": 64, "tower_convs": 1, "head_channels": 64, "box": box or "default"}
     model = build_detector(ModelSpec(name, "mobilenet_v3_small", len(CLASSES), **table))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("head") and parameter.ndim > 1:
-                parameter *= scale
+        for part, parameter in model.named_parameters():
+            if part.startswith("head") and parameter.ndim > 1:
+                parameter.mul_(scale)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_save(export(model, ClassList.numbered(CLASSES), CANVAS, {}), path)
     return path

@@ -20,6 +20,7 @@ from kdcli.store.manifest import Manifest
 from kdcli.store.provenance import DatasetRecord, Origin, TeacherRecord, TeacherRun
 from kdcli.store.reader import Row
 from kdcli.store.schema import GEOMETRY_LENGTH, StoreSchema
+from kdcli.store.storage.base import Where
 from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import MAIN, VLR, Canvas, RowKey
 from kdcli.tensors import (
@@ -83,6 +84,7 @@ def make_manifest(schema: StoreSchema, **changes: Any) -> Manifest:
         method_options={"rm": {}},
         origin=Origin(data="data", teacher="teacher"),
         schema=schema,
+        added_on={},
     )
     return replace(manifest, **changes)
 
@@ -118,12 +120,12 @@ def make_row(schema: StoreSchema, index: int) -> Arrays:
     return arrays | schema.encode({k: v.astype(np.float32) for k, v in values.items()}, valid)
 
 
-def create(path: Path, schema: StoreSchema) -> None:
+def create(path: Where, schema: StoreSchema) -> None:
     """An empty store."""
     assert create_store(path, make_manifest(schema), IMAGE_IDS)
 
 
-def write(path: Path, schema: StoreSchema, shards: list[int]) -> None:
+def write(path: Where, schema: StoreSchema, shards: list[int]) -> None:
     """Write the given shards with a writer of their own."""
     writer = StoreWriter(path, schema)
     for shard in shards:
@@ -131,7 +133,7 @@ def write(path: Path, schema: StoreSchema, shards: list[int]) -> None:
         writer.write_shard(shard, rows, measured(len(rows)))
 
 
-def make_store(path: Path, schema: StoreSchema) -> None:
+def make_store(path: Where, schema: StoreSchema) -> None:
     """A complete store."""
     create(path, schema)
     write(path, schema, list(range(schema.num_shards)))

@@ -46,12 +46,12 @@ def trace(shapes: Path, steps: int, changes: dict[str, Any]) -> list[dict[str, f
     losses = []
     for batch in Loader(made.source, 0).batches([plan[k] for k in full]):
         assert len(batch.keys) * world_size() == made.options.batch
-        trainer.progress.sums = {}
+        trainer.state.sums = {}
         trainer._train_batch(batch, len(plan))
         skipped = ("teacher_s", "grad_norm")
-        losses.append({k: v for k, v in trainer.progress.sums.items() if k not in skipped})
-        trainer.progress.step += 1
-        trainer.progress.batch += 1
+        losses.append({k: v for k, v in trainer.state.sums.items() if k not in skipped})
+        trainer.state.step += 1
+        trainer.state.batch += 1
     return losses
 
 

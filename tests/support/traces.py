@@ -30,10 +30,10 @@ def trace(run: RunSetup, folder: Path, steps: int) -> tuple[list[dict[str, float
         for batch in loader.batches(plan):
             if len(losses) == steps:
                 return losses, {k: v.clone() for k, v in trainer.step.state_dict().items()}
-            trainer.progress.sums = {}
+            trainer.state.sums = {}
             trainer._train_batch(batch, len(plan))
-            terms = {k: v for k, v in trainer.progress.sums.items() if k not in ("teacher_s", "grad_norm")}
+            terms = {k: v for k, v in trainer.state.sums.items() if k not in ("teacher_s", "grad_norm")}
             losses.append(terms)
-            trainer.progress.step += 1
-            trainer.progress.batch += 1
+            trainer.state.step += 1
+            trainer.state.batch += 1
     raise AssertionError("too few steps")

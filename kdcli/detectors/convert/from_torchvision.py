@@ -139,7 +139,7 @@ def _dense_weights(weights: Mapping[str, Tensor], kept: tuple[int, ...], anchors
     result = {}
     for key, value in weights.items():
         if key.startswith(f"{_DENSE_CLASSES}."):
-            value = value.unflatten(0, (anchors, -1))[:, list(kept)].flatten(0, 1)  # type: ignore[no-untyped-call]
+            value = value.unflatten(0, (anchors, -1))[:, list(kept)].flatten(0, 1)
         block = re.search(r"_head\.conv\.(\d+)\.(\d)\.", key)
         if block:  # RetinaNet: block k of conv, norm if any, relu; our tower is a flat sequence
             place = int(block[1]) * (3 if normed else 2) + int(block[2])

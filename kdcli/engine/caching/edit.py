@@ -56,15 +56,15 @@ def add(
         methods=names if asked else None, settings=settings, encoding=encoding, runs=bool(asked),
     )  # fmt: skip
     # which device, and with it how many threads, is the user's to say; without tensors to add nothing is computed
-    wrote, here = manifest.teacher_run, whole.manifest.teacher_run
-    same = replace(here, device=wrote.device, threads=wrote.threads) if asked else wrote
-    differences = manifest.differences(replace(whole.manifest, teacher_run=same), ignoring=("regions", "schema"))
+    ours = whole.manifest
+    run = manifest.teacher_run
+    if asked:
+        run = replace(ours.teacher_run, device=run.device, threads=run.threads)
+    differences = manifest.differences(replace(ours, teacher_run=run), ignoring=("regions", "schema"))
     if differences:
         raise StoreError(f"store '{store}' is another one: {'; '.join(differences)}; use the teacher that wrote it")
-    if reader.schema.regions - {Region.MAIN} and manifest.region_spec != whole.manifest.region_spec:
-        changed = compare(
-            {"regions": manifest.region_spec.to_json()}, {"regions": whole.manifest.region_spec.to_json()}
-        )
+    changed = manifest.region_differences(ours)
+    if reader.schema.regions - {Region.MAIN} and changed:
         raise StoreError(f"store '{store}' has tensors in other regions: {'; '.join(changed)}; write another store")
     have = {t.need: t for t in reader.schema.tensors}
     derived = {*whole.schema.derived_from_dense, *reader.schema.derived_from_dense}
@@ -108,13 +108,15 @@ def add(
 
 def _added_on(
     reader: StoreReader, whole: StorePlan, new: Sequence[StoredTensor], reporter: ProgressReporter
-) -> Mapping[str, AddedOn]:
-    """What the manifest has to say of tensors, ``new`` ones too, that were computed on another device than the store was.
+) -> dict[str, AddedOn]:
+    """What the manifest has to say of tensors that were computed on another device than the store: those of before and
+    ``new`` ones.
 
     Raises StoreError when they belong to the store's proposals: those of another device may be others.
     """
-    run = whole.manifest.teacher_run
-    wrote, here, before = reader.manifest.teacher_run.device, run.device, reader.manifest.added_on
+    before = dict(reader.manifest.added_on)
+    wrote, run = reader.manifest.teacher_run.device, whole.manifest.teacher_run
+    here = run.device
     if not new or here == wrote:
         return before
     stored = [t.need.key for t in reader.schema.tensors if t.need.region == Region.PROPOSALS]
@@ -127,7 +129,7 @@ def _added_on(
         f"{reader.storage}: what is added is computed on {here}, what is there was on {wrote}; they round differently, and "
         "the manifest says which is which"
     )
-    return {**before, **{t.need.key: AddedOn(device=here, threads=run.threads) for t in new}}
+    return before | {t.need.key: AddedOn(device=here, threads=run.threads) for t in new}
 
 
 def _plan_of(whole: StorePlan, joined: StoreSchema, stored: StoreSchema) -> StorePlan:

@@ -125,6 +125,7 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
         method_options=resolved,
         origin=Origin(data=str(Path(options.data).resolve()), teacher=str(Path(options.teacher).resolve())),
         schema=schema,
+        added_on={},
     )
     detector = detector.to(device).to(memory_format=torch.channels_last)
     forward = TeacherForward(detector.eval(), order, options.micro_batch, options.precision)

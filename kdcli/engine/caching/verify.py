@@ -149,8 +149,7 @@ def plan_of_store(
         "split": dataset.split, "canvas": str(schema.canvas), "views": format_views(manifest.views),
         "view_seed": manifest.view_seed, "precision": run.precision, "micro_batch": run.micro_batch,
         "threads": run.threads, "device": (device or run.device) if runs else "cpu",
-        "compile": runs and bool(run.compile), "shard_rows": schema.shard_rows,
-        "skip_bad": bool(dataset.left_out),
+        "compile": runs and bool(run.compile), "shard_rows": schema.shard_rows, "skip_bad": bool(dataset.left_out),
         "encoding": encoding, "methods": layer(manifest.method_options, settings or {}),
     }  # fmt: skip
     plan = plan_store(build(CacheOptions, fields), reporter)
@@ -160,9 +159,8 @@ def plan_of_store(
     if methods is not None:
         return plan
     # a pruned store has tensors that no method of it reads any more
+    source = plan.source.with_regions(manifest.region_spec, schema.regions)
+    needs = tuple(t.need for t in schema.tensors)
     return replace(
-        plan,
-        manifest=replace(plan.manifest, schema=schema, regions=manifest.regions),
-        needs=tuple(t.need for t in schema.tensors),
-        source=plan.source.with_regions(manifest.region_spec, schema.regions),
+        plan, manifest=replace(plan.manifest, regions=manifest.regions, schema=schema), needs=needs, source=source
     )

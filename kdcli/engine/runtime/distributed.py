@@ -98,7 +98,7 @@ def share_batch_norm(student: nn.Module, mode: str, device: torch.device) -> Non
         return
     if device.type != "cuda":
         raise OptionError("model.bn=sync needs GPUs: on several CPU processes use --set model.bn=train or frozen")
-    nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
+    nn.SyncBatchNorm.convert_sync_batchnorm(student)
 
 
 def take_from_main(tensors: Iterable[Tensor]) -> None:

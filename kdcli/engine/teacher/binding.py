@@ -27,6 +27,7 @@ from kdcli.store.encoding_policy import plan_tensors
 from kdcli.store.journal import store_digest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema, regions_of
+from kdcli.store.storage.base import Where
 from kdcli.structures import Canvas
 from kdcli.tensors import Need
 
@@ -49,18 +50,23 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
     if bool(options.cache) == bool(options.teacher):
         raise OptionError("distill takes either --cache STORE or --teacher CKPT (the live teacher), not both or none")
     if options.cache:
-        reader = StoreReader(options.cache)
-        teacher = reader.manifest.teacher
-        return TeacherSide(
-            name=teacher.name, specs=specs_of(reader.manifest), canvas=reader.schema.canvas, views=reader.views,
-            ap=teacher.ap, sha256=teacher.weights_sha256, reader=reader,
-        )  # fmt: skip
+        return stored_teacher(options.cache)
     detector, meta = load_detector(str(options.teacher))
     ap = meta.extra.get("ap")
     return TeacherSide(
         name=detector.spec.name, specs=with_classes(detector.specs(), len(train.classes)),
         canvas=Canvas.parse(meta.canvas), views=None, ap=ap if isinstance(ap, float) else None,
         sha256=meta.weights_sha256, detector=detector, meta=meta,
+    )  # fmt: skip
+
+
+def stored_teacher(where: Where) -> TeacherSide:
+    """The teacher of the store at ``where``. Raises as StoreReader does."""
+    reader = StoreReader(where)
+    teacher = reader.manifest.teacher
+    return TeacherSide(
+        name=teacher.name, specs=specs_of(reader.manifest), canvas=reader.schema.canvas, views=reader.views,
+        ap=teacher.ap, sha256=teacher.weights_sha256, reader=reader,
     )  # fmt: skip
 
 

@@ -16,14 +16,16 @@ from kdcli.structures import Canvas
 
 
 def require_match(
-    reader: StoreReader, dataset: Dataset, canvas: Canvas, views: Sequence[str],
+    reader: StoreReader, dataset: Dataset | None, canvas: Canvas, views: Sequence[str],
     index_space: tuple[Grid, AssignerSpec, RegionSpec] | None,
 ) -> None:  # fmt: skip
     """Raises StoreError (exit 4) listing every field in which a store differs from the run that wants to read it.
 
-    ``index_space``: what decides which anchor has which index and region; None when no method reads by anchor index.
+    ``dataset``: None when the loop that reads the store has its own. ``index_space``: what decides which anchor has which
+    index and region; None when no method reads by anchor index.
     """
-    differences = reader.manifest.run_differences(dataset.fingerprint(), canvas, index_space)
+    fingerprint = (reader.manifest.dataset if dataset is None else dataset).fingerprint()
+    differences = reader.manifest.run_differences(fingerprint, canvas, index_space)
     missing = [v for v in views if v not in reader.views]
     if missing:
         differences.append(f"views: the store has {', '.join(reader.views)}, not {', '.join(missing)}")

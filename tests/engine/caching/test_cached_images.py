@@ -38,6 +38,7 @@ from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
 from kdcli.structures import Batch, RowKey
 from tests.support.files import contents
+from tests.support.selection import matrix
 from tests.support.small_runs import asked, cache_options, write
 from tests.support.traces import prepared, trace
 
@@ -146,7 +147,7 @@ def test_training_is_the_same_without_the_files(
         prepared(bare, "ld,rm", cache=str(plain))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", matrix([0, 2]))
 def test_a_whole_run_needs_the_val_images_alone(pictured: Path, bare: Path, tmp_path: Path, workers: int) -> None:
     fields = asked("distill", bare, cache=str(pictured), method="ld", epochs=1, workers=workers)
     _, metrics = launch.start(fields, tmp_path / "run", NullReporter(), overwrite=False)
@@ -225,7 +226,7 @@ def test_added_tensors_leave_the_pictures(pictured: Path, data: Path, teacher: P
     verify_checksums(store, NullReporter())
 
 
-@pytest.mark.parametrize("methods", ["", "pfi"])
+@pytest.mark.parametrize("methods", matrix(["", "pfi"]))
 def test_added_pictures_are_those_of_one_writing(
     plain: Path, data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: str
 ) -> None:

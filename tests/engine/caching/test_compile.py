@@ -39,6 +39,7 @@ def _forget() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.full
 def test_a_compiled_teacher_writes_the_same_rows(
     shapes: Path, teacher: Path, default_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
 from tests.support.files import contents
+from tests.support.selection import matrix
 from tests.support.small_runs import cache_options, make_teacher, write
 
 
@@ -28,14 +29,16 @@ def add(store: Path, methods: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [
-        ("rm", "ld,pfi"),
-        ("pfi", "ld"),
-        ("ld,pfi", "rm"),
-        ("ld", "defeat_thin,bckd"),
-        ("defeat", "defeat_thin,rm"),
-        ("defeat_thin,rm", "defeat"),
-    ],
+    matrix(
+        [
+            ("rm", "ld,pfi"),
+            ("pfi", "ld"),
+            ("ld,pfi", "rm"),
+            ("ld", "defeat_thin,bckd"),
+            ("defeat", "defeat_thin,rm"),
+            ("defeat_thin,rm", "defeat"),
+        ]
+    ),
 )
 def test_added_tensors_are_those_of_one_writing(
     shapes: Path, teacher: Path, tmp_path: Path, first: str, second: str
@@ -74,7 +77,9 @@ class Bomb:
         return self.real(*arguments, **more)
 
 
-@pytest.mark.parametrize(("name", "number"), [("_move", 1), ("_move", 9), ("write_entry", 2), ("write_manifest", 1)])
+@pytest.mark.parametrize(
+    ("name", "number"), matrix([("_move", 1), ("_move", 9), ("write_entry", 2), ("write_manifest", 1)])
+)
 def test_a_killed_add_leaves_a_store_that_reads_and_goes_on(
     shapes: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
@@ -118,7 +123,7 @@ def test_pruned_tensors_leave_what_would_have_been_written(shapes: Path, teacher
     verify_checksums(store, NullReporter())
 
 
-@pytest.mark.parametrize(("name", "number"), [("write_manifest", 1), ("write_entry", 3)])
+@pytest.mark.parametrize(("name", "number"), matrix([("write_manifest", 1), ("write_entry", 3)]))
 def test_a_killed_prune_goes_on(
     shapes: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:

@@ -12,9 +12,10 @@ from kdcli.cli.main import run
 from kdcli.engine.caching.verify import verify_checksums
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import StoreError
+from tests.support.selection import matrix
 
 
-@pytest.mark.parametrize("tensor", ["box_distribution@main+vlr", "features@all"])
+@pytest.mark.parametrize("tensor", matrix(["box_distribution@main+vlr", "features@all"]))
 def test_flipped_bits_of_array_headers_are_found(tensor: str, default_store: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(default_store, store)

@@ -32,6 +32,7 @@ from kdcli.store.schema import StoreSchema, row_tensor
 from kdcli.store.writer import StoreWriter
 from kdcli.structures import RowKey
 from tests.support.files import contents
+from tests.support.selection import matrix
 from tests.support.small_runs import cache_options
 
 
@@ -57,7 +58,7 @@ def test_parts_go_on_where_others_stopped(shapes: Path, teacher: Path, default_s
     assert contents(out) == contents(default_store)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", matrix([0, 1]))
 def test_the_teacher_does_not_wait_for_the_disk(
     shapes: Path, teacher: Path, default_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

@@ -22,6 +22,7 @@ from kdcli.engine.loading.samples import Item, SampleSource
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.store.reader import Row, StoreReader
 from kdcli.structures import RowKey
+from tests.support.selection import matrix
 from tests.support.small_runs import cache_options
 
 STARTS = ("fork", "spawn", "forkserver")
@@ -87,7 +88,7 @@ def read_in_workers(store: Path, start: str, workers: int) -> None:
 
 
 @more_than_cores
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", matrix(STARTS))
 def test_workers_read_the_rows_that_the_parent_reads(default_store: Path, start: str) -> None:
     read_in_workers(default_store, start, workers=2 if start == "fork" else 1)  # each of the others imports torch
 

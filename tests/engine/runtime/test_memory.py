@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from tests.support.selection import matrix
+
 FAULTS = """
 import resource
 import numpy as np
 import torch
-from kdcli.engine.devices import keep_freed_memory
+from kdcli.engine.runtime.memory import keep_freed_memory
 keep_freed_memory(torch.device("{device}"))
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -26,7 +28,7 @@ print(faults() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", matrix(["cpu", "cuda"]))
 def test_freed_memory_is_kept_on_a_cpu(device: str) -> None:
     script = FAULTS.format(device=device)
     ran = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)

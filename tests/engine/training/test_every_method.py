@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli.detectors.build import DETECTORS, ModelSpec, build_detector
 from kdcli.engine.loading.epoch_order import image_draws, plan_epoch
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.step import TrainStep
 from kdcli.engine.training.trainer import Trainer
-from kdcli.errors import OptionError
-from kdcli.methods import METHODS
-from kdcli.methods.base import Pair
-from kdcli.methods.resolve import check_pair, resolve_options
 from kdcli.store.reader import StoreReader
 from kdcli.structures import Batch
 from tests.support.lifelike import CROWD, LARGE, SMALL, lifelike_teacher, make_crowd
+from tests.support.method_case import CASES, NAMES
+from tests.support.selection import matrix
 from tests.support.small_runs import asked, cache_options, make_teacher, write
 
 Options = dict[str, dict[str, Any]]
 
-NAMES = (*DETECTORS, *(f"{name}+distribution" for name in ("retinanet", "atss", "fcos")))
 # a random student's features are small: a standardised one has a gradient thousands of times the detection loss's
 OPTIONS: Options = {
     "pkd": {"weight": 1e-3},
@@ -50,22 +45,6 @@ LOSSY, LOSSY_PFI = 1e-3, 1e-2
 BF16 = 5e-2  # of a term: 8 bits are 0.4 % of a number; 2.4 % was the most seen
 
 
-@cache
-def methods_of(detector: str) -> tuple[str, ...]:
-    """All methods that work on ``detector``."""
-    name, _, box = detector.partition("+")
-    net = build_detector(ModelSpec(name, "shufflenet_v2_x0_5", 8, 32, 1, 32, box=box or "default"))  # type: ignore[arg-type]
-    pair = Pair(net.specs(), net.specs(), net.grid, SMALL, name)
-    found = []
-    for method, cls in METHODS.items():
-        try:
-            check_pair(method, cls, resolve_options(method, cls, name, {}), pair, "a", "b")
-        except OptionError:
-            continue
-        found.append(method)
-    return tuple(found)
-
-
 @dataclass(frozen=True)
 class Case:
     """What is distilled, and with which options."""
@@ -79,7 +58,7 @@ def cases() -> dict[str, Case]:
     """All methods of each detector together, and LD once more where it works, with its other options."""
     found = {}
     for detector in NAMES:
-        names = methods_of(detector)
+        names = tuple(method for method, other in CASES if other == detector)
         options = {name: dict(values) for name, values in OPTIONS.items() if name in names}
         if detector == "faster_rcnn":
             options["defeat"] |= PROPOSALS
@@ -114,7 +93,7 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_crowd(tmp_path_factory.mktemp("crowd") / "shapes")
 
 
-@pytest.fixture(scope="module", params=cases())
+@pytest.fixture(scope="module", params=matrix(cases()))
 def sides(request: pytest.FixtureRequest, crowd: Path, tmp_path_factory: pytest.TempPathFactory) -> Sides:
     """A case with its stores."""
     case = cases()[request.param]
@@ -141,12 +120,12 @@ def trace(run: RunSetup, folder: Path) -> tuple[list[dict[str, float]], dict[str
     boxes: set[int] = set()
     plan = trainer._plan(0)
     for batch in Loader(run.source, 0).batches(plan):
-        trainer.progress.sums = {}
+        trainer.state.sums = {}
         trainer._train_batch(batch, len(plan))
-        losses.append({k: v for k, v in trainer.progress.sums.items() if k not in ("teacher_s", "grad_norm")})
+        losses.append({k: v for k, v in trainer.state.sums.items() if k not in ("teacher_s", "grad_norm")})
         boxes |= {len(b) for b in batch.targets.boxes}
-        trainer.progress.step += 1
-        trainer.progress.batch += 1
+        trainer.state.step += 1
+        trainer.state.batch += 1
     return losses, {k: v.clone() for k, v in trainer.step.state_dict().items()}, boxes
 
 

@@ -191,5 +191,5 @@ def test_two_trainers_do_not_share_state(shapes: Path) -> None:
     fields = asked("train", shapes)
     one = Trainer(prepare(fields.options(), frozenset(fields.fields), NullReporter()), Path(), NullReporter())
     two = Trainer(prepare(fields.options(), frozenset(fields.fields), NullReporter()), Path(), NullReporter())
-    assert one.progress is not two.progress
-    assert one.progress.history is not two.progress.history
+    assert one.state is not two.state
+    assert one.state.history is not two.state.history

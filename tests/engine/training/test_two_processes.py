@@ -58,6 +58,7 @@ def case(folder: Path, detector: str, methods: str, options: Options) -> dict[st
     return {"epochs": 4, "method": methods, "methods": options, **sides}
 
 
+@pytest.mark.full
 def test_one_and_two_processes_give_the_same_losses(shapes: Path, tmp_path: Path) -> None:
     cases = [case(tmp_path, *one) for one in CASES]
     alone, together = run(shapes, cases, 1), run(shapes, cases, 2)

@@ -23,6 +23,8 @@ pytest.importorskip("moto")
 pytest.importorskip("obstore")
 from tests.support.s3_case import BUCKET, HOST, Server
 
+pytestmark = pytest.mark.full  # make test has S3, and one store in Azure
+
 # moto looks at no signature, but refuses what has none
 AMAZONS = "AWS4-HMAC-SHA256 Credential=a/20261121/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 

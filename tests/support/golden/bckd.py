@@ -170,7 +170,8 @@ def of_level(bckd: BCKDCase, k: int) -> dict[str, tuple[Tensor, Callable[[Tensor
     """Everything of level ``k`` by name: ours, and what of the file is like it."""
 
     def level(rows: Tensor) -> Tensor:
-        return rows.split(bckd.sizes, dim=1)[k]
+        part: Tensor = rows.split(bckd.sizes, dim=1)[k]
+        return part
 
     counted, vlr = level(bckd.counted), level(bckd.vlr())
     used = counted.bool().reshape(-1)  # the repository moves anchors outside the valid area to 0

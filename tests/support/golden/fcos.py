@@ -56,8 +56,8 @@ def _check_targets(case: Case, targets: Targets, *, in_strides: bool) -> None:
     boxes[found.image, found.anchor] = goal
     whole: dict[str, Tensor] = {"labels": labels, "bbox_targets": boxes}
     for name, value in whole.items():
-        for level, part in enumerate(value.split(POINTS.level_sizes(canvas), dim=1)):
-            assert_near(part, case.arrays[f"{name}_l{level}"], f"{name}_l{level}")
+        for number, part in enumerate(value.split(POINTS.level_sizes(canvas), dim=1)):
+            assert_near(part, case.arrays[f"{name}_l{number}"], f"{name}_l{number}")
     ends = torch.tensor(POINTS.level_sizes(canvas)).cumsum(0)
     level = torch.bucketize(found.anchor, ends, right=True)
     order = torch.argsort(level * len(targets.boxes) + found.image, stable=True)

@@ -22,6 +22,7 @@ from kdcli.engine.caching.write import Part, write_store
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.store.journal import read_journal
 from kdcli.store.storage.object_store import ObjectStorage
+from tests.support.selection import matrix
 from tests.support.small_runs import cache_options
 
 STAGES = {"teacher", "loading", "encoding", "disk", "cores"}
@@ -75,13 +76,15 @@ def uneven(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "changes"),
-    [
-        ("ld", {}),
-        ("pfi", {}),
-        ("ld,rm,pfi", {"views": "identity,crop-2"}),
-        ("rm", {"cache_images": True}),
-        ("ld,pfi", {"encoding": "lossless"}),
-    ],
+    matrix(
+        [
+            ("ld", {}),
+            ("pfi", {}),
+            ("ld,rm,pfi", {"views": "identity,crop-2"}),
+            ("rm", {"cache_images": True}),
+            ("ld,pfi", {"encoding": "lossless"}),
+        ]
+    ),
 )
 def test_bytes_are_those_of_the_store(
     shapes: Path, teacher: Path, tmp_path: Path, method: str, changes: dict[str, Any]

@@ -4,7 +4,7 @@ Each chunk (one row of one array, padding and all) is read with zarr, compressed
 compared. Times are CPU seconds of one thread, so that others on the machine disturb them little; all codecs see the same chunk
 one after another. PCodec appears where the package ``pcodec`` is installed.
 
-    python benchmarks/codecs.py --store STORE [--rows 32] [--table FILE.md]
+    python benchmarks/codec_cost.py --store STORE [--rows 32] [--table FILE.md]
 """
 
 from __future__ import annotations
@@ -143,12 +143,12 @@ def all_codecs() -> list[Codec]:
     ]
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     """The least CPU seconds of a few calls, and the result."""
     least, result = float("inf"), None
     for _ in range(REPEATS):
         started = time.thread_time()
-        result = work()
+        result = work(*arguments)
         least = min(least, time.thread_time() - started)
     return least, result
 
@@ -171,9 +171,9 @@ def measure(path: str, values: list[Values]) -> list[dict[str, Any]]:
     seconds = {c.name: [0.0, 0.0] for c in codecs}
     for value in values:
         for codec in codecs:
-            spent, data = timed(lambda c=codec, v=value: c.encode(v))
+            spent, data = timed(codec.encode, value)
             seconds[codec.name][0] += spent
-            spent, back = timed(lambda c=codec, v=value, d=data: c.decode(d, v))
+            spent, back = timed(codec.decode, data, value)
             seconds[codec.name][1] += spent
             assert back.tobytes() == value.tobytes(), f"{codec.name} does not give {path} back"
             size[codec.name] += len(data)
