@@ -53,9 +53,8 @@ def info(store: Store, json: f.Json = False) -> int:
         f"data {dataset.annotations_sha256[:12]}, {dataset.num_images} images, canvas {manifest.schema.canvas}, "
         f"views {', '.join(manifest.views)}",
     ]
-    for key, added in manifest.added_on.items():
-        threads = "" if added.threads is None else f", threads {added.threads}"
-        lines.append(f"added later on another device: {key}, device {added.device}{threads}")
+    for key, run in found.get("added_on", {}).items():
+        lines.append(f"added later on another device: {key}, {', '.join(f'{k} {v}' for k, v in run.items())}")
     say(console, *lines)
     measured = any(tensor["precision_error"] for tensor in found["tensors"].values())
     precision = [f"{manifest.teacher_run.precision} teacher"] if measured else []

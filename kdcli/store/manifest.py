@@ -6,7 +6,6 @@ with a field that ``Manifest`` would not write is refused.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -54,7 +53,6 @@ class Manifest:
     schema: StoreSchema
     added_on: Mapping[str, AddedOn]  # tensors, by key, that another device computed than the rest
     errors: Measured | None = None  # None until the last shard is written
-    added_on: Mapping[str, AddedOn] = dataclasses.field(default_factory=dict)  # by tensor; empty for most
 
     @cached_property
     def assigner_spec(self) -> AssignerSpec:
@@ -87,7 +85,6 @@ class Manifest:
             **({"added_on": {key: run.to_json() for key, run in self.added_on.items()}} if self.added_on else {}),
             "schema": self.schema.to_json(),
             **({} if self.errors is None else {"errors": self.errors.to_json()}),
-            **({"added_on": {key: run.to_json() for key, run in self.added_on.items()}} if self.added_on else {}),
         }
 
     @staticmethod
@@ -112,10 +109,6 @@ class Manifest:
             schema=StoreSchema.from_json(field(data, "schema", dict)),
             added_on=_added_on(data),
             errors=Measured.from_json(data["errors"]) if "errors" in data else None,
-            added_on={
-                key: AddedOn.from_json(table(run, "added_on"))
-                for key, run in table(data.get("added_on", {}), "added_on").items()
-            },
         )
         for name, spec in (("assigner", AssignerSpec), ("regions", RegionSpec)):
             try:
@@ -169,7 +162,6 @@ class Manifest:
         return {
             **identity,
             "teacher": self.teacher.to_json(),
-            "added_on": {key: run.to_json() for key, run in self.added_on.items()},
             "dataset": {"categories": self.dataset.fingerprint()["categories"]},
             "added_on": {key: run.to_json() for key, run in self.added_on.items()},
             "schema": {name: value for name, value in identity["schema"].items() if name not in ROWS},

@@ -18,7 +18,6 @@ from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import OptionError, StoreError
 from kdcli.methods.resolve import absolute_methods, all_needs, find_methods
 from kdcli.store.arrays import StoredTensor
-from kdcli.store.comparison import compare
 from kdcli.store.image_codec import PIXELS
 from kdcli.store.maintenance import copy_rows, drop_tensors, merge_overlay, record_errors, unreferenced_arrays
 from kdcli.store.manifest import Manifest, read_manifest

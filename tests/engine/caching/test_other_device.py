@@ -65,7 +65,7 @@ def test_cached_images_are_added_anywhere(
     shapes: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = of_a_gpu(write(cache_options(shapes, teacher, method="rm"), tmp_path / "store"))
-    before, manifest = rows(store), read_manifest(store).to_json()
+    before, manifest = rows(store), read_manifest(store)
     assert run(["cache", "add", str(store), "--cache-images"]) == 0, capsys.readouterr().err
     after = rows(store)
     assert {k: v for k, v in after.items() if k[2] != PIXELS} == before
