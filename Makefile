@@ -12,8 +12,9 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal
 COVERAGE := 90
 # the stamp is written last, so an interrupted installation is done again; it is as new as the files it was made from
 STAMP := $(VENV)/.kdcli-installed
+DOCS_STAMP := $(VENV)/.kdcli-docs-installed
 
-.PHONY: demo test test-all test-slow check format bench clean
+.PHONY: demo test test-all test-slow check format bench docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'kdcli needs Python >= 3.11; set PYTHON=...')"
@@ -44,6 +45,14 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_cost.py
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+# the site, in build/site; a broken link fails it
+docs: $(DOCS_STAMP)
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*

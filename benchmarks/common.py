@@ -39,7 +39,7 @@ def draw_data(out: Path, images: int) -> str:
 def random_teacher(out: Path, data: str, model: str, channels: int, canvas: str) -> str:
     """A checkpoint of ``model`` with random weights for the classes of ``data``: its speed is that of a trained one."""
     detector, backbone = parse_model_name(model)
-    classes = [{"id": c.id, "name": c.name} for c in open_split(Path(data), "train").classes]
+    classes = open_split(Path(data), "train").classes
     torch.manual_seed(0)
     file = out / f"{model}-{channels}-{len(classes)}.pt"
     spec = ModelSpec(detector, backbone, len(classes), fpn_channels=channels)

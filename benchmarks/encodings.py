@@ -77,7 +77,7 @@ def through(
     plan: StorePlan, schema: StoreSchema, samples: list[Sample], values: list[dict[str, Any]]
 ) -> tuple[Tensors, dict[str, int]]:
     """Teacher tensors after encoding and decoding with ``schema``, and the compressed bytes of each tensor."""
-    coded = replace(plan, schema=schema)
+    coded = plan.with_schema(schema)
     rows = [encode_row(coded, s, v) for s, v in zip(samples, values, strict=True)]
     size = {
         t.need.key: sum(len(pack_chunk(r[a.path], a)) for a in schema.tensor_arrays(t).values() for r in rows)

@@ -90,7 +90,7 @@ def kind(detector: str, method: str) -> tuple[bool, BoxBranch]:
 def make_teacher(args: argparse.Namespace, detector: str, method: str, split: str, file: Path) -> None:
     """An untrained teacher for one method, exported to ``file``."""
     dataset = open_split(args.data, split)
-    classes = [{"id": c.id, "name": c.name} for c in dataset.classes]
+    classes = dataset.classes
     wide, box = kind(detector, method)
     torch.manual_seed(0)
     spec = ModelSpec(

@@ -117,11 +117,10 @@ def journal_role(args: argparse.Namespace) -> dict[str, Any]:
     from kdcli.store.journal import store_digest
     from kdcli.store.maintenance import record_errors
     from kdcli.store.manifest import read_manifest
-    from kdcli.store.schema import StoreSchema
     from kdcli.store.writer import StoreWriter
 
     store = args.out / "store"
-    schema = StoreSchema.from_json(read_manifest(store)["schema"])
+    schema = read_manifest(store).schema
     work: dict[str, Callable[[], object]] = {
         "read_manifest_s": lambda: read_manifest(store),
         "done_s": lambda: StoreWriter(store, schema).done(),

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from kdcli.classes import ClassList
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export
 from kdcli.engine.caching.plan import StorePlan, encode_row, plan_store
@@ -33,7 +34,7 @@ from kdcli.engine.runtime.progress import NullReporter
 from kdcli.files import atomic_save
 from kdcli.options import CacheOptions
 from kdcli.store.batch_buffers import collate_arrays
-from kdcli.store.encoding_error import ErrorMeter
+from kdcli.store.encoding_error import ErrorMeter, Measured
 from kdcli.store.schema import row_tensor
 from kdcli.store.shards import pack_chunk
 from kdcli.store.writer import StoreWriter, create_store
@@ -106,7 +107,7 @@ def make_teacher(file: Path, canvas: str) -> None:
     """A GFL with COCO's number of classes and random weights; it is never run."""
     torch.manual_seed(0)
     spec = ModelSpec("gfl", "shufflenet_v2_x0_5", CLASSES, fpn_channels=32, tower_convs=1)
-    classes = [{"id": k + 1, "name": f"class {k}"} for k in range(CLASSES)]
+    classes = ClassList.numbered(f"class {k}" for k in range(CLASSES))
     atomic_save(export(build_detector(spec), classes, canvas, {}), file)
 
 
@@ -165,7 +166,7 @@ def make_pool(plan: StorePlan, size: int) -> tuple[list[Packed], dict[str, float
 
 def create(plan: StorePlan, store: Path) -> None:
     """The empty store."""
-    create_store(store, plan.schema, plan.manifest, plan.source.dataset.annotations.image_ids[plan.positions])
+    create_store(store, plan.manifest, plan.source.dataset.annotations.image_ids[plan.positions])
 
 
 def write(plan: StorePlan, store: Path, pool: list[Packed], part: int = 0, parts: int = 1) -> None:
@@ -180,7 +181,7 @@ def write(plan: StorePlan, store: Path, pool: list[Packed], part: int = 0, parts
         for number in numbers:
             meter.join(pool[number].encoding)
         chunks = {path: [rows[number][path] for number in numbers] for path in layout}
-        writer.write_chunks(shard, chunks, {"encoding": meter.sums, "precision": {}})
+        writer.write_chunks(shard, chunks, Measured(encoding=meter.sums))
 
 
 def write_and_kill(plan: StorePlan, store: Path, pool: list[Packed]) -> float:

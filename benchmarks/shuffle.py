@@ -27,7 +27,10 @@ from kdcli.engine.loading.samples import Item, SampleSource
 from kdcli.engine.training.run_folder import hardware
 from kdcli.geometry.regions import RegionSpec
 from kdcli.store import reader as reading
+from kdcli.store.encoding_error import Measured
 from kdcli.store.encoding_policy import plan_tensors
+from kdcli.store.manifest import Manifest
+from kdcli.store.provenance import DatasetRecord, Origin, TeacherRecord, TeacherRun
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import open_shards, pack_chunk
@@ -97,14 +100,39 @@ def randomness(images: int, shard_rows: int, batch: int) -> dict[str, Any]:
     return found
 
 
+def manifest_of(schema: StoreSchema, images: int) -> Manifest:
+    """Of a teacher and a data set that are not there: nobody trains from the store."""
+    return Manifest(
+        teacher=TeacherRecord(model={"detector": "gfl", "backbone": "resnet18"}, weights_sha256="", ap=None, specs={}),
+        teacher_run=TeacherRun(precision="fp32", micro_batch=8, device="cpu", threads=1, compile=None),
+        dataset=DatasetRecord(annotations_sha256="", categories=(), num_images=images, split="train", left_out=()),
+        class_order=(),
+        views=VIEWS,
+        view_seed=0,
+        assigner=GFL.assigner.to_json(),
+        regions=RegionSpec().to_json(),
+        versions={},
+        methods=(),
+        method_options={},
+        origin=Origin(data="", teacher=""),
+        schema=schema,
+        added_on={},
+    )
+
+
 def make_store(path: Path, images: int, shard_rows: int) -> None:
     """A store of random rows of about 40 kB."""
     needs = (Need("features", "all"), Need("cls_logits", "main"))
     specs = {"features": TensorSpec("cell", (128,)), "cls_logits": TensorSpec("anchor", (20,))}
     canvas = Canvas(96, 128)
-    schema = StoreSchema(GFL.grid, canvas, images * len(VIEWS), shard_rows, plan_tensors(needs, specs))
-    manifest = {"format": "kdcli.store", "version": 1, "views": list(VIEWS)}
-    create_store(path, schema, manifest, np.arange(1, images + 1))
+    schema = StoreSchema(
+        grid=GFL.grid,
+        canvas=canvas,
+        rows=images * len(VIEWS),
+        shard_rows=shard_rows,
+        tensors=plan_tensors(needs, specs),
+    )
+    create_store(path, manifest_of(schema, images), np.arange(1, images + 1))
     draw = np.random.default_rng(0)
     chunks: dict[str, list[bytes]] = {}
     for array in schema.layout():
@@ -120,7 +148,7 @@ def make_store(path: Path, images: int, shard_rows: int) -> None:
     for shard in range(schema.num_shards):
         start, stop = schema.shard_range(shard)
         rows = {p: [c[k % 8] for k in range(start, stop)] for p, c in chunks.items()}
-        writer.write_chunks(shard, rows, {"encoding": {}, "precision": {}})
+        writer.write_chunks(shard, rows, Measured())
 
 
 def drop_pages(files: list[Path]) -> None:

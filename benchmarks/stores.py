@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import os
 
+from kdcli.store.encoding_error import Measured
+
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -213,7 +215,7 @@ def write_all(
             shutil.rmtree(folder, ignore_errors=True)
             if kind == "kdcli":  # its empty arrays take the same time however many rows there are
                 ids = plan.source.dataset.annotations.image_ids[plan.positions]
-                create_store(folder, plan.schema, plan.manifest, ids)
+                create_store(folder, plan.manifest, ids)
             else:
                 folder.mkdir(parents=True)
             began = time.perf_counter()
@@ -237,7 +239,7 @@ def write_kdcli(plan: StorePlan, store: Path, samples: Sequence[Sample], dense: 
     for shard in range(plan.schema.num_shards):
         rows = range(*plan.schema.shard_range(shard))
         arrays = [encode_row(plan, samples[r], gather(plan.schema, dense[r], samples[r].entries)) for r in rows]
-        writer.write_shard(shard, arrays, {})
+        writer.write_shard(shard, arrays, Measured())
 
 
 def check(readings: dict[str, reading.Reading], samples: Sequence[Sample], device: torch.device) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 
+from kdcli.store.encoding_error import Measured
+
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -185,7 +187,7 @@ def profile(plan: StorePlan, out: Path) -> dict[str, Any]:
     stages, images, layout = Stages(), images_alone(plan), plan.schema.layout()
     store = out / "profile"
     shutil.rmtree(store, ignore_errors=True)
-    create_store(store, plan.schema, plan.manifest, plan.source.dataset.annotations.image_ids[plan.positions])
+    create_store(store, plan.manifest, plan.source.dataset.annotations.image_ids[plan.positions])
     start, stop = plan.schema.shard_range(0)
     batches = shard_micro_batches(plan, 0)
     packed: dict[Item, dict[str, bytes]] = {}
@@ -202,7 +204,7 @@ def profile(plan: StorePlan, out: Path) -> dict[str, Any]:
             stages.run("check: compare", compare_row, plan, sample, ErrorMeter(), value, read)
             packed[item] = stages.run("compress", compressed, row, layout)
     chunks = {a.path: [packed[plan.item(r)][a.path] for r in range(start, stop)] for a in layout}
-    stages.run("write", StoreWriter(store, plan.schema).write_chunks, 0, chunks, {})
+    stages.run("write", StoreWriter(store, plan.schema).write_chunks, 0, chunks, Measured())
     shutil.rmtree(store)
     return table(stages.seconds, stop - start)
 

@@ -28,30 +28,27 @@ from kdcli.userfile import run_file
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # goes into --model, --method (a comma list with colons) and --set TABLE.KEY
 SET_TABLES = ("model", "optim", "train")  # what --set reaches beside the methods
 
-_loaded: set[Path] = set()
-
 
 def load(files: Iterable[Path]) -> None:
-    """Run each of ``files`` once and add its DETECTORS and METHODS to this process.
+    """Run each of ``files`` and add its DETECTORS and METHODS to this process.
 
     Raises MissingPathError for a file that is not there, UsageError with the line for one that fails, OptionError for a
     name that exists and for what is neither a recipe nor a class of the right kind; then nothing of that file is added.
     """
     for file in files:
-        path = file.resolve()
-        if path in _loaded:  # named by the flag and by the environment
-            continue
         module = run_file("plugin", file)
         detectors, methods = _table(file, module, "DETECTORS"), _table(file, module, "METHODS")
         if not detectors and not methods:
             raise OptionError(f"plugin '{file}' adds nothing: define DETECTORS or METHODS, names to recipes or classes")
+        # a file that is named again, by the flag and by the environment, gives what is there already
+        detectors = {name: value for name, value in detectors.items() if DETECTORS.get(name) is not value}
+        methods = {name: value for name, value in methods.items() if METHODS.get(name) is not value}
         for name, value in detectors.items():
             _check_detector(f"plugin '{file}': detector '{name}'", name, value)
         for name, value in methods.items():
             _check_method(f"plugin '{file}': method '{name}'", name, value)
         DETECTORS.update(detectors)
         METHODS.update(methods)
-        _loaded.add(path)
 
 
 def _table(file: Path, module: ModuleType, table: str) -> dict[str, Any]:

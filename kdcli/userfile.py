@@ -1,4 +1,4 @@
-"""Runs a Python file of the user's, named on the command line, and says in one line what went wrong in it."""
+"""Runs a Python file of the user's, named on the command line, once, and says in one line what went wrong in it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from types import ModuleType
 from kdcli.errors import KDError, MissingPathError, OptionError, UsageError
 
 _numbers = count()  # two files may have the same name
+_modules: dict[Path, ModuleType] = {}  # by resolved path: a command asks for a file several times, and means one class
 
 
 def run_file(what: str, file: Path) -> ModuleType:
-    """The module that ``file`` makes; ``what`` begins the messages, e.g. ``plugin``.
+    """The module that ``file`` makes, the same one however often this process asks; ``what`` begins the messages.
 
     Raises MissingPathError for a file that is not there, OptionError for one that is not Python, UsageError with the
     line for one that fails.
     """
     path = file.resolve()
+    if path in _modules:
+        return _modules[path]
     if not path.is_file():
         raise MissingPathError(f"{what} '{file}' does not exist; name a Python file")
     if path.suffix != ".py":
@@ -37,6 +40,7 @@ def run_file(what: str, file: Path) -> ModuleType:
         message = error.msg if isinstance(error, SyntaxError) else str(error)
         kind = "" if isinstance(error, KDError) else f"{type(error).__name__}: "
         raise UsageError(f"{what} '{file}' failed{_place(error, path)}: {kind}{message}") from error
+    _modules[path] = module
     return module
 
 

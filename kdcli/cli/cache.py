@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,6 @@ from kdcli.cli import flags as f
 from kdcli.cli.app import app
 from kdcli.errors import UsageError
 from kdcli.store.info import store_info
-
-if TYPE_CHECKING:
-    pass
 
 cache = typer.Typer(
     no_args_is_help=True,
@@ -37,27 +34,30 @@ def info(store: Store, json: f.Json = False) -> int:
     from kdcli.cli.progress import print_json
     from kdcli.report.console import human_console, say
     from kdcli.store.image_codec import PIXELS
+    from kdcli.store.manifest import read_manifest
 
     found = store_info(store)
     if json:
         print_json(found)
         return 0
     console = human_console()
-    teacher = found["teacher"]
-    ap = "not measured" if teacher["ap"] is None else f"{teacher['ap']:.1f} AP"
-    model = teacher["model"]
+    manifest = read_manifest(store)
+    teacher, run, dataset = manifest.teacher, manifest.teacher_run.to_json(), manifest.dataset
+    ap = "not measured" if teacher.ap is None else f"{teacher.ap:.1f} AP"
     lines = [
         f"store {store}: {'complete' if found['complete'] else 'INCOMPLETE, run cache-teacher again to finish it'}, "
         f"{found['shards_done']} of {found['shards']} shards, {found['rows']} rows, "
         f"{found['bytes'] / 2**20:.1f} MB, {found['bytes'] / max(1, found['rows']) / 1000:.1f} kB a row",
-        f"teacher {model['detector']}_{model['backbone']} ({ap}), weights {teacher['weights_sha256'][:12]}, "
-        + ", ".join(f"{k} {v}" for k, v in found["teacher_run"].items() if v is not None),
-        f"data {found['dataset']['annotations_sha256'][:12]}, {found['dataset']['num_images']} images, canvas "
-        f"{found['canvas']}, views {', '.join(found['views'])}",
+        f"teacher {teacher.name} ({ap}), weights {teacher.weights_sha256[:12]}, "
+        + ", ".join(f"{k} {v}" for k, v in run.items() if v is not None),
+        f"data {dataset.annotations_sha256[:12]}, {dataset.num_images} images, canvas {manifest.schema.canvas}, "
+        f"views {', '.join(manifest.views)}",
     ]
+    for key, run in found.get("added_on", {}).items():
+        lines.append(f"added later on another device: {key}, {', '.join(f'{k} {v}' for k, v in run.items())}")
     say(console, *lines)
     measured = any(tensor["precision_error"] for tensor in found["tensors"].values())
-    precision = [f"{found['teacher_run']['precision']} teacher"] if measured else []
+    precision = [f"{manifest.teacher_run.precision} teacher"] if measured else []
     table = Table(
         "tensor", "encoding", "bytes", "rms error", "relative", "worst", *precision, box=None, pad_edge=False
     )  # fmt: skip
@@ -88,15 +88,16 @@ def verify(
 
     Example: kdcli cache verify STORE --teacher runs/teacher --data DATA --rows 32
     """
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
+    from kdcli.report.progress import ConsoleReporter
     from kdcli.store.manifest import read_manifest
 
     with ConsoleReporter() as reporter:
         files, size = verify_checksums(store, reporter)
         result: dict[str, Any] = {"files": files, "bytes": size, "rows_compared": 0, "differences": {}}
         if teacher:
-            plan = plan_of_store(store, data or read_manifest(store)["origin"]["data"], teacher, device, reporter)
+            plan = plan_of_store(store, data or read_manifest(store).origin.data, teacher, device, reporter)
             result["rows_compared"], result["differences"] = verify_teacher(plan, store, rows, reporter)
         reporter.message(f"{store}: {files} shard files, {size / 2**20:.1f} MB, every checksum is right")
         for key, error in result["differences"].items():
@@ -124,11 +125,12 @@ def bench(
     """
     from rich.table import Table
 
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.bench import bench as run_bench
     from kdcli.engine.caching.bench import default_workers
     from kdcli.engine.caching.edit import needs_of
     from kdcli.report.console import human_console
+    from kdcli.report.progress import ConsoleReporter
 
     try:
         numbers = [int(n) for n in workers.split(",")] if workers else default_workers()

@@ -22,6 +22,9 @@ def add(
     cache_images: Annotated[
         bool, typer.Option("--cache-images", help="Add the resized images, so that training opens no image file.")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Device for the teacher (default: the one that wrote the store).")
+    ] = None,
     set_: f.Set = None,
     json: f.Json = False,
 ) -> int:
@@ -30,19 +33,22 @@ def add(
 
     Example: kdcli cache add STORE --method bckd
     """
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.edit import add as add_tensors
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.methods.resolve import method_tables
     from kdcli.options import parse_assignments
+    from kdcli.report.progress import ConsoleReporter
 
     if not method and not cache_images:
         raise UsageError("name what to add: --method bckd, or --cache-images")
     settings = method_tables(method or "", parse_assignments(set_ or []))
-    keep_freed_memory(pick_device("auto"))
+    keep_freed_memory(pick_device(device or "auto"))
     with ConsoleReporter() as reporter:
-        new = add_tensors(store, data, teacher, method or "", settings, encoding, reporter, cache_images)
+        new = add_tensors(
+            store, data, teacher, method or "", settings, encoding, reporter, images=cache_images, device=device
+        )
         found = store_info(store)
         if new:
             reporter.message(f"{store}: {', '.join(new)} added, {found['bytes'] / 2**20:.1f} MB now")
@@ -63,8 +69,9 @@ def prune(
 
     Example: kdcli cache prune STORE --tensor features@all
     """
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.edit import prune_tensors, prune_views
+    from kdcli.report.progress import ConsoleReporter
 
     if bool(tensor) == bool(view):
         raise UsageError("prune takes either --tensor KEY (in place) or --view VIEW with --out COPY")
@@ -97,8 +104,9 @@ def merge(
 
     Example: kdcli cache merge store-identity store-hflip --out store
     """
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.edit import merge as merge_stores
+    from kdcli.report.progress import ConsoleReporter
 
     if len(stores) < 2:
         raise UsageError("merge needs at least two stores")

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
-from kdcli.errors import NoSpaceError, UsageError
-from kdcli.store.info import store_info
+from kdcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from kdcli.engine.caching.estimate.estimate import BreakEven, Estimate
-    from kdcli.engine.caching.plan import StorePlan
-    from kdcli.engine.caching.write import Part
+    from kdcli.engine.caching.estimate.estimate import Estimate
     from kdcli.engine.runtime.progress import ProgressReporter
     from kdcli.options import CacheOptions
-    from kdcli.store.storage.base import Storage
-
-SLOWEST = {  # of engine.estimate.stage_seconds
-    "teacher": "as fast as the teacher",
-    "loading": "images load slower than the teacher takes them",
-    "encoding": "encoding is slower than the teacher",
-    "disk": "the disk is slower than the teacher",
-    "cores": "the cores are busy",
-}
 
 
 @app.command(name="cache-teacher")
@@ -65,13 +51,14 @@ def cache_teacher(
 
     Example: kdcli cache-teacher --data DATA --teacher runs/teacher --method ld,pfi --views identity,hflip --out STORE
     """
+    from kdcli.api.caching import part_of, write
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import print_json, reporting
+    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.estimate.estimate import estimate as make_estimate
     from kdcli.engine.caching.plan import plan_store
     from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.options import layer, read_toml
-    from kdcli.store.storage.local import LocalStorage
+    from kdcli.report.progress import reporting
     from kdcli.store.storage.resolve import open_storage
 
     given = f.collect(
@@ -84,35 +71,18 @@ def cache_teacher(
     if not out:
         raise UsageError("--out is missing: name the store folder, e.g. --out store")
     storage = open_storage(out)
-    if isinstance(storage, LocalStorage) and not estimate:
-        require_folder(storage.path, "--out")
-    part = _part(shard)
+    if storage.folder is not None and not estimate:
+        require_folder(storage.folder, "--out")
+    part = part_of(shard)
     with reporting(part is None or shard is not None or part.index == 0) as reporter:
         plan = plan_store(options, reporter)
         keep_freed_memory(plan.teacher.device)
         if estimate:
             return _report_estimate(make_estimate(plan, storage, part), reporter, json)
-        info = _write(plan, storage, part, reporter)
+        info = write(plan, storage, part, reporter)
     if json:
         print_json(info)
     return 0
-
-
-def _write(plan: StorePlan, storage: Storage, part: Part | None, reporter: ProgressReporter) -> dict[str, Any]:
-    """Write the store, or go on with it; what it holds then. Raises NoSpaceError before anything is written."""
-    from kdcli.engine.caching.estimate.estimate import estimate
-    from kdcli.engine.caching.write import write_store
-    from kdcli.report.text import size
-
-    if not storage.exists():
-        found = estimate(plan, storage, part)
-        require_room(found, str(storage))
-        reporter.message(_priced(found))
-    written = write_store(plan, storage, reporter, part)
-    info = store_info(storage)
-    state = "complete" if info["complete"] else f"{info['shards_done']} of {info['shards']} shards are written"
-    reporter.message(f"{storage}: {state}, {info['rows']} rows ({written} written now), {size(info['bytes'])}")
-    return info
 
 
 def _options(fields: dict[str, Any], set_: list[str]) -> CacheOptions:
@@ -129,62 +99,13 @@ def _options(fields: dict[str, Any], set_: list[str]) -> CacheOptions:
     return options
 
 
-def _part(shard: str | None) -> Part | None:
-    """What ``--shard`` says, or torchrun; None for a process that writes alone."""
-    from kdcli.engine.caching.write import Part
-
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if shard is None:
-        return Part(rank, world) if world > 1 else None
-    if world > 1:
-        raise UsageError("--shard does not go with torchrun, which shares the work itself")
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not found or int(found[1]) >= int(found[2]):
-        raise UsageError(f"--shard '{shard}': write I/N with I from 0 to N - 1, e.g. 0/4")
-    return Part(int(found[1]), int(found[2]))
-
-
-def require_room(found: Estimate, out: str) -> None:
-    """Raises NoSpaceError (exit 5) when the disk of ``out`` cannot hold the store; nothing has been written then."""
-    from kdcli.engine.caching.estimate.estimate import MARGIN
-    from kdcli.report.text import size
-
-    wanted = found.bytes_total * MARGIN
-    if found.free_bytes is not None and wanted > found.free_bytes:
-        raise NoSpaceError(
-            f"the store needs about {size(wanted)}, the disk of '{out}' has {size(found.free_bytes)} free; "
-            "free some space, choose another --out, fewer --views or methods with sparse needs (ld, rm)"
-        )
-
-
-def _priced(found: Estimate) -> str:
-    from kdcli.report.text import duration, size
-
-    return (
-        f"estimate: {found.rows} rows, {size(found.bytes_total)} on disk ({size(found.bytes_raw)} before compression), "
-        f"{duration(found.seconds)} at {found.rows_per_s:.1f} rows/s ({SLOWEST[found.slowest]})"
-        + ("" if found.disk_timed else "; writing there was not timed")
-        + ("" if found.free_bytes is None else f"; {size(found.free_bytes)} are free")
-    )
-
-
-def _paid_back(found: BreakEven) -> str:
-    from kdcli.report.text import duration
-
-    three = 3 * found.epochs_each * found.live_epoch_seconds
-    return (
-        f"break-even: as long as a live teacher's forward passes in {found.epochs:.1f} epochs, or in {found.students:.2g} "
-        f"students of {found.epochs_each} epochs; three such students: {duration(three)} of a live teacher, "
-        f"{duration(found.store_seconds)} of writing the store"
-    )
-
-
 def _report_estimate(found: Estimate, reporter: ProgressReporter, as_json: bool) -> int:
     from kdcli.cli.progress import print_json
+    from kdcli.report.estimate import paid_back, priced
     from kdcli.report.text import size
 
-    reporter.message(_priced(found))
-    reporter.message(_paid_back(found.break_even))
+    reporter.message(priced(found))
+    reporter.message(paid_back(found.break_even))
     for key, count in found.bytes_by_tensor.items():
         reporter.message(f"  {key}: {size(count)}, {size(count / found.rows)} a row")
     if as_json:

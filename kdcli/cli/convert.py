@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,13 +12,9 @@ from kdcli.cli.app import app
 from kdcli.errors import OptionError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from kdcli.detectors.base import Detector
-    from kdcli.detectors.weights import Classes
+    from kdcli.classes import ClassList
 
 SOURCES = ("mmdet", "torchvision")
-STRIP = (
-    "a checkpoint of training holds more than weights: strip it with mmdet's tools/model_converters/publish_model.py"
-)
 
 
 @app.command()
@@ -44,9 +39,7 @@ def convert(
     Example: kdcli convert gfl_r101.pth --from mmdet --classes coco --out teacher.pt
     """
     from kdcli.cli.progress import print_json
-    from kdcli.detectors.base import count_parameters
-    from kdcli.detectors.convert.classes import class_list
-    from kdcli.detectors.weights import export
+    from kdcli.detectors.convert.file import convert_file
     from kdcli.files import atomic_save
     from kdcli.report.console import human_console, say
     from kdcli.structures import Canvas
@@ -57,48 +50,27 @@ def convert(
         raise OptionError(f"'{out}' exists; choose another --out, or delete it")
     size = str(Canvas.parse(canvas))
     given, flag = _given_classes(classes, data)
-    content = _load(file, source)
-    if source == "mmdet":
-        detector, names, found = _mmdet(content, file, model, style, prefix, set_ or [])
-    else:
-        if style or prefix is not None or set_:
-            raise OptionError("--style, --prefix and --set belong to --from mmdet; leave them out")
-        detector, names, found = _torchvision(content, file, model)
-    listed = class_list(detector.spec.num_classes, names, given, flag)
+    made = convert_file(
+        file, source, size, classes=given, classes_from=flag, model=model, style=style, prefix=prefix, assignments=set_
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = export(detector, listed, size, {"converted_from": source, "file": file.name})
-    atomic_save(checkpoint, out)
-    report: dict[str, Any] = {
-        "checkpoint": str(out), "model": detector.spec.name, "classes": len(listed),
-        "parameters": count_parameters(detector), "canvas": size, **found,
-        "weights_sha256": checkpoint["weights_sha256"],
-    }  # fmt: skip
+    atomic_save(made.checkpoint, out)
+    spec = made.detector.spec
     if json:
-        print_json({**report, "spec": detector.spec.to_json()})
+        print_json({
+            "checkpoint": str(out), "model": spec.name, "classes": len(made.classes), "parameters": made.parameters,
+            "canvas": size, **made.found, "weights_sha256": made.checkpoint["weights_sha256"], "spec": spec.to_json(),
+        })  # fmt: skip
     else:
         lines = [
-            f"{out}: {detector.spec.name}, {len(listed)} classes, {report['parameters']:,} parameters, canvas {size}"
+            f"{out}: {spec.name}, {len(made.classes)} classes, {made.parameters:,} parameters, canvas {size}",
+            *(f"{key.replace('_', ' ')}: {value}" for key, value in made.found.items()),
         ]
-        lines += [f"{key.replace('_', ' ')}: {value}" for key, value in found.items()]
         say(human_console(), *lines)
     return 0
 
 
-def _load(file: Path, source: str) -> Any:
-    from kdcli.errors import MissingPathError
-    from kdcli.files import load_torch
-
-    if not file.is_file():
-        raise MissingPathError(f"{source} file '{file}': no such file")
-    try:
-        return load_torch(file, what=f"{source} file")
-    except OptionError as error:
-        raise OptionError(
-            f"{error}; {STRIP}" if source == "mmdet" else f"{error}; save its state dict alone"
-        ) from error
-
-
-def _given_classes(classes: str | None, data: str | None) -> tuple[Classes | None, str]:
+def _given_classes(classes: str | None, data: str | None) -> tuple[ClassList | None, str]:
     """The classes that the user names, and the flag that says so."""
     from kdcli.data.coco import has_split, open_split
     from kdcli.detectors.convert.coco import COCO_CLASSES
@@ -108,56 +80,8 @@ def _given_classes(classes: str | None, data: str | None) -> tuple[Classes | Non
     if classes is not None:
         if classes != "coco":
             raise OptionError(f"--classes '{classes}': only coco is known by name; give a data set with --data instead")
-        return list(COCO_CLASSES), "--classes coco"
+        return COCO_CLASSES, "--classes coco"
     if data is not None:
         dataset = open_split(Path(data), "train" if has_split(Path(data), "train") else "val")
-        return [{"id": c.id, "name": c.name} for c in dataset.classes], f"--data {data}"
+        return dataset.classes, f"--data {data}"
     return None, ""
-
-
-def _mmdet(
-    content: Any, file: Path, model: str | None, style: str | None, prefix: str | None, assignments: list[str]
-) -> tuple[Detector, list[str] | None, dict[str, Any]]:
-    from kdcli.detectors.base import FcosVariant
-    from kdcli.detectors.convert.from_mmdet import convert_mmdet
-    from kdcli.options import convert as read_option
-    from kdcli.options import parse_assignments
-
-    tables = parse_assignments(assignments)
-    for table, values in tables.items():
-        for key in values:
-            if (table, key) != ("model", "fcos"):
-                raise OptionError(f"--set {table}.{key}: not of convert, which takes model.fcos alone")
-    fcos = tables.get("model", {}).get("fcos")
-    chosen = None if fcos is None else read_option("model.fcos", fcos, FcosVariant)
-    try:
-        made = convert_mmdet(content, prefix=prefix, style=style, fcos=chosen)
-    except OptionError as error:
-        raise OptionError(f"{file}: {error}") from error
-    if model is not None and model != made.detector.spec.name:
-        raise OptionError(f"{file}: holds {made.detector.spec.name}, not {model}; correct --model or leave it out")
-    found: dict[str, Any] = {"style": f"{made.style} ({made.style_source})"}
-    if made.detector.spec.detector == "fcos":
-        found["fcos"] = made.detector.spec.fcos
-    if made.left_out:
-        found["left_out"] = ", ".join(made.left_out)
-    return made.detector, made.names, found
-
-
-def _torchvision(content: Any, file: Path, model: str | None) -> tuple[Detector, list[str] | None, dict[str, Any]]:
-    from torch import Tensor
-
-    from kdcli.detectors.convert.coco import COCO_CLASSES, COCO_OUTPUTS
-    from kdcli.detectors.convert.from_torchvision import SOURCES as MODELS
-    from kdcli.detectors.convert.from_torchvision import class_outputs, convert_torchvision
-
-    if model is None:
-        raise UsageError(f"--model is missing: name torchvision's model, one of {', '.join(MODELS)}")
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise OptionError(f"{file}: not a state dict; save torchvision's model.state_dict() alone")
-    try:
-        detector, outputs = convert_torchvision(content, model), class_outputs(content, model)
-    except OptionError as error:
-        raise OptionError(f"{file}: {error}") from error
-    names = [str(c["name"]) for c in COCO_CLASSES] if outputs == COCO_OUTPUTS else None
-    return detector, names, {}

@@ -50,8 +50,9 @@ def check(
 
     Example: kdcli data check DATA
     """
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.data.check import category_fault, check_dataset, missing_report, open_splits
+    from kdcli.report.progress import ConsoleReporter
 
     found = {}
     opened, refused = open_splits(root)

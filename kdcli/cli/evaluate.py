@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -32,57 +31,32 @@ def evaluate(
     Example: kdcli eval runs/student --data DATA --out scores
     """
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import ConsoleReporter, print_json
-    from kdcli.data.coco import open_split
-    from kdcli.detectors.weights import load_detector
-    from kdcli.engine.evaluation.coco_metrics import write_detections
-    from kdcli.engine.evaluation.evaluate import evaluate as run_evaluation
-    from kdcli.engine.evaluation.evaluate import plain_forward, require_same_classes
-    from kdcli.engine.loading.loader import Loader
-    from kdcli.engine.loading.samples import SampleSource
-    from kdcli.engine.loading.selection import usable
-    from kdcli.engine.runtime.device import pick_amp, pick_device
+    from kdcli.cli.progress import print_json
+    from kdcli.engine.evaluation.checkpoint import evaluate_checkpoint, write_scores
+    from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
-    from kdcli.engine.runtime.threads import pick_workers
-    from kdcli.engine.training.run_folder import write_metrics
     from kdcli.report.console import human_console, table_of_metrics
-    from kdcli.structures import Canvas
+    from kdcli.report.progress import ConsoleReporter
 
     if data is None:
         raise UsageError("--data is missing: name the data set folder")
     if out is not None:
         require_folder(out, "--out")
-    detector, meta = load_detector(checkpoint)
-    dataset = open_split(Path(data), split)
-    require_same_classes(meta.classes, dataset)
-    target = Canvas.parse(canvas or meta.canvas)
-    chosen = pick_device(device or "auto")
-    keep_freed_memory(chosen)
+    keep_freed_memory(pick_device(device or "auto"))
     with ConsoleReporter() as reporter:
-        keep = set(usable(dataset, bool(skip_bad), reporter).tolist())
-        reporter.stage(f"eval {split}", len(keep))
-        found = run_evaluation(
-            detector.to(chosen), dataset, target, device=chosen, batch=batch,
-            loader=Loader(SampleSource.for_evaluation(dataset, target, detector), pick_workers(workers)),
-            forward=plain_forward(detector, pick_amp(amp or "auto", chosen)),
-            left_out=frozenset(range(dataset.num_images)) - keep,
-            advance=reporter.advance,
+        scores = evaluate_checkpoint(
+            checkpoint, data, split=split, canvas=canvas, batch=batch, device=device or "auto", amp=amp or "auto",
+            workers=workers, skip_bad=bool(skip_bad), reporter=reporter,
         )  # fmt: skip
-    numbers = {
-        **dataclasses.asdict(found.metrics), "images_per_s": found.images_per_s, "parameters": found.parameters,
-        "images": len(keep), "canvas": str(target), "checkpoint": str(meta.path), "weights_sha256": meta.weights_sha256,
-    }  # fmt: skip
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_detections(out / "detections.json", found.results)
-        write_metrics(out, numbers)
+        write_scores(out, scores)
     if json:
-        print_json(numbers)
+        print_json(scores.to_json())
     else:
-        more = {"images/s": f"{found.images_per_s:.1f}", "parameters": f"{found.parameters:,}"}
-        human_console().print(table_of_metrics(found.metrics, more=more, title=f"{checkpoint} on {split}"))
-    if min_ap is not None and (found.metrics.ap is None or found.metrics.ap < min_ap):
-        raise GateError(f"AP {found.metrics.ap} is below --min-ap {min_ap:g}")
+        more = {"images/s": f"{scores.images_per_s:.1f}", "parameters": f"{scores.parameters:,}"}
+        human_console().print(table_of_metrics(scores.metrics, more=more, title=f"{checkpoint} on {split}"))
+    if min_ap is not None and (scores.metrics.ap is None or scores.metrics.ap < min_ap):
+        raise GateError(f"AP {scores.metrics.ap} is below --min-ap {min_ap:g}")
     return 0
 
 
@@ -99,19 +73,20 @@ def predict(
     Example: kdcli predict runs/student photos --out drawn --score 0.4
     """
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import ConsoleReporter, print_json
+    from kdcli.cli.progress import print_json
     from kdcli.detectors.weights import load_detector
     from kdcli.engine.evaluation.predict import image_files, predict_files, require_images
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.report.draw import draw_detections, save_png
+    from kdcli.report.progress import ConsoleReporter
     from kdcli.structures import Canvas
 
     require_folder(out, "--out")
     detector, meta = load_detector(checkpoint)
     target, chosen = Canvas.parse(canvas or meta.canvas), pick_device(device or "auto")
     keep_freed_memory(chosen)
-    names = [str(c["name"]) for c in meta.classes]
+    names = meta.classes.names
     files = image_files(source)
     require_images(files)
     stems = [file.stem for file in files]  # a.jpg and a.png must not draw over each other

@@ -64,10 +64,11 @@ def _launch(
     command: str, given: dict[str, Any], model: str | None, config: Path | None, assignments: list[str] | None,
     seeds: str | None, out: Path | None, resume: Path | None, overwrite: bool, as_json: bool,
 ) -> int:  # fmt: skip
-    from kdcli.cli.progress import print_json, reporting
+    from kdcli.cli.progress import print_json
     from kdcli.engine.runtime import distributed
     from kdcli.engine.training import launch, run_config
     from kdcli.options import parse_assignments, read_toml
+    from kdcli.report.progress import reporting
 
     fields = read_toml(config) if config else {}
     asked = run_config.from_flags(command, fields, given, model, parse_assignments(assignments or []))
@@ -98,6 +99,8 @@ def _launch(
         for run, metrics in finished:
             ap = "not defined" if metrics["ap"] is None else f"{metrics['ap']:.2f}"
             reporter.message(f"{run}: AP {ap} after {pluralize(metrics['epochs'], 'epoch')}, {metrics['wall_s']:.0f} s")
+            for approximation in metrics.get("approximations", ()):  # a run from before this was noted has none
+                reporter.message(f"  ≈ {approximation}")
     return 0
 
 

@@ -134,7 +134,7 @@ def missing_report(root: Path, split: str, error: KDError) -> CheckReport:
 
 def category_fault(train: Dataset, val: Dataset) -> Fault | None:
     """What training refuses in two splits together: class names that are not the same in the same order."""
-    ours, theirs = ([c.name for c in split.classes] for split in (train, val))
+    ours, theirs = (split.classes.names for split in (train, val))
     if ours == theirs:
         return None
     odd = sorted(set(ours) ^ set(theirs))

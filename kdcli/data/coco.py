@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcli.data.coco_index import Annotations, Category, load_annotations
+from kdcli.classes import ClassList
+from kdcli.data.coco_index import Annotations, load_annotations
 from kdcli.errors import DataError, MissingPathError, OptionError
 
-__all__ = ["Annotations", "Category", "Dataset", "coco_dict", "has_split", "load_annotations", "open_split"]
+__all__ = ["Annotations", "Dataset", "coco_dict", "has_split", "load_annotations", "open_split"]
 
 MIN_SIDE = 1.0  # image pixels: a thinner box is never trained on
 
@@ -38,8 +39,8 @@ class Dataset:
         return len(self.annotations.image_ids)
 
     @property
-    def classes(self) -> tuple[Category, ...]:
-        """The categories; a label is a position in this tuple."""
+    def classes(self) -> ClassList:
+        """The categories; a label is a position in this list."""
         return self.annotations.categories
 
     def image_id(self, i: int) -> int:
@@ -170,5 +171,5 @@ def coco_dict(dataset: Dataset) -> dict[str, Any]:
         for i in range(dataset.num_images)
         for h, w in (dataset.image_size(i),)
     ]
-    categories = [{"id": c.id, "name": c.name} for c in dataset.classes]
+    categories = dataset.classes.to_json()
     return {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": categories}

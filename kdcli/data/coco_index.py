@@ -22,20 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcli.classes import Category, ClassList
 from kdcli.data.coco_parse import parse_coco
 from kdcli.errors import DataError, MissingPathError, NoSpaceError
 
 INDEX_FORMAT = 1
 CHILD_FROM_BYTES = 20_000_000  # a smaller JSON parses in about a second and 150 MB, less trouble than a process
 HASH_BLOCK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Category:
-    """A category of the annotation file."""
-
-    id: int
-    name: str
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,7 +51,7 @@ class Annotations:
     area: NDArray[np.float64]  # [M] square pixels, of the mask where there is one
     annotation_ids: NDArray[np.int64]  # [M]
     orphans: NDArray[np.int64]  # [O, 2] annotation id and image id of annotations whose image is not listed
-    categories: tuple[Category, ...]
+    categories: ClassList
     sha256: str  # of the JSON file, hexadecimal
 
     def file_name(self, i: int) -> str:
@@ -156,7 +149,7 @@ def _hash_file(path: Path) -> str:
 
 def _annotations(arrays: dict[str, NDArray[Any]]) -> Annotations:
     header = json.loads(arrays["header"].tobytes())
-    categories = tuple(Category(id_, name) for id_, name in header["categories"])
+    categories = ClassList(Category(id_, name) for id_, name in header["categories"])
     return Annotations(**{name: arrays[name] for name in ARRAYS}, categories=categories, sha256=header["sha256"])
 
 

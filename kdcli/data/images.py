@@ -71,13 +71,21 @@ def decode_image(path: Path, expected_size: tuple[int, int]) -> tuple[NDArray[np
     data = _read_bytes(path)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            turn = _orientation(image, expected_size, path)
-            pixels = _rgb(image if turn is None else image.transpose(turn), path)
+            pixels = to_rgb(image, expected_size, path)
     except DataError:
         raise
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
     return pixels, hashlib.sha256(data).digest()
+
+
+def to_rgb(image: Image.Image, expected_size: tuple[int, int], name: Path | str) -> NDArray[np.uint8]:
+    """The pixels of an opened ``image`` as `read_image` gives them: uint8 RGB [h, w, 3], turned by its EXIF orientation.
+
+    ``name``: what messages call it. Raises DataError for pixels of no known range and ImageSizeError for another size.
+    """
+    turn = _orientation(image, expected_size, name)
+    return _rgb(image if turn is None else image.transpose(turn), name)
 
 
 def probe_image(path: Path, expected_size: tuple[int, int]) -> None:
@@ -115,7 +123,7 @@ def _unreadable(path: Path, error: BaseException) -> DataError:
     return DataError(f"image {path} cannot be decoded ({reason}); replace the file")
 
 
-def _orientation(image: Image.Image, expected: tuple[int, int], path: Path) -> Image.Transpose | None:
+def _orientation(image: Image.Image, expected: tuple[int, int], path: Path | str) -> Image.Transpose | None:
     """How to turn the image so that it has the ``expected`` (height, width); None to leave it."""
     width, height = image.size
     limit = Image.MAX_IMAGE_PIXELS
@@ -132,7 +140,7 @@ def _orientation(image: Image.Image, expected: tuple[int, int], path: Path) -> I
     return None
 
 
-def _rgb(image: Image.Image, path: Path) -> NDArray[np.uint8]:
+def _rgb(image: Image.Image, path: Path | str) -> NDArray[np.uint8]:
     """Any Pillow mode as a writable uint8 array [h, w, 3]."""
     if image.mode == "F":
         raise DataError(f"image {path} holds floating-point pixels of no known range; save it with 8 or 16 bit")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcli.classes import ClassList
 from kdcli.detectors.base import Detector, ModelSpec
 from kdcli.detectors.build import build_detector
 from kdcli.errors import MissingPathError, OptionError
@@ -23,21 +24,19 @@ from kdcli.structures import Canvas
 FORMAT = "kdcli.checkpoint"
 VERSION = 1
 
-Classes = list[dict[str, Any]]  # {"id": category id in the annotations, "name": ...}, in the order 0..K-1
-
 
 @dataclass(frozen=True)
 class CheckpointMeta:
     """What a checkpoint says beside its weights. path: the file. canvas: as ``Canvas.parse`` reads it."""
 
     path: Path
-    classes: Classes
+    classes: ClassList
     canvas: str
     weights_sha256: str
     extra: dict[str, Any]
 
 
-def export(detector: Detector, classes: Classes, canvas: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+def export(detector: Detector, classes: ClassList, canvas: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint of ``detector``, to be written by ``files.atomic_save``; its tensors are copies on the CPU.
 
     extra: tensors and plain values (numbers, strings, lists, dicts), e.g. an optimiser's state; the hash leaves it out.
@@ -47,7 +46,7 @@ def export(detector: Detector, classes: Classes, canvas: str, extra: Mapping[str
         "format": FORMAT,
         "version": VERSION,
         "model": detector.spec.to_json(),
-        "classes": classes,
+        "classes": classes.to_json(),
         "canvas": canvas,
         "weights": weights,
         "weights_sha256": weights_sha256(weights),
@@ -77,7 +76,11 @@ def load_detector(path: Path | str) -> tuple[Detector, CheckpointMeta]:
         raise OptionError(f"checkpoint '{file}': corrupt, its weights do not match their sha256; copy it again")
     if len(content["classes"]) != spec.num_classes:
         raise OptionError(f"checkpoint '{file}': {len(content['classes'])} classes for {spec.num_classes} outputs")
-    meta = CheckpointMeta(file, content["classes"], content["canvas"], content["weights_sha256"], content["extra"])
+    try:
+        classes = ClassList.from_json(content["classes"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise OptionError(f"checkpoint '{file}': 'classes' is not a list of ids and names") from error
+    meta = CheckpointMeta(file, classes, content["canvas"], content["weights_sha256"], content["extra"])
     return detector.eval(), meta
 
 

@@ -19,6 +19,8 @@ from kdcli.geometry.grid import Grid
 from kdcli.structures import Batch, Canvas
 from kdcli.tensors import Need, Region, Tensors, TensorSpec
 
+APPROXIMATION = "approximation"  # the value of ``Method.offline`` that reports mark
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -36,12 +38,13 @@ class Method(nn.Module):
 
     title: ClassVar[str]  # paper, venue, arXiv id
     evidence: ClassVar[str] = "not stated"  # what the implementation rests on, and what of it is ours; one line
-    # what a store gives: "exact" (sparse: ground truth alone chooses), "exact, dense" or "approximation"; encodings apart
+    # what a store gives: "exact" (sparse: ground truth alone chooses), "exact, dense" or APPROXIMATION; encodings apart
     offline: ClassVar[str] = "not stated"
     needs: tuple[Need, ...]  # of the teacher; a class attribute, and one of an instance whose options change it
     student_needs: tuple[Need, ...] | None = None  # what is read of the student, when it is not the same
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # detector -> options that differ there
     region_options: ClassVar[tuple[str, ...]] = ()  # options that decide which entries a store holds
+    reads_targets: ClassVar[bool] = True  # boxes, labels or assignment of the batch; False: at most its padding
     index_aligned: ClassVar[bool] = True  # reads logits or boxes by anchor index: both grids must be equal
 
     @classmethod

@@ -28,6 +28,7 @@ class CWD(Method):
     evidence = "paper's abstract, mmrazor's code and detection settings; masking padding is ours"
     offline = "exact, dense"
     needs = (MAPS,)
+    reads_targets = False
     index_aligned = False
 
     def __init__(self, pair: Pair, *, weight: float = 10.0, temperature: float = 1.0) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kdcli.geometry.defeat_mask import defeat_cells
-from kdcli.methods.base import Method, Pair
+from kdcli.methods.base import APPROXIMATION, Method, Pair
 from kdcli.methods.decoupled import adapt, half_mean, neck_adapters
 from kdcli.methods.divergence import squared_rows
 from kdcli.methods.maps import MAPS
@@ -31,7 +31,7 @@ class DeFeatThin(Method):
 
     title = "DeFeat with a thinned background, an approximation of CVPR 2021, arXiv 2103.14475"
     evidence = "our decision: DeFeat on a fixed random share of the background cells"
-    offline = "approximation"
+    offline = APPROXIMATION
     needs = (ROWS,)
     student_needs = (MAPS,)
     region_options = ("keep",)

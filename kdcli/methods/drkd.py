@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.geometry.rois import ROI_LEVELS, ROI_SIZE, gt_rois
-from kdcli.methods.base import Method, Pair
+from kdcli.methods.base import APPROXIMATION, Method, Pair
 from kdcli.methods.glore import GloRe
 from kdcli.methods.maps import MAPS, channels, image_of, mean_images
 from kdcli.methods.reduce import safe_sqrt, world_sum_grad
@@ -101,7 +101,7 @@ class DRKDLite(Method):
 
     title = "Dual Relation Knowledge Distillation without pixel relations, after IJCAI 2023, arXiv 2302.05637"
     evidence = "our decision: DRKD without its pixel relations"
-    offline = "approximation"
+    offline = APPROXIMATION
     needs = (ROIS,)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"faster_rcnn": {"ir_weight": 4e-3, "ins_weight": 2.4e-3}}
     index_aligned = False

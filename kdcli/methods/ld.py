@@ -55,6 +55,7 @@ class LD(Method):
     evidence = "paper's abstract, official code; on RetinaNet one softmax an edge, and its weight, are ours"
     offline = "exact"
     needs: tuple[Need, ...] = (EDGES, CLASSES)
+    reads_targets = False  # the entries say what is positive
     region_options = ("vlr_metric", "vlr_gamma", "vlr_alpha")
     # the VLR weight of the code, as a share of ours: .15 / 4 against 1 / 16 on ATSS, .25 / 4 on FCOS, .03 / 4 on RetinaNet,
     # whose .3125 is 5 / 16: per edge what 5 is for the joint softmax

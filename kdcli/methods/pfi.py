@@ -36,6 +36,7 @@ class PFI(Method):
     evidence = "paper's abstract, re-implementations; probabilities instead of logits are ours"
     offline = "exact, dense"
     needs = (MAPS, CLASSES)
+    reads_targets = False
 
     def __init__(
         self,

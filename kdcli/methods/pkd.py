@@ -39,6 +39,7 @@ class PKD(Method):
     offline = "exact, dense"
     needs = (MAPS,)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"faster_rcnn": {"weight": 6.0}}
+    reads_targets = False
     index_aligned = False
 
     def __init__(self, pair: Pair, *, weight: float = 10.0, levels: int = 4) -> None:

@@ -36,7 +36,6 @@ class Group:
     seeds: tuple[int, ...]
     runs: tuple[Run, ...]
     ap: Summary  # of the last epoch, over seeds (a seed that was run twice counts once, with its mean)
-    ap_by_seed: dict[int, float]
     ap50: float | None
     ap75: float | None
     ap_s: float | None
@@ -180,7 +179,6 @@ def _summarize(group: Sequence[Run], *, name: str, role: str, reference: Mapping
         seeds=tuple(by_seed),
         runs=tuple(group),
         ap=summarize(list(by_seed.values())),
-        ap_by_seed=by_seed,
         diff=None if reference is None else difference(by_seed, reference),
         peak_memory_bytes=int(max(memory)) if memory else None,
         store_bytes=None if store is None else round(store),
@@ -211,7 +209,7 @@ def _tells(key: str, values: Sequence[Any]) -> bool:
 
 
 def _group_json(group: Group) -> dict[str, Any]:
-    shown = {key: getattr(group, key) for key in Group.__dataclass_fields__ if key not in ("runs", "ap_by_seed")}
+    shown = {key: getattr(group, key) for key in Group.__dataclass_fields__ if key != "runs"}
     shown["ap"], shown["diff"] = asdict(group.ap), None if group.diff is None else asdict(group.diff)
     shown["runs"] = [{"path": str(r.path), "seed": r.seed, "ap": r.value("ap")} for r in group.runs]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in shown.items()}

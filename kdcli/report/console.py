@@ -1,4 +1,4 @@
-"""What people read in a terminal: rich tables, progress and errors, on stderr so that stdout stays for ``--json``.
+"""What people read in a terminal: rich tables, on stderr so that stdout stays for ``--json``.
 
 Colours follow rich's rules (``NO_COLOR``, terminals only). Names from files are shown as plain text, never as markup.
 """
@@ -6,13 +6,11 @@ Colours follow rich's rules (``NO_COLOR``, terminals only). Names from files are
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -43,12 +41,6 @@ _COST: tuple[Column, ...] = (
     ("memory", lambda g: size(g.peak_memory_bytes)),
     ("store", lambda g: size(g.store_bytes)),
 )
-
-
-class Advance(Protocol):
-    """Moves a progress bar on by ``count`` and shows ``note`` beside it."""
-
-    def __call__(self, count: int = 1, note: str = "") -> None: ...
 
 
 def human_console() -> Console:
@@ -131,25 +123,6 @@ def table_of_metrics(metrics: Metrics, *, more: Mapping[str, str] | None = None,
     for name, value in metrics.per_class.items():
         table.add_row(Text(plain(name)), number(value))
     return table
-
-
-@contextmanager
-def progress(label: str, total: int | None, console: Console | None = None) -> Iterator[Advance]:
-    """A progress bar on stderr, gone when done and silent without a terminal; yields the function that advances it."""
-    shown = console or human_console()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
-        task = bar.add_task(plain(label), total=total)
-
-        def advance(count: int = 1, note: str = "") -> None:
-            bar.update(task, advance=count, description=plain(f"{label} {note}".strip()))
-
-        yield advance
-
-
-def error_line(message: str) -> Text:
-    """``error: ...`` for stderr, on one line."""
-    return Text.assemble(("error: ", "bold red"), plain(message))
 
 
 def _table(title: str, first: str, others: Sequence[str]) -> Table:

@@ -14,7 +14,7 @@ from kdcli.report.runs import flatten
 from kdcli.report.text import duration, millions, number, plain, signed, size, spelled, with_interval
 
 # What env.json says about one run, not about where the runs were made.
-_ONE_RUN_ONLY = frozenset({"argv", "seed", "started", "finished", "teacher", "store", "approximations"})
+_ONE_RUN_ONLY = frozenset({"argv", "seed", "started", "finished", "teacher", "store"})
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1a1a1a; --soft: #5c5c5c; --rule: #d9d9d9; --band: #f5f5f5; }
 @media (prefers-color-scheme: dark) {

@@ -71,8 +71,8 @@ class Run:
 
     @property
     def approximations(self) -> tuple[str, ...]:
-        """Names of the approximations the run used."""
-        return tuple(str(name) for source in (self.metrics, self.env) for name in source.get("approximations", ()))
+        """What the run approximates, in words; runs from before this was noted name nothing."""
+        return tuple(str(name) for name in self.metrics.get("approximations", ()))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One stored tensor, and the Zarr arrays that it becomes."""
+"""One stored tensor, the Zarr arrays that it becomes, and the keys of their shard files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Room for a batch: large dense arrays are decompressed beside each other, so that a batch is made of rows without a copy."""
+"""The memory of a batch: large dense arrays are decompressed beside each other, so that rows are collated without a copy.
+
+``allocate_batch`` gives each row a ``BatchSlot`` to be read into; ``collate_rows`` copies what is not there already.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ LEAST_BYTES = 2**16  # of a row: a smaller array is copied in 5 us
 
 @dataclass(frozen=True)
 class BatchSlot:
-    """The place of one row in a batch."""
+    """The part of a batch's memory that one row is read into."""
 
-    batch: dict[str, Tensor]  # [rows, ...] by array path; the same one in all rooms of a batch
+    batch: dict[str, Tensor]  # [rows, ...] by array path; the same one in all slots of a batch
     row: int
 
     def of(self, path: str) -> NDArray[Any] | None:
-        """The place of this row in an array; None for an array that has no room."""
+        """Where this row of an array goes; None for an array that is not allocated for the batch."""
         return self.batch[path][self.row].numpy() if path in self.batch else None
 
 
@@ -44,7 +47,7 @@ class SlottedRow(Protocol):
 
 
 def allocate_batch(layout: Iterable[ArraySpec], rows: int, *, shared: bool) -> list[BatchSlot]:
-    """Room for ``rows`` rows. ``shared``: in memory that a data worker hands to the process that trains without a copy."""
+    """A slot for each row. ``shared``: in memory that a data worker hands to the process that trains without a copy."""
     batch = {}
     for spec in layout:
         if not spec.sparse and spec.path.startswith("tensors/") and spec.row_bytes >= LEAST_BYTES:

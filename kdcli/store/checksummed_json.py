@@ -1,4 +1,7 @@
-"""A checksum inside a JSON document: the manifest and the journal decide how bytes are read, so a flipped bit must show."""
+"""A checksum inside a JSON document: the manifest and the journal decide how bytes are read, so a flipped bit must show.
+
+It finds damage, not malice: anyone can compute it. ``validation`` is for what a document says.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def verify_checksum(document: Any, what: str) -> dict[str, Any]:
 def parse(data: bytes) -> Any:
     """The JSON of a manifest or a journal file. Raises ValueError for what Python's ``json`` does not write.
 
-    The seal is of the values, and a flipped bit may spell the same ones otherwise: 1e-05 as 1E-05, \\u00e9 as \\u00E9.
+    The checksum is of the values, and a flipped bit may spell the same ones otherwise: 1e-05 as 1E-05, \\u00e9 as \\u00E9.
     NaN and Infinity are refused: nothing that is measured or counted here may be one.
     """
     if CAPITAL_ESCAPE.search(data):

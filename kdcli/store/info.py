@@ -1,4 +1,4 @@
-"""What ``cache info`` tells of a store."""
+"""What ``cache info`` tells of a store: its manifest, its sizes and what its encodings cost."""
 
 from __future__ import annotations
 
@@ -8,34 +8,32 @@ from kdcli.store.storage.base import Where
 
 
 def store_info(store: Where) -> dict[str, Any]:
-    """The manifest of a store with its sizes and measured errors, as JSON."""
-    from kdcli.store.encoding_error import summarise
+    """The manifest of a store with its sizes and measured errors, as JSON. Raises MissingPathError or StoreError."""
+    from kdcli.store.encoding_error import errors_of
     from kdcli.store.image_codec import PIXEL_ENCODING, PIXELS
     from kdcli.store.journal import read_journal, store_digest
     from kdcli.store.manifest import read_manifest
-    from kdcli.store.schema import StoreSchema
 
     manifest = read_manifest(store)
-    schema = StoreSchema.from_json(manifest["schema"])
+    schema = manifest.schema
     journal = read_journal(store)
-    errors = summarise(e["measured"]["encoding"] for e in journal.values())
-    precision = summarise(e["measured"]["precision"] for e in journal.values())
+    errors = errors_of(entry.measured for entry in journal.values())
     by_array: dict[str, int] = {}
     for entry in journal.values():
-        for path, file in entry["files"].items():
-            by_array[path] = by_array.get(path, 0) + file["bytes"]
+        for path, file in entry.files.items():
+            by_array[path] = by_array.get(path, 0) + file.bytes
     tensors = {
         t.need.key: {
             "dims": list(t.dims),
             "encoding": t.encoding.to_json()["name"],
             "bytes": sum(by_array.get(a.path, 0) for a in schema.tensor_arrays(t).values()),
-            "error": errors.get(t.need.key),
-            "precision_error": precision.get(t.need.key),
+            "error": errors.encoding.get(t.need.key),
+            "precision_error": errors.precision.get(t.need.key),
         }
         for t in schema.tensors
     }
     return {
-        **{k: v for k, v in manifest.items() if k not in ("schema", "errors")},  # both by tensor, below
+        **manifest.describe(),
         "rows": schema.rows,
         "shards": schema.num_shards,
         "shards_done": len(journal),

@@ -1,4 +1,7 @@
-"""Who may write a store: one process alone, or several that take shards. Locks end with their process."""
+"""Who may write a store: one process alone, or several that take shards. Locks end with their process.
+
+Why not filelock: docs/decisions/0021.
+"""
 
 from __future__ import annotations
 

@@ -10,22 +10,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kdcli.errors import StoreError
 from kdcli.files import fsync_folder
 from kdcli.store.arrays import ArraySpec, shard_key
-from kdcli.store.encoding_error import ErrorMeter, summarise
-from kdcli.store.journal import _write_journal, read_journal
-from kdcli.store.locks import lock_file
-from kdcli.store.manifest import read_manifest, write_manifest
+from kdcli.store.encoding_error import ErrorMeter, Measured, errors_of
+from kdcli.store.journal import JournalEntry, read_journal, write_entry
+from kdcli.store.manifest import Manifest, read_manifest, write_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import ShardFile, open_shards, pack_chunk, read_chunks
 from kdcli.store.storage.base import Where
-from kdcli.store.storage.local import LocalStorage
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import StoreWriter
 
@@ -34,23 +31,21 @@ MAX_FILES = 128  # open at a time, of all sources; the rows of a shard come from
 _Files = dict[tuple[int, str, int], ShardFile]  # by source, array path and shard
 
 
-def drop_tensors(store: Path, schema: StoreSchema, changes: Mapping[str, Any], advance: Advance) -> None:
-    """Leave only the tensors of ``schema`` in a store; ``changes`` are fields of its manifest to replace.
+def drop_tensors(store: Path, manifest: Manifest, advance: Advance) -> None:
+    """Leave only the tensors of the schema of ``manifest`` in a store; ``manifest`` becomes that of the store.
 
     The manifest goes first, so that nobody looks for what is being deleted.
     """
-    manifest = read_manifest(store)
-    paths = {a.path for a in schema.layout()}
-    keys = {t.need.key for t in schema.tensors}
-    kept = {kind: {k: v for k, v in found.items() if k in keys} for kind, found in manifest.get("errors", {}).items()}
-    write_manifest(store, {**manifest, **changes, **({"errors": kept} if kept else {}), "schema": schema.to_json()})
-    for _shard, entry in sorted(read_journal(store).items()):
-        files = {path: file for path, file in entry["files"].items() if path in paths}
-        measured = {
-            kind: {key: sums for key, sums in found.items() if key in keys} for kind, found in entry["measured"].items()
-        }
-        if (files, measured) != (entry["files"], entry["measured"]):
-            _write_journal(store, {**entry, "files": files, "measured": measured})
+    storage = open_storage(store)
+    paths = {a.path for a in manifest.schema.layout()}
+    keys = {t.need.key for t in manifest.schema.tensors}
+    errors = None if manifest.errors is None else manifest.errors.of(keys)
+    write_manifest(storage, replace(manifest, errors=errors))
+    for _, entry in sorted(read_journal(storage).items()):
+        files = {path: file for path, file in entry.files.items() if path in paths}
+        kept = replace(entry, files=files, measured=entry.measured.of(keys))
+        if kept != entry:
+            write_entry(storage, kept)
         advance(1)
     for metadata in sorted(store.rglob("zarr.json"), key=lambda f: -len(f.parts)):
         folder = metadata.parent
@@ -62,38 +57,36 @@ def drop_tensors(store: Path, schema: StoreSchema, changes: Mapping[str, Any], a
 
 def unreferenced_arrays(store: Path) -> list[str]:
     """Arrays on the disk that the schema does not name: what a killed ``drop_tensors`` left."""
-    paths = {a.path for a in StoreSchema.from_json(read_manifest(store)["schema"]).layout()} | {"image_id"}
+    paths = {a.path for a in read_manifest(store).schema.layout()} | {"image_id"}
     arrays = (f.parent for f in store.rglob("zarr.json") if json.loads(f.read_text()).get("node_type") == "array")
     found = sorted(a.relative_to(store).as_posix() for a in arrays)
     return [path for path in found if path not in paths and not path.startswith(".")]
 
 
-def merge_overlay(store: Path, other: Path, schema: StoreSchema, changes: Mapping[str, Any], advance: Advance) -> None:
+def merge_overlay(store: Path, other: Path, manifest: Manifest, advance: Advance) -> None:
     """Move every array of the finished store ``other``, which has the same rows and shards, into ``store``.
 
-    Arrays that both have are replaced. ``schema``: the joined one; ``changes``: fields of its manifest to replace.
-    ``other`` has to be on the same disk, and is gone afterwards. The manifest comes last: until then nobody looks for what
-    is new.
+    Arrays that both have are replaced. ``manifest``: of the joined store, whose errors are computed here. ``other`` has to
+    be on the same disk, and is gone afterwards. The manifest comes last: until then nobody looks for what is new.
     """
-    manifest, source = read_manifest(store), StoreSchema.from_json(read_manifest(other)["schema"])
+    storage, source = open_storage(store), read_manifest(other).schema
     mine, theirs = read_journal(store), read_journal(other)
     for array in source.layout():
         _move(other / array.path / "zarr.json", store / array.path / "zarr.json")
         for parent in (store / array.path).relative_to(store).parents:  # the groups that hold the array
             group = other / parent / "zarr.json"
             if parent != Path() and group.is_file() and not (store / parent / "zarr.json").exists():
-                LocalStorage(store).write(f"{parent.as_posix()}/zarr.json", group.read_bytes())
+                storage.write(f"{parent.as_posix()}/zarr.json", group.read_bytes())
     for shard, entry in sorted(mine.items()):
         for array in source.layout():
             key = shard_key(array, shard)
             _move(other / key, store / key)
-        measured = {kind: {**entry["measured"][kind], **theirs[shard]["measured"][kind]} for kind in entry["measured"]}
-        joined = {**entry, "files": {**entry["files"], **theirs[shard]["files"]}, "measured": measured}
+        new = theirs[shard]
+        joined = replace(entry, files={**entry.files, **new.files}, measured=entry.measured | new.measured)
         if joined != entry:
-            _write_journal(store, joined)
+            write_entry(storage, joined)
         advance(1)
-    errors = _errors(read_journal(store))
-    write_manifest(store, {**manifest, **changes, "errors": errors, "schema": schema.to_json()})
+    write_manifest(storage, replace(manifest, errors=_errors(read_journal(storage))))
     shutil.rmtree(other)
 
 
@@ -108,18 +101,16 @@ def copy_rows(
     writer = StoreWriter(out, schema)
     done = writer.done()
     files: _Files = {}
-    sums = [entry["measured"] for source in sources for _, entry in sorted(read_journal(source.storage).items())]
+    sums = [entry.measured for source in sources for _, entry in sorted(read_journal(source.storage).items())]
     for shard in range(schema.num_shards):
         start, stop = schema.shard_range(shard)
         if shard not in done:
             chunks = {array.path: _chunks(sources, rows[start:stop], array, files) for array in schema.layout()}
-            measured = {}
-            for kind in ("encoding", "precision"):
-                meter = ErrorMeter()
-                for part in sums[shard :: schema.num_shards]:
-                    meter.join(part[kind])
-                measured[kind] = meter.sums
-            writer.write_chunks(shard, chunks, measured)
+            encoding, precision = ErrorMeter(), ErrorMeter()
+            for part in sums[shard :: schema.num_shards]:
+                encoding.join(part.encoding)
+                precision.join(part.precision)
+            writer.write_chunks(shard, chunks, Measured(encoding=encoding.sums, precision=precision.sums))
         advance(1)
 
 
@@ -130,21 +121,20 @@ def record_errors(store: Where) -> bool:
     """
     storage = open_storage(store)
     manifest, journal = read_manifest(storage), read_journal(storage)
-    shards = StoreSchema.from_json(manifest["schema"]).num_shards
+    shards = manifest.schema.num_shards
     if len(journal) != shards or max(journal) >= shards:
         return False
     errors = _errors(journal)
-    if manifest.get("errors") != errors:
+    if manifest.errors != errors:
         # a file has one writer at a time: two parts that end together would take each other's temporary file away
-        lock = storage.path / "journal" / ".errors.lock" if isinstance(storage, LocalStorage) else None
-        with lock_file(lock) if lock else nullcontext():
-            write_manifest(storage, {**manifest, "errors": errors})
+        with storage.lock_file("journal/.errors.lock"):
+            write_manifest(storage, replace(manifest, errors=errors))
     return True
 
 
-def _errors(journal: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    parts = [entry["measured"] for _, entry in sorted(journal.items())]
-    return {kind: summarise(part[kind] for part in parts) for kind in ("encoding", "precision")}
+def _errors(journal: Mapping[int, JournalEntry]) -> Measured:
+    """Over all shards, in their order: a sum in another order is another number."""
+    return errors_of(entry.measured for _, entry in sorted(journal.items()))
 
 
 def _chunks(

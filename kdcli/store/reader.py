@@ -6,10 +6,10 @@ The chunks of a row are asked for together, as an object store answers them side
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -24,24 +24,19 @@ from kdcli.store.checksums import crc_is_right
 from kdcli.store.image_codec import PIXELS, decode_pixels
 from kdcli.store.journal import read_journal
 from kdcli.store.manifest import read_manifest
-from kdcli.store.schema import ENTRY_DTYPES, StoreSchema
+from kdcli.store.schema import ENTRY_DTYPES
 from kdcli.store.shards import ShardFile, decompress, open_shards, read_chunks
 from kdcli.store.storage.base import Where
-from kdcli.store.storage.local import LocalStorage
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.validation import check_readable
 from kdcli.structures import FLAGS, Entries, RowKey, flag_bits
 from kdcli.tensors import PROPOSAL_COUNT, Need
 
-MAX_OPEN_FILES = 256  # a COCO-sized store has 10,000 shard files, a process may usually open 1,024
-MAX_INDICES = 16384  # of shard files in an object store, 4 kB each
-# zarr-python's faster pipeline, where it is installed: 2.3 times as many LD rows a second (docs/decisions/0001)
-ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if find_spec("zarrs") else {}
 _Chunks = dict[str, tuple[ShardFile, bytes]]  # by array path
 _UNKNOWN = np.uint8(255 - sum(FLAGS.values()))  # bits that no region has
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One stored row: arrays by path (sparse ones cut to their real length) and what ties it to its image."""
 
@@ -64,22 +59,34 @@ class StoreReader:
     def __init__(self, where: Where, needs: Iterable[Need] | None = None, *, direct: bool = True) -> None:
         self.storage, self.direct = open_storage(where), direct
         self.manifest = read_manifest(self.storage)
-        self.schema = StoreSchema.from_json(self.manifest["schema"])
+        self.schema = self.manifest.schema
         try:
             check_readable(self.schema)
         except ValueError as error:
             raise StoreError(f"store '{self.storage}' has {error}; write the store again") from error
         self.tensors = self.schema.tensors if needs is None else self.schema.restrict(tuple(needs))
-        self.views: tuple[str, ...] = tuple(self.manifest["views"])
+        self.views = self.manifest.views
         self._require_complete()
         self._ids = self._read_image_ids()
         self._sorter = np.argsort(self._ids, kind="stable")  # 16 bytes an image; a dict would take 130
+        self.pixels = self.schema.images
         self.layout = self._wanted()
         self._shards: dict[int, list[ShardFile]] = {}  # of each shard that is open, in the order of the layout
         self._group: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}, "_group": None}
+
+    def restricted(self, needs: Iterable[Need], *, pixels: bool) -> StoreReader:
+        """The same store read for less: what ``needs`` read, with its cached images or not. Nothing is opened or read.
+
+        Raises StoreError when it lacks a need.
+        """
+        other = copy.copy(self)  # through __getstate__: with no open file
+        other.tensors = self.schema.restrict(tuple(needs))
+        other.pixels = pixels and self.schema.images
+        other.layout = other._wanted()
+        return other
 
     @property
     def image_ids(self) -> tuple[int, ...]:
@@ -93,17 +100,16 @@ class StoreReader:
         at = int(np.searchsorted(self._ids, key.image_id, sorter=self._sorter))
         position = int(self._sorter[at]) if at < len(self._ids) else -1
         if position < 0 or self._ids[position] != key.image_id:
-            left_out = key.image_id in self.manifest.get("dataset", {}).get("left_out", ())
             why = (
                 "it was left out when the store was written; train with the same --skip-bad, or write the store again"
-                if left_out
+                if key.image_id in self.manifest.dataset.left_out
                 else "its data set had no such image id"
             )
             raise StoreError(f"store '{self.storage}' has no row for image {key.image_id}: {why}")
         return position * len(self.views) + self.views.index(key.view)
 
     def read_all(self, keys: Sequence[RowKey], *, shared: bool = False) -> list[Row]:
-        """The rows of a batch, with room in ``shared`` memory or not. Raises StoreError as ``read`` does."""
+        """The rows of a batch, in ``shared`` memory or not. Raises StoreError as ``read`` does."""
         slots = allocate_batch(self.layout.values(), len(keys), shared=shared)
         return [self.read(key, slot) for key, slot in zip(keys, slots, strict=True)]
 
@@ -132,9 +138,12 @@ class StoreReader:
                 arrays[PROPOSAL_COUNT] = np.array([counts[PROPOSAL_COUNT]], np.int32)
         identity = self._array(chunks, "row/identity", index, None).tobytes()
         geometry = self._array(chunks, "row/geometry", index, None)
-        image = self._image(chunks, index, geometry) if self.schema.images else None
+        image = self._image(chunks, index, geometry) if self.pixels else None
         entries = _entries_of(parts) if parts else None
-        return Row(arrays, entries, identity[:32], identity[32:], geometry, image, slot)
+        return Row(
+            arrays=arrays, entries=entries, content=identity[:32], guard=identity[32:], geometry=geometry, image=image,
+            slot=slot,
+        )  # fmt: skip
 
     def shard_of(self, key: RowKey) -> int:
         """The shard that the row of ``key`` is in. Raises StoreError as ``row_index`` does."""
@@ -142,10 +151,12 @@ class StoreReader:
 
     def bytes_on_disk(self) -> int:
         """Bytes of all shard files, from the journal."""
-        return sum(int(f["bytes"]) for e in read_journal(self.storage).values() for f in e["files"].values())
+        return sum(file.bytes for entry in read_journal(self.storage).values() for file in entry.files.values())
 
     def _wanted(self) -> dict[str, ArraySpec]:
         specs = {a.path: a for a in self.schema.layout() if not a.path.startswith("tensors/")}
+        if not self.pixels:
+            specs.pop(PIXELS, None)
         for tensor in self.tensors:
             specs.update({a.path: a for a in self.schema.tensor_arrays(tensor).values()})
         return specs
@@ -154,7 +165,7 @@ class StoreReader:
         journal = read_journal(self.storage)
         done = len(journal)
         for shard, entry in journal.items():
-            if shard >= self.schema.num_shards or entry["rows"] != list(self.schema.shard_range(shard)):
+            if shard >= self.schema.num_shards or entry.rows != self.schema.shard_range(shard):
                 raise StoreError(
                     f"store '{self.storage}': its journal file of shard {shard} is of another store; write the store again"
                 )
@@ -193,8 +204,8 @@ class StoreReader:
         if files is None:
             keys = [shard_key(spec, shard) for spec in self.layout.values()]
             files = self._shards[shard] = open_shards(self.storage, keys, self.schema.shard_rows)
-            most = (MAX_OPEN_FILES if isinstance(self.storage, LocalStorage) else MAX_INDICES) // len(files)
-            for first in list(self._shards)[: -max(1, most)]:  # opened first; reads are random anyway
+            most = max(1, self.storage.max_open // len(files))
+            for first in list(self._shards)[:-most]:  # opened first; reads are random anyway
                 self._shards.pop(first, None)  # other threads open and close files too
         data = read_chunks(self.storage, [(file, position) for file in files])
         return dict(zip(self.layout, zip(files, data, strict=True), strict=True))
@@ -234,7 +245,7 @@ class StoreReader:
             return file.unpack(chunk, spec, shape, out)
         if self._group is None:  # a truth test of a group lists all its members
             self._group = zarr.open_group(self.storage.for_zarr(), mode="r")
-        with zarr.config.set(ZARRS if isinstance(self.storage, LocalStorage) else {}):
+        with zarr.config.set(self.storage.zarr_config):
             value: NDArray[Any] = np.array(self._group[path][index])
         return value[:length]
 

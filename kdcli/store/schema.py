@@ -35,7 +35,6 @@ from kdcli.store.image_codec import PIXEL_ENCODING, PIXELS
 from kdcli.structures import Canvas, Entries
 from kdcli.tensors import PROPOSAL_COUNT, Need, Per, Region, Tensors, level_of_per
 
-FORMAT_VERSION = 1
 GEOMETRY_LENGTH = 11  # numbers of data.views.Geometry.to_array
 SHARD_BYTES = 128 * 2**20  # raw bytes of one shard over all arrays: what the writer holds in memory
 MAX_SHARD_ROWS = 256
@@ -47,7 +46,7 @@ MAX_PROPOSALS = 1000  # of a teacher's RPN after NMS; the ground-truth boxes com
 ENTRY_DTYPES = {"index": "int32", "flag": "uint8", "gt": "int16", "weight": "float32"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoreSchema:
     """Every array of a store, from the grid, the canvas and the needs."""
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kdcli.errors import StoreError
 from kdcli.store.arrays import ArraySpec
-from kdcli.store.checksums import _crc, crc_is_right
+from kdcli.store.checksums import crc_bytes, crc_is_right
 from kdcli.store.storage.base import OpenFile, Storage
 
 MISSING = 2**64 - 1  # of a shard index: this chunk was never written
@@ -56,7 +56,7 @@ def pack_chunk(value: NDArray[Any], array: ArraySpec) -> bytes:
         if len(raw) < array.shape[0]:
             raw = np.concatenate([raw, np.zeros_like(raw, shape=(array.shape[0] - len(raw), *array.shape[1:]))])
         frame: bytes = compressor.compress(raw.data)
-        return frame + _crc(frame)
+        return frame + crc_bytes(frame)
     stride = array.row_bytes // array.shape[0]
     real = -(-len(raw.tobytes().rstrip(b"\0")) // stride)
     stream = compressor.compressobj(size=array.row_bytes)
@@ -69,7 +69,7 @@ def pack_chunk(value: NDArray[Any], array: ArraySpec) -> bytes:
         left -= min(left, len(_ZEROS))
     parts.append(stream.flush())
     frame = b"".join(parts)
-    return frame + _crc(frame)
+    return frame + crc_bytes(frame)
 
 
 def pack_shard(chunks: Sequence[bytes | None], size: int) -> bytes:
@@ -81,7 +81,7 @@ def pack_shard(chunks: Sequence[bytes | None], size: int) -> bytes:
             index[position] = offset, len(chunk)
             offset += len(chunk)
     tail = index.tobytes()
-    return b"".join([*(c for c in chunks if c is not None), tail, _crc(tail)])
+    return b"".join([*(c for c in chunks if c is not None), tail, crc_bytes(tail)])
 
 
 class ShardFile:

@@ -70,9 +70,17 @@ def test_compare(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path)
     distilled = next(g for g in groups.values() if g["role"] == "distill")
     assert sorted(distilled["seeds"]) == [0, 1]
     assert distilled["diff"] is not None
+    mark = "stored as channel_affine_8, float16, log_odds_8, vector_affine_8"
+    assert [g["approximations"] for g in groups.values() if g is not distilled] == [[]]
+    assert distilled["approximations"] == [mark]
+    assert f"≈ {mark}" in (tmp_path / "r.html").read_text()
     assert "http:" not in (tmp_path / "r.html").read_text().replace("http://www.w3.org", "")
     assert {f.name for f in (tmp_path / "plots").iterdir()} <= {"ap.png", "learning_curves.png"}
+    capsys.readouterr()
     assert run(["compare", str(runs)]) == 0
+    assert "≈ stored as" in capsys.readouterr().err
+    assert run(["distill", "--resume", str(runs / "ld-rm-pfi" / "seed-0")]) == 0  # the summary of a finished run
+    assert f"  ≈ {mark}\n" in capsys.readouterr().err
 
 
 def test_predict(capsys: pytest.CaptureFixture[str], runs: Path, shapes: Path, tmp_path: Path) -> None:

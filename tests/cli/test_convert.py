@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 
+from kdcli.classes import Category
 from kdcli.cli.main import run
 from kdcli.detectors.convert.coco import COCO_CLASSES
 from kdcli.detectors.weights import load_detector
@@ -52,7 +53,7 @@ def test_writes_a_checkpoint(gfl: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "canvas 64x96 style: pytorch (the config in the file)" in said
     detector, meta = load_detector(out)
     assert detector.spec.reg_max == 8
-    assert [c["name"] for c in meta.classes] == list(NAMES)
+    assert meta.classes.names == list(NAMES)
     assert meta.canvas == "64x96"
     assert meta.extra == {"converted_from": "mmdet", "file": "gfl.pth"}
     assert run(arguments) == 3
@@ -68,7 +69,7 @@ def test_json(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert found["fcos"] == found["spec"]["fcos"] == "normalised"
     assert found["canvas"] == "800x1344"
     assert found["style"] == "pytorch (batch norms with statistics)"
-    assert load_detector(out)[1].classes == [{"id": i, "name": n} for i, n in ((2, "box"), (5, "disk"), (7, "star"))]
+    assert load_detector(out)[1].classes == (Category(2, "box"), Category(5, "disk"), Category(7, "star"))
 
 
 def test_wanted_prefix_and_variant(gfl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 
-from kdcli import plugins
+from kdcli import userfile
 from kdcli.cli import main as command_line
 from kdcli.cli.main import app, run
 from kdcli.detectors.base import Detector, ModelSpec
@@ -39,7 +39,7 @@ UNKNOWN = "is unknown; if it is yours, name its file with kdcli --plugin FILE"
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plugins last as long as a process: here, as long as a test."""
     monkeypatch.delenv("KDCLI_PLUGINS", raising=False)
-    monkeypatch.setattr(plugins, "_loaded", set())
+    monkeypatch.setattr(userfile, "_modules", {})
     before = dict(DETECTORS), dict(METHODS)
     yield
     for table, kept in zip((DETECTORS, METHODS), before, strict=True):
@@ -52,7 +52,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Call it for another new process within a test."""
 
     def forget() -> None:
-        monkeypatch.setattr(plugins, "_loaded", set())
+        monkeypatch.setattr(userfile, "_modules", {})
         DETECTORS.pop("varifocal", None)
         METHODS.pop("hint", None)
 

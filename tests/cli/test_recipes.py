@@ -82,12 +82,12 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 x, y, w, h = (int(v) for v in rng.integers((0, 0, 12, 12), (60, 36, 36, 28)))
                 ImageDraw.Draw(picture).rectangle((x, y, x + w, y + h), fill=tuple(rng.integers(80, 255, 3).tolist()))
                 annotations.append(
-                    {"id": len(annotations) + 1, "image_id": i + 1, "category_id": category["id"], "iscrowd": 0,
+                    {"id": len(annotations) + 1, "image_id": i + 1, "category_id": category.id, "iscrowd": 0,
                      "bbox": [x, y, w, h], "area": w * h}
                 )  # fmt: skip
             picture.save(root / f"{split}2017" / f"{i + 1:012}.png")
             images.append({"id": i + 1, "file_name": f"{i + 1:012}.png", "height": HEIGHT, "width": WIDTH})
-        content = {"images": images, "annotations": annotations, "categories": COCO_CLASSES}
+        content = {"images": images, "annotations": annotations, "categories": COCO_CLASSES.to_json()}
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
     return root
 
@@ -102,7 +102,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Any:
         torch.manual_seed(11)
         model = build_detector(ModelSpec(detector, SMALL, len(COCO_CLASSES), box=box, **WIDTHS))
         path = folder / f"{detector}_{box}.pt"
-        atomic_save(export(model, list(COCO_CLASSES), CANVAS, {}), path)
+        atomic_save(export(model, COCO_CLASSES, CANVAS, {}), path)
         return path
 
     return teacher

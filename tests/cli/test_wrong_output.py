@@ -17,8 +17,8 @@ import torch
 import torchvision
 from PIL import Image
 
+from kdcli.api.caching import require_room
 from kdcli.cli import train
-from kdcli.cli.cache_teacher import require_room
 from kdcli.cli.main import run, show_warning
 from kdcli.data import shapes as shapes_module
 from kdcli.detectors.backbones import Backbone, load_backbone_weights

@@ -15,8 +15,9 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from kdcli.classes import Category
 from kdcli.data import coco_index
-from kdcli.data.coco import Category, Dataset, coco_dict, has_split, load_annotations, open_split
+from kdcli.data.coco import Dataset, coco_dict, has_split, load_annotations, open_split
 from kdcli.errors import DataError, MissingPathError, OptionError
 
 Content = dict[str, Any]

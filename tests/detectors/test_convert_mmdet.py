@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdcli.classes import Category, ClassList
 from kdcli.detectors.base import IMAGE_MEAN, IMAGE_STD, Detector, ModelSpec
 from kdcli.detectors.build import build_detector
 from kdcli.detectors.convert.classes import class_list
@@ -29,7 +30,7 @@ from kdcli.tensors import CENTERNESS, CLS_LOGITS, Tensors, flatten_levels
 from tests.support.mmdet_case import canvas_of, case, config_text, images_of, weights
 from tests.support.selection import matrix
 
-CLASSES = [{"id": k, "name": str(k)} for k in (1, 2, 3)]
+CLASSES = ClassList.numbered("123")
 NAMES = {
     "gfl": "gfl_resnet18",
     "atss": "atss_resnet18",
@@ -263,11 +264,11 @@ def test_class_names_come_from_the_file() -> None:
 
 
 def test_class_list() -> None:
-    given = [{"id": 4, "name": "a"}, {"id": 9, "name": "b"}]
-    assert class_list(2, ["b", "a"], given, "--data D") == [{"id": 9, "name": "b"}, {"id": 4, "name": "a"}]
+    given = ClassList((Category(4, "a"), Category(9, "b")))
+    assert class_list(2, ["b", "a"], given, "--data D") == (Category(9, "b"), Category(4, "a"))
     assert class_list(2, None, given, "--data D") == given
-    assert class_list(2, ["x", "y"], None, "") == [{"id": 1, "name": "x"}, {"id": 2, "name": "y"}]
-    assert class_list(80, [str(c["name"]) for c in COCO_CLASSES], None, "") == COCO_CLASSES
+    assert class_list(2, ["x", "y"], None, "") == (Category(1, "x"), Category(2, "y"))
+    assert class_list(80, COCO_CLASSES.names, None, "") == COCO_CLASSES
     for arguments, message in (
         ((3, ["a", "b"], given, "--data D"), "the file names 2 classes for 3 outputs"),
         ((3, None, given, "--data D"), "--data D: 2 classes, the model has 3"),

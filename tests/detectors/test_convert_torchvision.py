@@ -279,7 +279,7 @@ def test_old_names_of_a_published_file_are_read() -> None:
 
 def test_table_is_torchvisions() -> None:
     listed = torchvision.models.get_model_weights("fcos_resnet50_fpn")["COCO_V1"].meta["categories"]
-    assert [(c["id"], c["name"]) for c in COCO_CLASSES] == [
+    assert [(c.id, c.name) for c in COCO_CLASSES] == [
         (i, n) for i, n in enumerate(listed) if n not in ("__background__", "N/A")
     ]
     assert len(COCO_CLASSES) == 80

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torchvision
 
+from kdcli.classes import Category, ClassList
 from kdcli.detectors.base import ModelSpec
 from kdcli.detectors.build import build_detector
 from kdcli.detectors.weights import export, load_detector, weights_sha256
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.files import atomic_save
 
-CLASSES = [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}]
+CLASSES = ClassList((Category(7, "cat"), Category(9, "dog")))
 SPEC = ModelSpec("gfl", "shufflenet_v2_x0_5", 2, fpn_channels=32, tower_convs=1)
 
 
@@ -124,7 +125,8 @@ def _drop_weight(content: dict[str, Any]) -> None:
         (_set("version", 2), "version 2, this kdcli reads 1"),
         (_set("weights", [1]), "'weights' is missing or not a dict"),
         (lambda c: c.pop("classes"), "'classes' is missing"),
-        (_set("classes", CLASSES[:1]), "1 classes for 2 outputs"),
+        (_set("classes", CLASSES.to_json()[:1]), "1 classes for 2 outputs"),
+        (_set("classes", ["cat", "dog"]), "'classes' is not a list of ids and names"),
         (_set("canvas", "33"), "multiple of 32"),
         (lambda c: c["model"].update(backbone="resnet19"), "did you mean 'resnet18'"),
         (lambda c: c["model"].pop("num_classes"), "'num_classes' is missing"),

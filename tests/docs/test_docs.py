@@ -22,11 +22,13 @@ from kdcli.methods import METHODS
 from kdcli.methods.base import method_options
 from kdcli.options import ModelOptions, OptimOptions, TrainOptions
 from kdcli.store.batch_buffers import collate_arrays
+from kdcli.store.encoding_error import Measured
 from kdcli.store.encoding_policy import plan_tensors
 from kdcli.store.schema import StoreSchema
 from kdcli.store.writer import StoreWriter, create_store
 from kdcli.structures import Canvas
 from kdcli.tensors import DERIVED, Need, TensorSpec
+from tests.support.store_case import make_manifest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -204,8 +206,8 @@ def _small_store(path: Path) -> np.ndarray[Any, Any]:
     """Image 1 in two views; returns the edge logits [5, 4, 17] of the second."""
     needs = (Need("box_distribution", "main+vlr"), Need("cls_logits", "main"))
     specs = {"box_distribution": TensorSpec("anchor", (4, 17)), "cls_logits": TensorSpec("anchor", (3,))}
-    schema = StoreSchema(GFL.grid, Canvas(64, 64), 2, 2, plan_tensors(needs, specs))
-    create_store(path, schema, {"format": "kdcli.store", "version": 1, "views": ["identity", "hflip"]}, np.array([1]))
+    schema = StoreSchema(grid=GFL.grid, canvas=Canvas(64, 64), rows=2, shard_rows=2, tensors=plan_tensors(needs, specs))
+    create_store(path, make_manifest(schema), np.array([1]))
     rng = np.random.default_rng(0)
     rows, edges = [], np.zeros(0, np.float32)
     for count, flag in ((1, [1]), (5, [1, 2, 3, 2, 1])):
@@ -222,7 +224,7 @@ def _small_store(path: Path) -> np.ndarray[Any, Any]:
         }
         teacher = {needs[0].key: edges, needs[1].key: np.zeros((positives, 3), np.float32)}
         rows.append(row | schema.encode(teacher, np.ones(schema.grid.num_cells(schema.canvas), bool)))
-    StoreWriter(path, schema).write_shard(0, rows, {})
+    StoreWriter(path, schema).write_shard(0, rows, Measured())
     assert collate_arrays([rows[1]], schema.layout())["entries/index"].shape == (5,)
     return edges
 

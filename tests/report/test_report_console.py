@@ -13,9 +13,7 @@ from rich.table import Table
 from kdcli.engine.evaluation.coco_metrics import Metrics
 from kdcli.report.compare import compare, load_runs
 from kdcli.report.console import (
-    error_line,
     human_console,
-    progress,
     say,
     show_comparison,
     table_of_comparison,
@@ -91,7 +89,6 @@ def test_class_names_are_text_not_markup() -> None:
     assert ["AP_S", "-"] in lines
     assert ["AR", "65.0"] in lines
     assert ["images/s", "61.0"] in lines
-    assert str(error_line("bad\x07 [x]")) == "error: bad [x]"
 
 
 def test_human_output_goes_to_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,19 +114,6 @@ def test_a_line_stays_one_line_in_a_pipe(terminal: bool) -> None:
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert human_console().no_color
-
-
-def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("caching", 10) as advance:
-        advance()
-        advance(3, note="12 images/s")
-    assert capsys.readouterr() == ("", "")
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with progress("caching [x]", 10, terminal) as advance:
-        advance(4, note="12 images/s")
-    assert isinstance(terminal.file, io.StringIO)
-    assert "caching [x] 12 images/s" in terminal.file.getvalue()
-    assert "4/10" in terminal.file.getvalue()
 
 
 def test_spelling_of_numbers() -> None:

@@ -17,7 +17,7 @@ import zstandard
 
 from kdcli.errors import StoreError
 from kdcli.store.arrays import shard_key
-from kdcli.store.journal import journal_bytes, read_journal
+from kdcli.store.journal import read_journal
 from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.shards import MISSING, pack_chunk, pack_shard
@@ -26,12 +26,13 @@ from tests.support.hostile_case import (
     SCHEMA,
     Change,
     attempts,
+    entry_file,
     make,
     manifest_file,
     require_harmless,
     require_refused,
 )
-from tests.support.store_case import SHARD_ROWS, keys
+from tests.support.store_case import SHARD_ROWS, keys, make_manifest
 
 INDEX_BYTES = 16 * SHARD_ROWS + 4
 LAST = 2**64 - 1
@@ -205,8 +206,7 @@ def test_something_that_is_no_file_in_the_place_of_a_shard(store: Path, tmp_path
 
 
 def test_one_image_with_id_0_has_a_file_too(tmp_path: Path) -> None:
-    manifest = {"format": "kdcli.store", "version": 1, "views": ["identity", "hflip"]}
-    create_store(tmp_path / "s", SCHEMA, manifest, np.array([0]))
+    create_store(tmp_path / "s", make_manifest(SCHEMA), np.array([0]))
     assert (tmp_path / "s" / "image_id" / "c" / "0").is_file()  # zarr-python writes no chunk of fill values by itself
 
 
@@ -252,7 +252,7 @@ def mutated(document: Any, draw: random.Random) -> tuple[str, Any]:
 def mutations(store: Path, number: int, seed: int) -> list[Change]:
     """Mutated and sealed manifests and journal entries."""
     draw = random.Random(seed)
-    manifest, entry = read_manifest(store), read_journal(store)[1]
+    manifest, entry = read_manifest(store).to_json(), read_journal(store)[1].to_json()
     changes = []
     for k in range(number):
         if k % 3:
@@ -260,7 +260,7 @@ def mutations(store: Path, number: int, seed: int) -> list[Change]:
             changes.append(Change(name, "zarr.json", manifest_file(document)))
         else:
             name, document = mutated(entry, draw)
-            changes.append(Change(name, "journal/000001.json", journal_bytes(document)))
+            changes.append(Change(name, "journal/000001.json", entry_file(document)))
     return changes
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdcli.store.checksummed_json import add_checksum
-from kdcli.store.journal import journal_bytes, read_journal
+from kdcli.store.journal import read_journal
 from kdcli.store.manifest import read_manifest, write_manifest
 from tests.support.hostile_case import (
     Change,
     attempts,
+    entry_file,
     make,
     manifest_file,
     require_harmless,
@@ -85,7 +87,7 @@ MANIFESTS: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("path", MANIFESTS)
 def test_a_hostile_manifest_is_refused(store: Path, path: str) -> None:
-    manifest = read_manifest(store)
+    manifest = read_manifest(store).to_json()
     changes = []
     for k, value in enumerate(MANIFESTS[path]):
         data = manifest_file(set_at(manifest, path, value))
@@ -94,7 +96,7 @@ def test_a_hostile_manifest_is_refused(store: Path, path: str) -> None:
 
 
 def test_one_tensor_twice_or_as_no_loss_can_decode_it(store: Path) -> None:
-    manifest = read_manifest(store)
+    manifest = read_manifest(store).to_json()
     tensors = manifest["schema"]["tensors"]
     sparse = next(k for k, t in enumerate(tensors) if t["region"] == "main+vlr")
     found = [
@@ -107,7 +109,7 @@ def test_one_tensor_twice_or_as_no_loss_can_decode_it(store: Path) -> None:
 
 
 def test_documents_that_break_a_parser(store: Path) -> None:
-    manifest = json.dumps(add_checksum(read_manifest(store)))
+    manifest = json.dumps(add_checksum(read_manifest(store).to_json()))
     texts = {
         "nested": '{"attributes": {"kdcli": ' + "[" * 10**5 + "]" * 10**5 + "}}",
         "nested dicts": '{"a": ' * 10**5 + "1" + "}" * 10**5,
@@ -139,7 +141,7 @@ UNKNOWN = {"bytes": 1, "crc32c": "00000000"}
 
 
 def test_a_hostile_journal_entry_is_refused(store: Path) -> None:
-    entry = read_journal(store)[1]
+    entry = read_journal(store)[1].to_json()
     found = [(f"{path} = {str(v)[:60]}", set_at(entry, path, v)) for path, vs in ENTRIES.items() for v in vs]
     files = entry["files"]
     for field, values in FILE_VALUES.items():
@@ -147,20 +149,20 @@ def test_a_hostile_journal_entry_is_refused(store: Path) -> None:
             changed = {**files, "row/identity": {**files["row/identity"], field: value}}
             found.append((f"{field} = {str(value)[:60]}", {**entry, "files": changed}))
     found += [(f"file {name[:60]!r}", {**entry, "files": {**files, name: UNKNOWN}}) for name in OUTSIDE[:10]]
-    changes = [Change(name, "journal/000001.json", journal_bytes(e)) for name, e in found]
+    changes = [Change(name, "journal/000001.json", entry_file(e)) for name, e in found]
     changes += [
-        Change("of shard 99", "journal/000099.json", journal_bytes({**entry, "shard": 99})),
-        Change("twice", "journal/1.json", journal_bytes(entry)),
-        Change("no number", "journal/x.json", journal_bytes(entry)),
+        Change("of shard 99", "journal/000099.json", entry_file({**entry, "shard": 99})),
+        Change("twice", "journal/1.json", entry_file(entry)),
+        Change("no number", "journal/x.json", entry_file(entry)),
     ]
     require_refused(attempts(store, changes))
 
 
 def test_a_journal_entry_without_a_file_is_refused_by_verify(store: Path) -> None:
-    entry = read_journal(store)[1]
+    entry = read_journal(store)[1].to_json()
     kept = dict(list(entry["files"].items())[1:])
     found = [{}, kept, {**entry["files"], "row/identity": UNKNOWN}]
-    changes = [Change(str(k), "journal/000001.json", journal_bytes({**entry, "files": f})) for k, f in enumerate(found)]
+    changes = [Change(str(k), "journal/000001.json", entry_file({**entry, "files": f})) for k, f in enumerate(found)]
     require_refused(attempts(store, changes), when_read=False)
 
 
@@ -193,7 +195,7 @@ def require_headers_refused(store: Path, tmp_path: Path, array: str, headers: di
     """Nothing but StoreErrors, from verify at the latest; ``same``: by the zarr-python that wrote the store."""
     if not same:  # then zarr-python reads the header, hostile as it is
         store = Path(shutil.copytree(store, tmp_path / "s"))
-        write_manifest(store, {**read_manifest(store), "versions": {"zarr": "0.0"}})
+        write_manifest(store, replace(read_manifest(store), versions={"zarr": "0.0"}))
     header = json.loads((store / array / "zarr.json").read_text())
     changes = []
     for path, values in headers.items():

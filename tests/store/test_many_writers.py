@@ -7,11 +7,13 @@ import random
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kdcli.store.encoding_error import Measured
 from kdcli.store.maintenance import record_errors
 from kdcli.store.manifest import read_manifest, write_manifest
 from kdcli.store.reader import StoreReader
@@ -79,10 +81,10 @@ def test_writers_that_end_together_do_not_hinder_each_other(tmp_path: Path) -> N
     store = tmp_path / "s"
     create(store, SCHEMA)
     numbers = {"squares": 1.0, "reference": 4.0, "count": 4.0, "worst": 0.5}
-    measured = {"encoding": {"rank@main": numbers}, "precision": {}}
+    sums = Measured(encoding={"rank@main": numbers})
     for shard in range(SCHEMA.num_shards):
         rows = [make_row(SCHEMA, index) for index in range(*SCHEMA.shard_range(shard))]
-        StoreWriter(store, SCHEMA).write_shard(shard, rows, measured)
+        StoreWriter(store, SCHEMA).write_shard(shard, rows, sums)
     empty = read_manifest(store)
     for _ in range(6):
         write_manifest(store, empty)
@@ -92,8 +94,8 @@ def test_writers_that_end_together_do_not_hinder_each_other(tmp_path: Path) -> N
         assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * 4
         os.close(ready)
         os.close(go)
-        errors = {"encoding": {"rank@main": {"rms": 0.5, "relative": 0.5, "worst": 0.5}}, "precision": {}}
-        assert read_manifest(store) == {**empty, "errors": errors}
+        errors = Measured(encoding={"rank@main": {"rms": 0.5, "relative": 0.5, "worst": 0.5}})
+        assert read_manifest(store) == replace(empty, errors=errors)
         assert not [name for name in contents(store) if name.endswith((".tmp", ".lock"))]
 
 

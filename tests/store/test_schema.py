@@ -122,7 +122,7 @@ def test_counts_of_a_real_canvas() -> None:
     canvas, wanted = Canvas(800, 1344), (Need(FEATURES, "all"), Need(CLS_LOGITS, "all"))
     tensors = plan_tensors(wanted, SPECS)
     for grid, anchors in ((GRID, 1), (RETINA, 9)):
-        schema = StoreSchema(grid, canvas, 10, 2, tensors)
+        schema = StoreSchema(grid=grid, canvas=canvas, rows=10, shard_rows=2, tensors=tensors)
         counts = {t.need.name: schema.count(t) for t in schema.tensors}
         assert counts == {FEATURES: 22_400, CLS_LOGITS: 22_400 * anchors}
         assert sum(schema.sizes(schema.tensors[0])) == 22_400 * anchors
@@ -258,6 +258,6 @@ def test_the_bounds_leave_room_for_real_stores() -> None:
     # RetinaNet on COCO with features and class logits in float32, the largest row that any method asks for: 92 MB
     specs = {FEATURES: TensorSpec("cell", (256,)), CLS_LOGITS: TensorSpec("anchor", (80,))}
     tensors = plan_tensors([Need(FEATURES, "all"), Need(CLS_LOGITS, "all")], specs, "lossless")
-    schema = StoreSchema(RETINA, Canvas(800, 1344), 10**6, 1, tensors)
+    schema = StoreSchema(grid=RETINA, canvas=Canvas(800, 1344), rows=10**6, shard_rows=1, tensors=tensors)
     assert StoreSchema.from_json(schema.to_json()) == schema
     assert max(a.row_bytes for a in schema.layout()) < schema_module.ROW_BYTES_LIMIT / 10

@@ -15,15 +15,15 @@ import pytest
 from kdcli.errors import StoreError
 from kdcli.store.arrays import shard_key
 from kdcli.store.checksummed_json import add_checksum
+from kdcli.store.encoding_error import Measured
 from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
-from kdcli.store.writer import StoreWriter, create_store
+from kdcli.store.writer import StoreWriter
 from tests.support.selection import matrix
 from tests.support.store_case import (
-    IMAGE_IDS,
-    MANIFEST,
     SHARD_ROWS,
     assert_row_equal,
+    create,
     keys,
     make_row,
     make_schema,
@@ -233,18 +233,19 @@ def test_a_garbage_header_of_the_list_of_images(store: Path, text: str) -> None:
 
 
 def test_a_foreign_zarr_group_is_not_a_store(tmp_path: Path) -> None:
-    create_store(tmp_path / "s", SCHEMA, {**MANIFEST, "format": "something else"}, IMAGE_IDS)
+    create(tmp_path / "s", SCHEMA)
+    change_manifest(tmp_path / "s", lambda m: m.update(format="something else"))
     with pytest.raises(StoreError, match="format is 'something else'"):
         read_manifest(tmp_path / "s")
 
 
 def test_an_impossible_count_is_refused(tmp_path: Path) -> None:
     store = tmp_path / "s"
-    create_store(store, SCHEMA, MANIFEST, IMAGE_IDS)
+    create(store, SCHEMA)
     for shard in range(SCHEMA.num_shards):
         rows = [make_row(SCHEMA, i) for i in range(*SCHEMA.shard_range(shard))]
         rows[0]["entries/count"] = np.array([-1 if shard else 10_000], np.int32)
-        StoreWriter(store, SCHEMA).write_shard(shard, rows, {})
+        StoreWriter(store, SCHEMA).write_shard(shard, rows, Measured())
     reader = StoreReader(store)
     with pytest.raises(StoreError, match="image 7, view identity: impossible entries/count 10000"):
         reader.read(keys()[0])

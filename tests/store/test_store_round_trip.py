@@ -15,15 +15,16 @@ import torch
 from zarrs import ZarrsCodecPipeline
 
 from kdcli.errors import MissingPathError, StoreError
-from kdcli.store import reader as reader_module
 from kdcli.store.arrays import ArraySpec
 from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.checksummed_json import add_checksum
+from kdcli.store.encoding_error import Measured
 from kdcli.store.journal import read_journal, store_digest
 from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import decompress, pack_chunk
+from kdcli.store.storage import local as local_module
 from kdcli.store.writer import StoreWriter
 from kdcli.structures import RowKey
 from kdcli.tensors import CENTERNESS, FEATURES, Need
@@ -31,16 +32,17 @@ from tests.support.store_case import (
     CANVAS,
     GRID,
     IMAGE_IDS,
-    MANIFEST,
     NEEDS,
     VIEWS,
     assert_row_equal,
     contents,
     create,
     keys,
+    make_manifest,
     make_row,
     make_schema,
     make_store,
+    measured,
     write,
 )
 
@@ -79,9 +81,9 @@ def test_other_encodings_come_back(tmp_path: Path, encoding: str) -> None:
 
 @pytest.mark.parametrize("installed", [True, False], ids=["zarrs", "zarr alone"])
 def test_both_pipelines_of_zarr_give_the_same(store: Path, monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
-    assert reader_module.ZARRS  # it is here
+    assert local_module.ZARRS  # it is here
     if not installed:
-        monkeypatch.setattr(reader_module, "ZARRS", {})
+        monkeypatch.setattr(local_module, "ZARRS", {})
     used = []
     read = ZarrsCodecPipeline.read
 
@@ -149,7 +151,7 @@ def test_a_reader_travels_to_another_process(store: Path) -> None:
 
 def test_few_files_stay_open(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for most, shards in ((2, 1), (2 * len(SCHEMA.layout()), 2)):  # a row needs one file of each array
-        monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", most)
+        monkeypatch.setattr(local_module, "MAX_OPEN_FILES", most)
         reader = StoreReader(store)
         for index in np.random.default_rng(0).permutation(len(keys())):
             assert_row_equal(reader.read(keys()[index]), make_row(SCHEMA, int(index)))
@@ -159,7 +161,7 @@ def test_few_files_stay_open(store: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_threads_share_a_reader(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that closes files while another one reads them."""
-    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(local_module, "MAX_OPEN_FILES", 2)
     reader = StoreReader(store)
     order = np.random.default_rng(0).integers(len(keys()), size=400)
     with ThreadPoolExecutor(8) as pool:
@@ -210,7 +212,7 @@ def test_an_all_zero_row_is_stored(tmp_path: Path) -> None:
     zero = {a.path: np.zeros(a.shape, a.dtype)[: 0 if a.sparse else None] for a in SCHEMA.layout()}
     for shard in range(SCHEMA.num_shards):
         start, stop = SCHEMA.shard_range(shard)
-        writer.write_shard(shard, [zero] * (stop - start), {})
+        writer.write_shard(shard, [zero] * (stop - start), Measured())
     row = StoreReader(tmp_path / "s").read(keys()[6])
     assert row.content == bytes(32)
     assert row.arrays["tensors/features@all/values"].shape == (44, 3)
@@ -234,18 +236,18 @@ def test_the_order_of_shards_does_not_matter(store: Path, tmp_path: Path) -> Non
 def test_digest_tells_stores_apart(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "s")
     journal = tmp_path / "s" / "journal" / "000002.json"
-    journal.write_text(json.dumps(add_checksum(json.loads(journal.read_text()) | {"measured": {"rows": 5}})))
+    journal.write_text(json.dumps(add_checksum(json.loads(journal.read_text()) | {"measured": measured(5).to_json()})))
     assert store_digest(tmp_path / "s") != store_digest(store)
 
 
 def test_manifest_and_journal(store: Path) -> None:
-    assert read_manifest(store) == {**MANIFEST, "schema": SCHEMA.to_json()}
+    assert read_manifest(store) == make_manifest(SCHEMA)
     journal = read_journal(store)
     assert sorted(journal) == [0, 1, 2, 3]
-    assert journal[3]["rows"] == [12, 14]
-    assert journal[3]["measured"] == {"rows": 2}
+    assert journal[3].rows == (12, 14)
+    assert journal[3].measured == measured(2)
     files = {a.path for a in SCHEMA.layout()}
-    assert all(set(entry["files"]) == files for entry in journal.values())
+    assert all(set(entry.files) == files for entry in journal.values())
     shards = [f for f in store.rglob("c/*/**/*") if f.is_file() and "image_id" not in f.parts]
     assert StoreReader(store).bytes_on_disk() == sum(f.stat().st_size for f in shards)
 

@@ -25,12 +25,12 @@ from kdcli.store.storage import local as places
 from kdcli.store.writer import StoreWriter, create_store
 from tests.support.store_case import (
     IMAGE_IDS,
-    MANIFEST,
     SHARD_ROWS,
     assert_row_equal,
     contents,
     create,
     keys,
+    make_manifest,
     make_row,
     make_schema,
     make_store,
@@ -195,7 +195,7 @@ def test_creation_that_is_interrupted_leaves_nothing(
             create(tmp_path / "s", SCHEMA)
     assert list(tmp_path.iterdir()) == []
     create(tmp_path / "s", SCHEMA)
-    assert read_manifest(tmp_path / "s")["schema"] == SCHEMA.to_json()
+    assert read_manifest(tmp_path / "s").schema == SCHEMA
 
 
 KILL = """
@@ -231,13 +231,13 @@ def test_a_kill_while_creating_leaves_no_store(tmp_path: Path) -> None:
 
 def test_a_store_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     create(tmp_path / "a" / "b" / "s", SCHEMA)
-    assert read_manifest(tmp_path / "a" / "b" / "s")["wrote"] == "a test"
+    assert read_manifest(tmp_path / "a" / "b" / "s") == make_manifest(SCHEMA)
 
 
 def test_creation_does_not_touch_a_store_that_is_there(half: Path) -> None:
     before = contents(half)
     with pytest.raises(OSError, match="not empty"):
-        create_store(half, SCHEMA, MANIFEST, IMAGE_IDS[::-1].copy())
+        create_store(half, make_manifest(SCHEMA), IMAGE_IDS[::-1].copy())
     assert contents(half) == before
     assert [p.name for p in half.parent.iterdir()] == [half.name]
 

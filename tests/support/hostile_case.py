@@ -7,20 +7,18 @@ import json
 import os
 import resource
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import zarr
 
 from kdcli.engine.caching.verify import verify_checksums
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import KDError, StoreError
 from kdcli.store.checksummed_json import add_checksum, digest
+from kdcli.store.encoding_error import Measured
 from kdcli.store.manifest import read_manifest, write_manifest
 from kdcli.store.reader import StoreReader
-from kdcli.store.writer import create_store
-from tests.support.store_case import IMAGE_IDS, MANIFEST, keys, make_schema, write
+from tests.support.store_case import keys, make_schema, make_store
 
 SCHEMA = make_schema()
 MEGABYTE = 2**20
@@ -51,10 +49,9 @@ class Change:
 
 def make(path: Path) -> Path:
     """A complete store, whose headers are those of the zarr-python that is here, with errors in its manifest."""
-    create_store(path, SCHEMA, {**MANIFEST, "versions": {"zarr": zarr.__version__}}, IMAGE_IDS)
-    write(path, SCHEMA, list(range(SCHEMA.num_shards)))
-    errors = {"encoding": {"rank@main": {"rms": 1e-05, "relative": 0.25, "worst": 0.5}}, "precision": {}}
-    write_manifest(path, {**read_manifest(path), "errors": errors})
+    make_store(path, SCHEMA)
+    errors = Measured(encoding={"rank@main": {"rms": 1e-05, "relative": 0.25, "worst": 0.5}})
+    write_manifest(path, replace(read_manifest(path), errors=errors))
     return path
 
 
@@ -160,7 +157,12 @@ def set_at(document: Any, path: str, value: Any) -> Any:
     return changed
 
 
+def entry_file(entry: Any) -> bytes:
+    """A journal file of any entry, with a right checksum."""
+    return json.dumps(add_checksum(entry), sort_keys=True).encode()
+
+
 def manifest_file(manifest: Any) -> bytes:
-    """A root zarr.json with a manifest that is sealed."""
+    """A root zarr.json of any manifest, with a right checksum."""
     document = {"attributes": {"kdcli": add_checksum(manifest)}, "zarr_format": 3, "node_type": "group"}
     return json.dumps(document).encode()  # C code, which can nest deeper

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdcli.classes import ClassList
 from kdcli.data.coco import open_split
 from kdcli.data.images import read_image
 from kdcli.data.shapes import make_shapes
@@ -75,8 +76,7 @@ def lifelike_teacher(path: Path, data: Path, detector: str, *, seed: int = 11) -
     table: dict[str, Any] = {"fpn_channels": 48, "tower_convs": 1, "head_channels": 32, "box": box or "default"}
     model = build_detector(ModelSpec(name, "mobilenet_v3_small", len(CLASSES), **table))
     _settle(model, _pixels(data))
-    classes = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-    atomic_save(export(model, classes, str(LARGE), {}), path)
+    atomic_save(export(model, ClassList.numbered(CLASSES), str(LARGE), {}), path)
     return path
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kdcli.classes import ClassList
 from kdcli.data.shapes import make_shapes
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export
@@ -45,8 +46,7 @@ def make_teacher(path: Path, *, detector: str = "gfl", seed: int = 11, scale: fl
             if part.startswith("head") and parameter.ndim > 1:
                 parameter.mul_(scale)
     path.parent.mkdir(parents=True, exist_ok=True)
-    classes = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-    atomic_save(export(model, classes, CANVAS, {}), path)
+    atomic_save(export(model, ClassList.numbered(CLASSES), CANVAS, {}), path)
     return path
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import zarr
 from numpy.typing import NDArray
 
+from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.grid import Grid
+from kdcli.geometry.regions import RegionSpec
+from kdcli.store.encoding_error import Measured
 from kdcli.store.encoding_policy import plan_tensors
+from kdcli.store.manifest import Manifest
+from kdcli.store.provenance import DatasetRecord, Origin, TeacherRecord, TeacherRun
 from kdcli.store.reader import Row
 from kdcli.store.schema import GEOMETRY_LENGTH, StoreSchema
 from kdcli.store.storage.base import Where
@@ -47,12 +54,44 @@ NEEDS = (
     Need(BOX_REGRESSION, "vlr"),
     Need(RANK, "main"),
 )
-MANIFEST = {"format": "kdcli.store", "version": 1, "views": list(VIEWS), "wrote": "a test"}
 
 
 def make_schema(encoding: str = "default", needs: tuple[Need, ...] = NEEDS) -> StoreSchema:
     """The schema of the store."""
-    return StoreSchema(GRID, CANVAS, len(IMAGE_IDS) * len(VIEWS), SHARD_ROWS, plan_tensors(needs, SPECS, encoding))
+    return StoreSchema(
+        grid=GRID, canvas=CANVAS, rows=len(IMAGE_IDS) * len(VIEWS), shard_rows=SHARD_ROWS,
+        tensors=plan_tensors(needs, SPECS, encoding),
+    )  # fmt: skip
+
+
+def make_manifest(schema: StoreSchema, **changes: Any) -> Manifest:
+    """The manifest of a store of ``schema``, of a teacher and a data set that are not there."""
+    manifest = Manifest(
+        teacher=TeacherRecord(
+            model={"detector": "gfl", "backbone": "resnet18"}, weights_sha256="0" * 64, ap=None, specs=SPECS
+        ),
+        teacher_run=TeacherRun(precision="fp32", micro_batch=8, device="cpu", threads=1, compile=None),
+        dataset=DatasetRecord(
+            annotations_sha256="1" * 64, categories=((1, "a"),), num_images=len(IMAGE_IDS), split="train", left_out=()
+        ),
+        class_order=(0,),
+        views=VIEWS,
+        view_seed=0,
+        assigner=AssignerSpec("atss").to_json(),
+        regions=RegionSpec().to_json(),
+        versions={"zarr": zarr.__version__},
+        methods=("rm",),
+        method_options={"rm": {}},
+        origin=Origin(data="data", teacher="teacher"),
+        schema=schema,
+        added_on={},
+    )
+    return replace(manifest, **changes)
+
+
+def measured(rows: int) -> Measured:
+    """Sums of a shard of so many rows."""
+    return Measured(encoding={"rank@main": {"squares": 1.0, "reference": 4.0, "count": float(rows), "worst": 0.5}})
 
 
 def make_row(schema: StoreSchema, index: int) -> Arrays:
@@ -83,7 +122,7 @@ def make_row(schema: StoreSchema, index: int) -> Arrays:
 
 def create(path: Where, schema: StoreSchema) -> None:
     """An empty store."""
-    create_store(path, schema, MANIFEST, IMAGE_IDS)
+    assert create_store(path, make_manifest(schema), IMAGE_IDS)
 
 
 def write(path: Where, schema: StoreSchema, shards: list[int]) -> None:
@@ -91,7 +130,7 @@ def write(path: Where, schema: StoreSchema, shards: list[int]) -> None:
     writer = StoreWriter(path, schema)
     for shard in shards:
         rows = [make_row(schema, index) for index in range(*schema.shard_range(shard))]
-        writer.write_shard(shard, rows, {"rows": len(rows)})
+        writer.write_shard(shard, rows, measured(len(rows)))
 
 
 def make_store(path: Where, schema: StoreSchema) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kdcli.store.writer import StoreWriter
-from tests.support.store_case import make_row, make_schema
+from tests.support.store_case import make_row, make_schema, measured
 
 SCHEMA = make_schema()
 
@@ -36,4 +36,4 @@ def fill(store: Path, shards: list[int], pause: float) -> None:
         for index in range(*SCHEMA.shard_range(shard)):
             rows.append(make_row(SCHEMA, index))
             time.sleep(pause)
-        writer.write_shard(shard, rows, {"rows": len(rows)})
+        writer.write_shard(shard, rows, measured(len(rows)))

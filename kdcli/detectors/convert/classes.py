@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from kdcli.classes import Category, ClassList
 from kdcli.detectors.convert.coco import COCO_CLASSES
-from kdcli.detectors.weights import Classes
 from kdcli.errors import OptionError
 
 WHERE = "--classes coco or --data D"
 
 
-def class_list(outputs: int, names: list[str] | None, given: Classes | None, source: str) -> Classes:
-    """``[{"id", "name"}, ...]`` of the ``outputs`` classes, in their order.
+def class_list(outputs: int, names: list[str] | None, given: ClassList | None, source: str) -> ClassList:
+    """The ``outputs`` classes, in their order.
 
     names: as the file has them, None if it does not. given: the classes that the user named by ``source`` (a flag), in
     the order of their ids. With both, the names give the order and ``given`` the ids. Names alone get COCO's ids if they
@@ -24,14 +24,14 @@ def class_list(outputs: int, names: list[str] | None, given: Classes | None, sou
         raise OptionError(f"the file does not name its {outputs} classes; give them with {WHERE}")
     if names is None:
         assert given is not None
-        return list(given)
+        return given
     if len(set(names)) != len(names):
         raise OptionError("the file names a class twice, so that names do not tell its outputs apart")
     if given is None:
-        coco = [str(c["name"]) for c in COCO_CLASSES]
-        return list(COCO_CLASSES) if names == coco else [{"id": i, "name": name} for i, name in enumerate(names, 1)]
-    ids = {str(c["name"]): c["id"] for c in given}
+        same = names == COCO_CLASSES.names
+        return COCO_CLASSES if same else ClassList.numbered(names)
+    ids = {c.name: c.id for c in given}
     unknown = [name for name in names if name not in ids]
     if unknown:
         raise OptionError(f"{source}: has no class {', '.join(repr(n) for n in unknown[:3])}, which the file names")
-    return [{"id": ids[name], "name": name} for name in names]
+    return ClassList(Category(ids[name], name) for name in names)

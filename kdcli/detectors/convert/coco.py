@@ -5,7 +5,7 @@ torchvision's detectors have an output for each of 0..90: background, or nothing
 
 from __future__ import annotations
 
-from kdcli.detectors.weights import Classes
+from kdcli.classes import Category, ClassList
 
 COCO_OUTPUTS = 91
 
@@ -93,4 +93,4 @@ _TABLE = (
 )
 
 COCO_IDS: tuple[int, ...] = tuple(number for number, _ in _TABLE)
-COCO_CLASSES: Classes = [{"id": number, "name": name} for number, name in _TABLE]  # in the order 0..79
+COCO_CLASSES = ClassList(Category(number, name) for number, name in _TABLE)  # in the order 0..79

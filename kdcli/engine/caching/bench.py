@@ -83,9 +83,9 @@ def _bytes_a_row(reader: StoreReader) -> float:
     """Mean bytes on disk of the arrays that are read."""
     wanted = set(reader.layout)
     total = sum(
-        int(file["bytes"])
+        file.bytes
         for entry in read_journal(reader.storage).values()
-        for path, file in entry["files"].items()
+        for path, file in entry.files.items()
         if path in wanted
     )
     return total / reader.schema.rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,14 +25,16 @@ from kdcli.engine.runtime.distributed import take_local_gpu
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import pick_teacher_workers, set_threads
 from kdcli.engine.teacher.forward import TeacherForward, class_order, compiled
-from kdcli.engine.teacher.specs import region_spec, teacher_entry, with_classes
+from kdcli.engine.teacher.specs import region_spec, teacher_record, with_classes
 from kdcli.geometry.regions import guard
 from kdcli.methods.base import Pair
 from kdcli.methods.resolve import absolute_methods, all_needs, check_pair, find_methods, require_known, resolve_all
 from kdcli.options import CacheOptions
 from kdcli.store.encoding_policy import derived_from_dense, plan_tensors, shard_rows_for
 from kdcli.store.image_codec import PIXELS, encode_pixels
-from kdcli.store.schema import FORMAT_VERSION, StoreSchema, regions_of
+from kdcli.store.manifest import Manifest
+from kdcli.store.provenance import DatasetRecord, Origin, TeacherRun
+from kdcli.store.schema import StoreSchema, regions_of
 from kdcli.structures import Canvas
 from kdcli.tensors import Need
 
@@ -46,10 +48,18 @@ class StorePlan:
     source: SampleSource
     positions: NDArray[np.int64]
     views: tuple[str, ...]
-    schema: StoreSchema
     needs: tuple[Need, ...]  # that are stored
-    manifest: dict[str, Any]  # its teacher.ap may still be None
+    manifest: Manifest  # the AP of its teacher may still be None
     chosen: tuple[Item, ...] | None = None  # the rows of a trial store; None: every image in every view
+
+    @property
+    def schema(self) -> StoreSchema:
+        """The arrays of the store."""
+        return self.manifest.schema
+
+    def with_schema(self, schema: StoreSchema) -> StorePlan:
+        """The plan of a store of other arrays."""
+        return replace(self, manifest=replace(self.manifest, schema=schema))
 
     def item(self, row: int) -> Item:
         """Image and view of a row: the views of an image lie side by side."""
@@ -67,11 +77,11 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
     device = pick_device(options.device)
     detector, meta = load_detector(options.teacher)
     dataset = open_split(Path(options.data), options.split)
-    order = class_order([c["name"] for c in meta.classes], [c.name for c in dataset.classes])
+    order = class_order(meta.classes, dataset.classes)
     specs = with_classes(detector.specs(), len(order))
     canvas = Canvas.parse(options.canvas or meta.canvas)
     views = parse_views(options.views)
-    methods = find_methods(options.method)
+    methods = find_methods(options.method) if options.method else {}  # a pruned store may have none left
     require_known(options.methods, methods)
     lineage = default_keys(detector.spec.detector)
     pair = Pair(specs, specs, detector.grid, canvas, lineage[-1])
@@ -87,31 +97,42 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
     derived = derived_from_dense(needs, options.encoding)
     stored = tuple(n for n in needs if n not in derived)
     schema = StoreSchema(
-        detector.grid, canvas, len(positions) * len(views), 1, plan_tensors(stored, specs, options.encoding),
+        grid=detector.grid, canvas=canvas, rows=len(positions) * len(views), shard_rows=1,
+        tensors=plan_tensors(stored, specs, options.encoding),
         max_boxes=max((len(dataset.training_boxes(int(p))[0]) for p in positions), default=0), derived_from_dense=derived,
         images=options.cache_images,
     )  # fmt: skip
     row_bytes = sum(a.row_bytes for a in schema.layout())
     schema = replace(schema, shard_rows=min(options.shard_rows or shard_rows_for(row_bytes), schema.rows))
-    run = {
-        "precision": options.precision,
-        "micro_batch": options.micro_batch,
-        "device": device.type,
-        "threads": threads if device.type == "cpu" else None,
-        "compile": options.compile or None,  # stores from before this option lack it: not compiled
-    }
     left_out = sorted(dataset.image_id(i) for i in set(range(dataset.num_images)) - set(positions.tolist()))
-    teacher = teacher_entry(detector, meta.weights_sha256, None)
-    manifest = make_manifest(source, views, teacher, run, order, left_out=left_out)
-    # for messages and `cache show`: where the store came from, not what it is
-    origin = {"data": str(Path(options.data).resolve()), "teacher": str(Path(options.teacher).resolve())}
-    manifest |= {"methods": absolute_methods(options.method), "method_options": resolved, "origin": origin}
+    manifest = Manifest(
+        teacher=teacher_record(detector, meta.weights_sha256),
+        teacher_run=TeacherRun(
+            precision=options.precision,
+            micro_batch=options.micro_batch,
+            device=device.type,
+            threads=threads if device.type == "cpu" else None,
+            compile=options.compile or None,
+        ),
+        dataset=DatasetRecord.of(dataset.fingerprint(), dataset.split, tuple(left_out)),
+        class_order=tuple(order),
+        views=views,
+        view_seed=source.view_seed,
+        assigner=source.assigner.to_json(),
+        regions=source.region_spec.to_json(),
+        versions={name: version(name) for name in ("kdcli", "torch", "torchvision", "zarr")},
+        methods=tuple(absolute_methods(options.method).split(",")),
+        method_options=resolved,
+        origin=Origin(data=str(Path(options.data).resolve()), teacher=str(Path(options.teacher).resolve())),
+        schema=schema,
+        added_on={},
+    )
     detector = detector.to(device).to(memory_format=torch.channels_last)
     forward = TeacherForward(detector.eval(), order, options.micro_batch, options.precision)
     if options.compile:
         forward = compiled(forward, canvas)
     return StorePlan(
-        options=options, source=source, positions=positions, views=views, schema=schema, needs=stored, manifest=manifest,
+        options=options, source=source, positions=positions, views=views, needs=stored, manifest=manifest,
         teacher=TeacherRunner(forward, device, pick_teacher_workers(options.workers, device)),
     )  # fmt: skip
 
@@ -136,24 +157,3 @@ def encode_row(plan: StorePlan, sample: Sample, value: Mapping[str, NDArray[np.f
     arrays.update({str(path): np.array([count], np.int32) for path, count in counts.items()})
     arrays.update(plan.schema.encode(value, sample.valid.numpy()))
     return arrays
-
-
-def make_manifest(
-    source: SampleSource, views: Sequence[str], teacher: Mapping[str, Any], run: Mapping[str, Any],
-    class_order: Sequence[int], *, left_out: Sequence[int],
-) -> dict[str, Any]:  # fmt: skip
-    """All fields of a manifest but the schema. ``run``: precision, micro-batch, threads, device of the teacher."""
-    return {
-        "format": "kdcli.store",
-        "version": FORMAT_VERSION,
-        "teacher": dict(teacher),
-        "teacher_run": dict(run),
-        "dataset": {**source.dataset.fingerprint(), "split": source.dataset.split, "left_out": list(left_out)},
-        "class_order": list(class_order),
-        "canvas": str(source.canvas),
-        "views": list(views),
-        "view_seed": source.view_seed,
-        "assigner": source.assigner.to_json(),
-        "regions": source.region_spec.to_json(),
-        "versions": {name: version(name) for name in ("kdcli", "torch", "torchvision", "zarr")},
-    }

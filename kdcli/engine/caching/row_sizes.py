@@ -66,7 +66,10 @@ def row_bytes(
     needs = tuple(needs)
     derived = derived_from_dense(needs, encoding)
     tensors = plan_tensors([n for n in needs if n not in derived], specs, encoding)
-    schema = StoreSchema(detector.grid, canvas, 1, 1, tensors, max_boxes=len(boxes), derived_from_dense=derived)
+    schema = StoreSchema(
+        grid=detector.grid, canvas=canvas, rows=1, shard_rows=1, tensors=tensors, max_boxes=len(boxes),
+        derived_from_dense=derived,
+    )  # fmt: skip
     assigned = assign(detector.assigner, detector.grid, canvas, boxes, canvas.size)
     entries = compute_entries(schema.regions, regions, detector.grid, canvas, boxes, assigned, canvas.size)
     real = {array.path: _rows(t, entries, len(boxes)) for t in tensors for array in schema.tensor_arrays(t).values()}

@@ -15,7 +15,6 @@ from kdcli.engine.loading.samples import canvas_boxes
 from kdcli.errors import StoreError
 from kdcli.geometry.derive import decode_distribution
 from kdcli.store.batch_buffers import collate_arrays
-from kdcli.store.manifest import compare_manifests
 from kdcli.store.reader import StoreReader
 from kdcli.store.storage.base import Where
 from kdcli.structures import Entries, RowKey
@@ -43,8 +42,8 @@ def read_for_show(store: Where, data: str | None, image_id: int, view: str | Non
     Raises StoreError when the row is not in the store, or annotations or image are not those that it was written from.
     """
     reader = StoreReader(store)
-    dataset = open_split(Path(data or reader.manifest["origin"]["data"]), reader.manifest["dataset"]["split"])
-    differences = compare_manifests({"dataset": dataset.fingerprint()}, reader.manifest)
+    dataset = open_split(Path(data or reader.manifest.origin.data), reader.manifest.dataset.split)
+    differences = reader.manifest.run_differences(dataset.fingerprint())
     if differences:
         raise StoreError(f"store '{store}' belongs to another data set: {'; '.join(differences)}")
     key = RowKey(image_id, view or reader.views[0])

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from zarr.buffer.cpu import Buffer
@@ -22,11 +21,12 @@ from kdcli.errors import KDError, StoreError
 from kdcli.options import CacheOptions, build, layer
 from kdcli.store.arrays import shard_key
 from kdcli.store.batch_buffers import collate_arrays
+from kdcli.store.checksums import crc_hex
 from kdcli.store.encoding_error import ErrorMeter, summarise
-from kdcli.store.journal import journal_key, read_journal
-from kdcli.store.manifest import compare_manifests, read_manifest
+from kdcli.store.journal import ShardRecord, journal_key, read_journal
+from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
-from kdcli.store.schema import StoreSchema, row_tensor
+from kdcli.store.schema import row_tensor
 from kdcli.store.storage.base import Storage, Where
 from kdcli.store.writer import make_arrays
 from kdcli.structures import RowKey
@@ -45,7 +45,7 @@ def verify_checksums(store: Where, reporter: ProgressReporter) -> tuple[int, int
     files = total = 0
     for shard, entry in sorted(journal.items()):
         for array, spec in layout.items():
-            key, recorded = shard_key(spec, shard), entry["files"].get(array)
+            key, recorded = shard_key(spec, shard), entry.files.get(array)
             if recorded is None:
                 raise StoreError(f"the journal does not name shard file '{storage}/{key}'; {_again(storage, shard)}")
             try:
@@ -54,7 +54,7 @@ def verify_checksums(store: Where, reporter: ProgressReporter) -> tuple[int, int
                 if isinstance(error, KDError):  # no such bucket
                     raise
                 raise StoreError(f"shard file '{storage}/{key}' is missing; {_again(storage, shard)}") from error
-            if len(data) != recorded["bytes"] or f"{google_crc32c.value(data):08x}" != recorded["crc32c"]:
+            if ShardRecord(len(data), crc_hex(data)) != recorded:
                 raise StoreError(f"shard file '{storage}/{key}' is not what was written; {_again(storage, shard)}")
             files += 1
             total += len(data)
@@ -68,8 +68,8 @@ def _verify_headers(reader: StoreReader) -> None:
     Byte for byte if the zarr-python that wrote the store is the one here, else as zarr-python understands it.
     """
     fresh = MemoryStore()
-    make_arrays(fresh, reader.schema, {}, np.array(reader.image_ids, np.int64))
-    same_zarr = reader.manifest.get("versions", {}).get("zarr") == zarr.__version__
+    make_arrays(fresh, reader.schema, np.array(reader.image_ids, np.int64))
+    same_zarr = reader.manifest.versions.get("zarr") == zarr.__version__
     groups = {str(parent) for path in reader.layout for parent in PurePosixPath(path).parents} - {"."}
     for path in (*reader.layout, "image_id", *sorted(groups)):
         key = f"{path}/zarr.json"
@@ -101,10 +101,9 @@ def verify_teacher(
     Raises StoreError when the teacher is not the one of the manifest.
     """
     reader = StoreReader(store)
-    stored = reader.manifest["teacher"]
-    differences = compare_manifests({"weights_sha256": plan.manifest["teacher"]["weights_sha256"]}, stored)
-    if differences:
-        raise StoreError(f"store '{store}' was written by another teacher: {'; '.join(differences)}")
+    stored, here = (manifest.teacher.weights_sha256 for manifest in (reader.manifest, plan.manifest))
+    if stored != here:
+        raise StoreError(f"store '{store}' was written by another teacher: weights_sha256: store {stored}, here {here}")
     recheck_regions(plan.source, reader, plan.positions, plan.views)
     chosen = spread(plan.positions, plan.views, rows)
     reporter.stage("teacher again", len(chosen))
@@ -135,26 +134,33 @@ def _again(storage: Storage, shard: int) -> str:
 
 def plan_of_store(
     store: Where, data: str, teacher: str, device: str | None, reporter: ProgressReporter, *, methods: str | None = None,
-    settings: Mapping[str, Mapping[str, Any]] | None = None, encoding: str = "default",
+    settings: Mapping[str, Mapping[str, Any]] | None = None, encoding: str = "default", runs: bool = True,
 ) -> StorePlan:  # fmt: skip
     """The plan that wrote ``store``, rebuilt from its manifest with the given data set and teacher.
 
-    With ``methods`` and ``settings`` (options of methods), the plan of a store of these. Raises StoreError when the data
-    set is not that of the manifest.
+    ``device``: None for the one that wrote the store. With ``methods`` and ``settings`` (options of methods), the plan of a
+    store of these. ``runs``: False for a plan whose teacher will not run, which then needs neither its device nor a
+    compiler. Raises StoreError when the data set is not that of the manifest, OptionError when the device is not here.
     """
     manifest = read_manifest(store)
-    schema = StoreSchema.from_json(manifest["schema"])
-    run, left_out = manifest["teacher_run"], manifest["dataset"]["left_out"]
+    schema, run, dataset = manifest.schema, manifest.teacher_run, manifest.dataset
     fields = {
-        "data": data, "teacher": teacher, "method": manifest["methods"] if methods is None else methods,
-        "split": manifest["dataset"]["split"], "canvas": manifest["canvas"], "views": format_views(manifest["views"]),
-        "view_seed": manifest["view_seed"], "precision": run["precision"], "micro_batch": run["micro_batch"],
-        "threads": run["threads"], "device": device or run["device"], "shard_rows": schema.shard_rows,
-        "skip_bad": bool(left_out),
-        "encoding": encoding, "methods": layer(manifest["method_options"], settings or {}),
+        "data": data, "teacher": teacher, "method": ",".join(manifest.methods) if methods is None else methods,
+        "split": dataset.split, "canvas": str(schema.canvas), "views": format_views(manifest.views),
+        "view_seed": manifest.view_seed, "precision": run.precision, "micro_batch": run.micro_batch,
+        "threads": run.threads, "device": (device or run.device) if runs else "cpu",
+        "compile": runs and bool(run.compile), "shard_rows": schema.shard_rows, "skip_bad": bool(dataset.left_out),
+        "encoding": encoding, "methods": layer(manifest.method_options, settings or {}),
     }  # fmt: skip
     plan = plan_store(build(CacheOptions, fields), reporter)
-    differences = compare_manifests({"dataset": plan.manifest["dataset"]}, manifest)
+    differences = dataset.differences(plan.manifest.dataset)
     if differences:
         raise StoreError(f"store '{store}' belongs to another data set: {'; '.join(differences)}")
-    return plan if methods is not None else replace(plan, schema=schema)
+    if methods is not None:
+        return plan
+    # a pruned store has tensors that no method of it reads any more
+    source = plan.source.with_regions(manifest.region_spec, schema.regions)
+    needs = tuple(t.need for t in schema.tensors)
+    return replace(
+        plan, manifest=replace(plan.manifest, regions=manifest.regions, schema=schema), needs=needs, source=source
+    )

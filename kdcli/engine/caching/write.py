@@ -15,9 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,28 +32,15 @@ from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import InlineExecutor, thread_pool, usable_cores
 from kdcli.errors import StoreError
 from kdcli.store.batch_buffers import collate_arrays
-from kdcli.store.encoding_error import ErrorMeter
-from kdcli.store.locks import lock_file, lock_store
+from kdcli.store.encoding_error import ErrorMeter, Measured
 from kdcli.store.maintenance import record_errors
-from kdcli.store.manifest import compare_manifests, read_manifest
+from kdcli.store.manifest import read_manifest
 from kdcli.store.schema import row_tensor
 from kdcli.store.shards import pack_chunk
 from kdcli.store.storage.base import Storage, Where
-from kdcli.store.storage.local import LocalStorage
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import StoreWriter, create_store
 
-MANIFEST_IDENTITY = (
-    "teacher",
-    "teacher_run",
-    "dataset",
-    "class_order",
-    "canvas",
-    "views",
-    "view_seed",
-    "assigner",
-    "regions",
-)
 MAX_THREADS = 4  # behind the teacher; one encodes and compresses about 60 rows/s of PFI's dense tensors at 256x320
 SMALL_ROW = 500_000  # bytes
 Load = Callable[[list[list[Item]]], Iterator[list[Sample]]]  # the samples of each planned batch
@@ -106,41 +92,29 @@ def write_store(
     """
     storage = open_storage(out)
     load = load or Loader(plan.source, plan.teacher.workers).samples
-    if not isinstance(storage, LocalStorage):  # no locks there: each process tries to make it, and one does
-        if not storage.exists():
-            with suppress(FileExistsError):
-                _create(plan, storage, reporter)
-        require_same(plan, storage)
-        return _write_part(plan, storage, part or Part(), load, reporter)
-    path = storage.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock_file(path.with_name(f".{path.name}.lock")):  # the others wait for the one that makes it
+    with storage.lock_creation():  # the others wait for the one that makes it
         if not storage.exists():
             _create(plan, storage, reporter)
     require_same(plan, storage)
-    with lock_store(path, shared=part is not None):
+    with storage.lock(shared=part is not None):
         return _write_part(plan, storage, part or Part(), load, reporter)
 
 
 def _create(plan: StorePlan, out: Storage, reporter: ProgressReporter) -> None:
-    manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": measure_teacher(plan, reporter)}}
-    create_store(out, plan.schema, manifest, plan.source.dataset.annotations.image_ids[plan.positions])
+    teacher = replace(plan.manifest.teacher, ap=measure_teacher(plan, reporter))
+    manifest = replace(plan.manifest, teacher=teacher)
+    create_store(out, manifest, plan.source.dataset.annotations.image_ids[plan.positions])
 
 
 def require_same(plan: StorePlan, out: Storage) -> None:
     """Raises StoreError when the store at ``out`` is not the one of ``plan``, GateError when its teacher is too weak."""
     stored = read_manifest(out)
-    ours = {k: plan.manifest[k] for k in MANIFEST_IDENTITY} | {
-        "schema": _by_name({"images": None, **plan.schema.to_json()})
-    }
-    stored["schema"] = _by_name(stored["schema"])
-    ours["teacher"] = {k: v for k, v in ours["teacher"].items() if k != "ap"}
-    differences = compare_manifests(ours, stored)
+    differences = stored.differences(plan.manifest)
     if differences:
         raise StoreError(
             f"'{out}' is another store: {'; '.join(differences)}; choose another --out, or delete it first"
         )
-    require_able(stored["teacher"]["ap"], plan.options.min_teacher_ap)
+    require_able(stored.teacher.ap, plan.options.min_teacher_ap)
 
 
 def _write_part(plan: StorePlan, out: Storage, part: Part, load: Load, reporter: ProgressReporter) -> int:
@@ -262,7 +236,7 @@ def _write_shard(plan: StorePlan, writer: StoreWriter, shard: int, packed: Mappi
         precision.join(row.precision)
     ordered = [rows[plan.item(r)] for r in range(*plan.schema.shard_range(shard))]
     chunks = {a.path: [row[a.path] for row in ordered] for a in plan.schema.layout()}
-    return writer.write_chunks(shard, chunks, {"encoding": encoding.sums, "precision": precision.sums})
+    return writer.write_chunks(shard, chunks, Measured(encoding=encoding.sums, precision=precision.sums))
 
 
 def compare_row(
@@ -275,9 +249,3 @@ def compare_row(
         theirs = other[key][0] if other[key].ndim > exact[key].ndim else other[key]
         keep = plan.schema.valid_rows(tensor, sample.valid).numpy() if tensor.need.dense else None
         meter.add(key, exact[key], theirs, keep)
-
-
-def _by_name(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema's JSON with the tensors under their names, so that a difference can be read."""
-    tensors = {f"{t['name']}@{t['region']}": t["encoding"]["name"] for t in schema["tensors"]}
-    return {**schema, "tensors": ", ".join(f"{k} {v}" for k, v in sorted(tensors.items()))}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdcli.classes import ClassList
 from kdcli.data import coco
 from kdcli.data.views import to_image
 from kdcli.detectors.base import Detector, count_parameters
@@ -41,13 +42,12 @@ def evaluation_batches(source: SampleSource, positions: list[int], batch: int) -
     return batches_by_orientation(source, [(position, IDENTITY) for position in positions], batch)
 
 
-def require_same_classes(detector_classes: list[dict[str, Any]], dataset: coco.Dataset) -> None:
+def require_same_classes(detector_classes: ClassList, dataset: coco.Dataset) -> None:
     """Raises DataError when a checkpoint's classes are not those of the data set, id by id and name by name."""
-    theirs = [{"id": c.id, "name": c.name} for c in dataset.classes]
-    if detector_classes != theirs:
+    if detector_classes != dataset.classes:
         raise DataError(
             f"the checkpoint knows {_names(detector_classes)}, the data set {dataset.annotations_path} has "
-            f"{_names(theirs)}; evaluate on the data set that it was trained for"
+            f"{_names(dataset.classes)}; evaluate on the data set that it was trained for"
         )
 
 
@@ -101,7 +101,7 @@ def evaluate(
     ``forward`` stands in for the detector's own float32 forward: another precision, or classes in another order.
     ``relabel``: for each of the detector's own labels that of ``dataset``, -1 for a class that it does not have.
     """
-    category_ids = np.array([c.id for c in dataset.classes])
+    category_ids = np.array(dataset.classes.ids)
     positions = [i for i in range(dataset.num_images) if i not in left_out]
     results: list[dict[str, Any]] = []
     seconds = 0.0
@@ -125,5 +125,5 @@ def evaluate(
     return Evaluation(metrics, results, len(positions) / max(seconds, 1e-9), count_parameters(detector))
 
 
-def _names(classes: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{c['id']}:{c['name']}" for c in classes[:12]) + (" ..." if len(classes) > 12 else "")
+def _names(classes: ClassList) -> str:
+    return ", ".join(f"{c.id}:{c.name}" for c in classes[:12]) + (" ..." if len(classes) > 12 else "")

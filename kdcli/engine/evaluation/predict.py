@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from kdcli.classes import ClassList
 from kdcli.data.images import decode_image
 from kdcli.data.views import render, to_image, view_geometry
 from kdcli.detectors.base import Detector
@@ -56,11 +57,11 @@ def require_images(files: Sequence[Path]) -> None:
 
 def predict_files(
     detector: Detector, files: Sequence[Path], canvas: Canvas, device: torch.device,
-    classes: Sequence[dict[str, Any]], detections: Path,
+    classes: ClassList, detections: Path,
 ) -> Iterator[Prediction]:  # fmt: skip
     """Detect on each file in turn; when all are done, write COCO results to ``detections`` (image_id = file name)."""
     detector.to(device).eval()
-    category_ids = np.array([c["id"] for c in classes])
+    category_ids = np.array(classes.ids)
     results: list[dict[str, Any]] = []
     for file in files:
         pixels, _ = decode_image(file, _size(file))

@@ -6,6 +6,7 @@ No worker has a state, so that a resumed run, a run with other workers and one o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcli.engine.loading.orientation import group_by_orientation
+from kdcli.engine.loading.orientation import group_by_size, orientation
 from kdcli.engine.loading.samples import Item, SampleSource
 from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
@@ -34,28 +35,46 @@ def plan_epoch(
     ``shuffle``: ``shards`` shuffles the shards of the source's store, and then the images within windows of a few shards.
     """
     ids = source.dataset.annotations.image_ids[positions]
-    view_draw = _mix(ids.astype(np.uint64), _salt("view", seed, epoch)) % np.uint64(len(views))
-    order_key = _mix(ids.astype(np.uint64), _salt("order", seed, epoch))
-    items = [(int(p), views[int(v)]) for p, v in zip(positions, view_draw, strict=True)]
+    items = list(zip(positions.tolist(), drawn_views(ids, views, seed, epoch), strict=True))
     window = np.zeros(len(items), np.int64)
     if shuffle == "shards":
         assert source.reader is not None
         keys = [RowKey(int(i), view) for i, (_, view) in zip(ids, items, strict=True)]
         window = shard_windows(source.reader, keys, seed, epoch)
+    sizes = [orientation(source, item).size for item in items]
+    batches = ordered_batches(ids, sizes, window, seed=seed, epoch=epoch, batch=batch, padded=world > 1)
+    low, high = rank * batch // world, (rank + 1) * batch // world
+    return [[items[k] for k in chunk[low:high]] for chunk in batches]
+
+
+def drawn_views(ids: NDArray[np.int64], views: tuple[str, ...], seed: int, epoch: int) -> list[str]:
+    """The view in which each image of ``ids`` is seen in this epoch."""
+    draw = _mix(ids.astype(np.uint64), _salt("view", seed, epoch)) % np.uint64(len(views))
+    return [views[int(v)] for v in draw]
+
+
+def ordered_batches(
+    ids: NDArray[np.int64], sizes: Sequence[tuple[int, int]], window: NDArray[np.int64], *, seed: int, epoch: int, batch: int,
+    padded: bool = False,
+) -> list[list[int]]:  # fmt: skip
+    """Positions in ``ids`` (images, each in a view of the orientation in ``sizes``), shuffled and cut into batches.
+
+    ``window``: of each, see ``shard_windows``. ``padded``: a short batch is filled up with images of its orientation.
+    """
+    order_key = _mix(ids.astype(np.uint64), _salt("order", seed, epoch))
     order = np.lexsort((order_key, window)).tolist()
-    groups = group_by_orientation(source, [items[k] for k in order])
+    groups = group_by_size([sizes[k] for k in order])
     batches: list[list[int]] = []
     due = []  # the window of a batch's last image: what is left of a window goes with the next one
     for bucket in ([order[i] for i in groups[size]] for size in sorted(groups, key=str)):
         for start in range(0, len(bucket), batch):
             chunk = bucket[start : start + batch]
             due.append(window[chunk[-1]])
-            while world > 1 and len(chunk) < batch:
+            while padded and len(chunk) < batch:
                 chunk = chunk + bucket[: batch - len(chunk)]
             batches.append(chunk)
     draw = _mix(np.arange(len(batches), dtype=np.uint64), _salt("batches", seed, epoch))
-    low, high = rank * batch // world, (rank + 1) * batch // world
-    return [[items[i] for i in batches[k][low:high]] for k in np.lexsort((draw, due))]
+    return [batches[k] for k in np.lexsort((draw, due))]
 
 
 def shard_windows(reader: StoreReader, keys: list[RowKey], seed: int, epoch: int) -> NDArray[np.int64]:

@@ -21,9 +21,14 @@ def group_by_orientation(source: SampleSource, items: Sequence[Item]) -> dict[tu
 
     The orientation of the first item comes first.
     """
+    return group_by_size([orientation(source, item).size for item in items])
+
+
+def group_by_size(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    """For each of the ``sizes`` the indices at which it stands, in their order; the first size comes first."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault(orientation(source, item).size, []).append(index)
+    for index, size in enumerate(sizes):
+        groups.setdefault(size, []).append(index)
     return groups
 
 

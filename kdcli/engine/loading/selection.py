@@ -30,7 +30,7 @@ def usable(
         reporter.message(f"left out: {fault.where}: {fault.message}")
     bad = set(report.bad_images)
     if pictured is not None and skip_bad:
-        gone = set(pictured.manifest["dataset"]["left_out"])
+        gone = set(pictured.manifest.dataset.left_out)
         lost = {i for i in range(dataset.num_images) if dataset.image_id(i) in gone} - bad
         if lost:
             reporter.message(

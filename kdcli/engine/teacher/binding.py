@@ -20,8 +20,6 @@ from kdcli.engine.teacher import forward as teachers
 from kdcli.engine.teacher.match import require_match, require_strides
 from kdcli.engine.teacher.specs import TeacherSide, region_spec, specs_of, with_classes
 from kdcli.errors import OptionError, StoreError
-from kdcli.geometry.assign import AssignerSpec
-from kdcli.geometry.regions import RegionSpec
 from kdcli.methods.base import Method, Pair
 from kdcli.methods.resolve import all_needs, check_pair, resolve_all
 from kdcli.options import TrainOptions
@@ -29,6 +27,7 @@ from kdcli.store.encoding_policy import plan_tensors
 from kdcli.store.journal import store_digest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema, regions_of
+from kdcli.store.storage.base import Where
 from kdcli.structures import Canvas
 from kdcli.tensors import Need
 
@@ -51,15 +50,7 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
     if bool(options.cache) == bool(options.teacher):
         raise OptionError("distill takes either --cache STORE or --teacher CKPT (the live teacher), not both or none")
     if options.cache:
-        reader = StoreReader(options.cache)
-        entry = reader.manifest.get("teacher")
-        if entry is None:
-            raise StoreError(f"store '{reader.storage}' names no teacher: `kdcli cache-teacher` did not write it")
-        name = f"{entry['model']['detector']}_{entry['model']['backbone']}"
-        return TeacherSide(
-            name=name, specs=specs_of(reader.manifest), canvas=reader.schema.canvas, views=reader.views, ap=entry["ap"],
-            sha256=entry["weights_sha256"], reader=reader,
-        )  # fmt: skip
+        return stored_teacher(options.cache)
     detector, meta = load_detector(str(options.teacher))
     ap = meta.extra.get("ap")
     return TeacherSide(
@@ -69,12 +60,22 @@ def open_teacher(options: TrainOptions, train: Dataset) -> TeacherSide:
     )  # fmt: skip
 
 
+def stored_teacher(where: Where) -> TeacherSide:
+    """The teacher of the store at ``where``. Raises as StoreReader does."""
+    reader = StoreReader(where)
+    teacher = reader.manifest.teacher
+    return TeacherSide(
+        name=teacher.name, specs=specs_of(reader.manifest), canvas=reader.schema.canvas, views=reader.views,
+        ap=teacher.ap, sha256=teacher.weights_sha256, reader=reader,
+    )  # fmt: skip
+
+
 def inherit_regions(
     resolved: Mapping[str, Mapping[str, Any]], methods: Mapping[str, type[Method]], reader: StoreReader,
     given: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """A store's region options are the run's, unless the user ``given`` others (which then do not match)."""
-    stored = RegionSpec.from_json(reader.manifest["regions"]).to_json()
+    stored = reader.manifest.region_spec.to_json()
     return {
         name: {**values, **{o: stored[o] for o in methods[name].region_options if o not in given.get(name, {})}}
         for name, values in resolved.items()
@@ -96,11 +97,11 @@ def bind_teacher(
     built = {name: method(pair, **options.methods[name]) for name, method in methods.items()}
     needs = all_needs(methods, options.methods)
     require_strides(side, student)
-    base = RegionSpec.from_json(side.reader.manifest["regions"]) if side.reader else student.region_defaults
+    base = side.reader.manifest.region_spec if side.reader else student.region_defaults
     source = source.with_regions(region_spec(base, methods, options.methods), regions_of(needs))
     aligned = any(m.index_aligned for m in methods.values())
     if side.reader is not None:
-        gone = set(side.reader.manifest["dataset"]["left_out"])
+        gone = set(side.reader.manifest.dataset.left_out)
         wanted = sorted(gone & {source.dataset.image_id(int(p)) for p in positions}) if gone else []
         if wanted:
             raise StoreError(
@@ -124,10 +125,13 @@ def bind_teacher(
             f"teacher {side.name} and student {student.spec.name} differ in anchors or assigner, and "
             f"{', '.join(methods)} read(s) by anchor index; use a teacher of the same detector"
         )
-    order = teachers.class_order([c["name"] for c in side.meta.classes], [c.name for c in source.dataset.classes])
+    order = teachers.class_order(side.meta.classes, source.dataset.classes)
     detector = side.detector.to(device).to(memory_format=torch.channels_last)
     forward = teachers.TeacherForward(detector.eval(), order, options.micro_batch, options.teacher_precision)
-    schema = StoreSchema(student.grid, source.canvas, 1, 1, plan_tensors(needs, side.specs, "lossless"))
+    schema = StoreSchema(
+        grid=student.grid, canvas=source.canvas, rows=1, shard_rows=1,
+        tensors=plan_tensors(needs, side.specs, "lossless"),
+    )  # fmt: skip
     return BoundTeacher(
         forward=teachers.live(forward, needs, schema), methods=built, source=source, ap=side.ap, sha256=side.sha256
     )
@@ -136,10 +140,7 @@ def bind_teacher(
 def stored_definition(reader: StoreReader) -> str:
     """What the guard of a store's rows was made with: for features alone, the student's own anchors may differ."""
     manifest = reader.manifest
-    return region_definition(
-        reader.schema.canvas, reader.schema.grid, AssignerSpec.from_json(manifest["assigner"]),
-        RegionSpec.from_json(manifest["regions"]),
-    )  # fmt: skip
+    return region_definition(reader.schema.canvas, reader.schema.grid, manifest.assigner_spec, manifest.region_spec)
 
 
 def _reader_for(
@@ -151,7 +152,7 @@ def _reader_for(
         return StoreReader(whole.storage, needs)
     except StoreError as error:
         flags = [f"--method {options.method}"]
-        stored = whole.manifest["method_options"]
+        stored = whole.manifest.method_options
         for name, defaults in resolve_all(methods, lineage, {}).items():
             plain = {**defaults, **stored.get(name, {})}
             given = options.methods.get(name, {})

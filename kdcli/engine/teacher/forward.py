@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdcli.classes import ClassList
 from kdcli.detectors.base import Detector
 from kdcli.detectors.read import read
 from kdcli.errors import DataError, OptionError
@@ -158,15 +159,16 @@ def cached(schema: StoreSchema, needs: tuple[Need, ...]) -> Teacher:
     return teacher
 
 
-def class_order(teacher_classes: Sequence[str], dataset_classes: Sequence[str]) -> tuple[int, ...]:
+def class_order(teacher: ClassList, dataset: ClassList) -> tuple[int, ...]:
     """For each data set class the teacher's class of the same name. Raises DataError when one is missing."""
-    missing = [name for name in dataset_classes if name not in teacher_classes]
+    known = teacher.names
+    missing = [name for name in dataset.names if name not in known]
     if missing:
         raise DataError(
             f"the teacher does not know {', '.join(repr(m) for m in missing)}; it knows "
-            f"{', '.join(repr(c) for c in teacher_classes[:10])}; classes are matched by name"
+            f"{', '.join(repr(c) for c in known[:10])}; classes are matched by name"
         )
-    return tuple(list(teacher_classes).index(name) for name in dataset_classes)
+    return tuple(known.index(name) for name in dataset.names)
 
 
 def single(entries: Entries, image: int) -> Entries:

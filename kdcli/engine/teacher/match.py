@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from kdcli.data.coco import Dataset
 from kdcli.detectors.base import Detector
@@ -12,24 +11,21 @@ from kdcli.errors import OptionError, StoreError
 from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec
-from kdcli.store.manifest import compare_manifests
 from kdcli.store.reader import StoreReader
 from kdcli.structures import Canvas
 
 
 def require_match(
-    reader: StoreReader, dataset: Dataset, canvas: Canvas, views: Sequence[str],
+    reader: StoreReader, dataset: Dataset | None, canvas: Canvas, views: Sequence[str],
     index_space: tuple[Grid, AssignerSpec, RegionSpec] | None,
 ) -> None:  # fmt: skip
     """Raises StoreError (exit 4) listing every field in which a store differs from the run that wants to read it.
 
-    ``index_space``: what decides which anchor has which index and region; None when no method reads by anchor index.
+    ``dataset``: None when the loop that reads the store has its own. ``index_space``: what decides which anchor has which
+    index and region; None when no method reads by anchor index.
     """
-    ours: dict[str, Any] = {"dataset": dataset.fingerprint(), "canvas": str(canvas)}
-    if index_space is not None:
-        grid, assigner, regions = index_space
-        ours |= {"schema": {"grid": grid.to_json()}, "assigner": assigner.to_json(), "regions": regions.to_json()}
-    differences = compare_manifests(ours, reader.manifest)
+    fingerprint = (reader.manifest.dataset if dataset is None else dataset).fingerprint()
+    differences = reader.manifest.run_differences(fingerprint, canvas, index_space)
     missing = [v for v in views if v not in reader.views]
     if missing:
         differences.append(f"views: the store has {', '.join(reader.views)}, not {', '.join(missing)}")

@@ -1,4 +1,4 @@
-"""The manifest: everything that a store's numbers depend on, and the comparison that refuses a foreign store."""
+"""What a teacher is and gives, stored or live, before the student is known."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from kdcli.detectors.base import Detector
 from kdcli.detectors.weights import CheckpointMeta
 from kdcli.geometry.regions import RegionSpec
 from kdcli.methods.base import Method
+from kdcli.store.manifest import Manifest
+from kdcli.store.provenance import TeacherRecord
 from kdcli.store.reader import StoreReader
 from kdcli.structures import Canvas
 from kdcli.tensors import CLS_LOGITS, PROPOSAL_LOGITS, TensorSpec
 
 
-def teacher_entry(detector: Detector, weights_sha256: str, ap: float | None) -> dict[str, Any]:
-    """Who the teacher is, and what it gives."""
-    specs = {name: {"per": str(s.per), "dims": list(s.dims)} for name, s in detector.specs().items()}
-    return {"model": detector.spec.to_json(), "weights_sha256": weights_sha256, "ap": ap, "specs": specs}
+def teacher_record(detector: Detector, weights_sha256: str) -> TeacherRecord:
+    """A teacher for the manifest, whose AP is not measured yet."""
+    return TeacherRecord(model=detector.spec.to_json(), weights_sha256=weights_sha256, ap=None, specs=detector.specs())
 
 
-def specs_of(manifest: Mapping[str, Any]) -> dict[str, TensorSpec]:
+def specs_of(manifest: Manifest) -> dict[str, TensorSpec]:
     """What the teacher of a store gives, with the classes in the data set's order and number."""
-    specs = {n: TensorSpec(s["per"], tuple(s["dims"])) for n, s in manifest["teacher"]["specs"].items()}
-    return with_classes(specs, len(manifest["class_order"]))
+    return with_classes(manifest.teacher.specs, len(manifest.class_order))
 
 
 def with_classes(specs: Mapping[str, TensorSpec], num_classes: int) -> dict[str, TensorSpec]:

@@ -63,7 +63,7 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     device = pick_device(options.device)
     amp = pick_amp(options.amp, device)
     train, val = open_split(Path(options.data), "train"), open_split(Path(options.data), "val")
-    if [c.name for c in train.classes] != [c.name for c in val.classes]:
+    if train.classes.names != val.classes.names:
         raise DataError(f"the train and val annotations under '{options.data}' do not have the same categories")
     methods = find_methods(options.method) if options.command == "distill" else {}
     side = open_teacher(options, train) if methods else None
@@ -80,7 +80,7 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     resolved = resolve_all(methods, default_keys(student.spec.detector), options.methods, student.region_defaults)
     if side and side.reader:
         resolved = inherit_regions(resolved, methods, side.reader, options.methods)
-    view_seed = side.reader.manifest["view_seed"] if side and side.reader else 0
+    view_seed = side.reader.manifest.view_seed if side and side.reader else 0
     source = SampleSource.for_training(train, canvas, student, view_seed=view_seed)
     options = replace(
         options,

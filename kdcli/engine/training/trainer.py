@@ -21,6 +21,7 @@ from kdcli.engine.loading.samples import SampleSource
 from kdcli.engine.runtime import distributed
 from kdcli.engine.runtime.memory import peak_memory_bytes
 from kdcli.engine.runtime.progress import ProgressReporter
+from kdcli.engine.teacher.approximations import approximations
 from kdcli.engine.training import run_folder
 from kdcli.engine.training.checkpoint import STATE_FILE, TrainingState, load_state, save_state
 from kdcli.engine.training.guards import ZeroGuard, gradient_norms, require_finite, require_sane_gradients
@@ -241,13 +242,12 @@ class Trainer:
         )
 
     def _checkpoint(self, evaluation: dict[str, Any]) -> dict[str, Any]:
-        classes = [{"id": c.id, "name": c.name} for c in self.prepared.train.classes]
         extra = {
             "ap": evaluation.get("ap"),
             "epoch": self.state.epoch + 1,
             "store": None if self.prepared.teacher is None else self.prepared.teacher.store_hash,
         }
-        return export(self._final_student(), classes, str(self.prepared.canvas), extra)
+        return export(self._final_student(), self.prepared.train.classes, str(self.prepared.canvas), extra)
 
     def _finish(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         state = self.state
@@ -269,6 +269,7 @@ class Trainer:
             "data_wait_percent": state.history[-1]["data_wait_percent"],
             "store_bytes": None if teacher is None else teacher.store_bytes,
             "teacher_ap": None if teacher is None else teacher.ap,
+            "approximations": [] if teacher is None else approximations(teacher, self.options.teacher_precision),
             "weights_sha256": {n: load_detector(f)[1].weights_sha256 for n, f in self._weights() if f.is_file()},
         }
         if distributed.is_main():

@@ -1,7 +1,7 @@
-"""A place in an object store: ``s3://``, ``gs://``, ``az://``, reached through obstore by a process beside ours.
+"""A store in an object store: ``s3://``, ``gs://``, ``az://``, reached through obstore by a worker process.
 
-Each process that reads or writes has one such carrier, started when it is needed: after a fork the child starts its own, as
-obstore itself would wait for ever there. A batch of reads is one request to the carrier, which does them side by side.
+Each process that reads or writes has one such worker, started when it is needed: after a fork the child starts its own, as
+obstore itself would wait for ever there. A batch of reads is one request to the worker, which does them side by side.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -25,6 +26,7 @@ from kdcli.store.storage.read_cache import ReadCache
 
 PATIENCE = "KDCLI_REMOTE_PATIENCE"  # seconds that a request is tried again for
 PATIENCE_S = 60.0
+MAX_INDICES = 16384  # of shard files, 4 kB each: nothing else of an object is kept
 CREDENTIALS = {  # what obstore reads
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -34,7 +36,7 @@ Job = dict[str, Any]
 
 
 class ObjectStorage:
-    """A place in an object store. Raises OptionError when obstore is not installed."""
+    """The store at ``url``. Raises OptionError when obstore is not installed."""
 
     def __init__(self, url: str) -> None:
         if importlib.util.find_spec("obstore") is None:
@@ -45,12 +47,34 @@ class ObjectStorage:
     def __str__(self) -> str:
         return self.url
 
+    @property
+    def folder(self) -> Path | None:
+        """See Storage."""
+        return None
+
+    @property
+    def max_open(self) -> int:
+        """See Storage."""
+        return MAX_INDICES
+
+    @property
+    def zarr_config(self) -> Mapping[str, str]:
+        """See Storage: the faster pipeline reads local files alone."""
+        return {}
+
+    def local_folder(self, verb: str) -> Path:
+        """See Storage."""
+        raise OptionError(
+            f"'{self.url}' is in an object store, where nothing can be moved or locked: copy the store to a disk first, "
+            f"{verb} there, and copy it back"
+        )
+
     def exists(self) -> bool:
-        """See Place: the root's zarr.json is written last, so it is the store."""
+        """See Storage: the root's zarr.json is written last, so it is the store."""
         return self.has("zarr.json")
 
     def has(self, key: str) -> bool:
-        """See Place."""
+        """See Storage."""
         try:
             self.read(key)
         except FileNotFoundError as error:
@@ -60,7 +84,7 @@ class ObjectStorage:
         return True
 
     def open_all(self, keys: Sequence[str], tail: int) -> list[OpenFile | None]:
-        """See Place."""
+        """See Storage."""
         found = self._ask([{"do": "tail", "key": key, "length": tail} for key in keys], missing=True)
         return [
             None if "error" in head else OpenFile(key, int(head["whole"]), data, str(head["version"]))
@@ -68,7 +92,7 @@ class ObjectStorage:
         ]
 
     def read_ranges(self, ranges: Sequence[tuple[OpenFile, int, int]]) -> list[bytes]:
-        """See Place. Ranges are chunks that end in their crc32c; the local read cache goes by that."""
+        """See Storage. Ranges are chunks that end in their crc32c; the local read cache goes by that."""
         names = [f"{self.url}/{f.key}\n{f.version}\n{start}\n{length}" for f, start, length in ranges]
         found = [self._cache.get(name) if self._cache else None for name in names]
         missing = [k for k, data in enumerate(found) if data is None]
@@ -83,38 +107,72 @@ class ObjectStorage:
         return cast(list[bytes], found)
 
     def read(self, key: str) -> bytes:
-        """See Place."""
+        """See Storage."""
         return self.read_all([key])[0]
 
     def read_all(self, keys: Sequence[str]) -> list[bytes]:
-        """See Place."""
+        """See Storage."""
         return [data for _, data in self._ask([{"do": "read", "key": key} for key in keys])]
 
     def write(self, key: str, data: bytes) -> None:
-        """See Place."""
+        """See Storage."""
         self._ask([{"do": "write", "key": key, "create": False}], data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """See Place. One server decides; a try whose answer was lost is known by its bytes."""
+        """See Storage. One server decides; a try whose answer was lost is known by its bytes."""
         head, _ = self._ask([{"do": "write", "key": key, "create": True}], data)[0]
         return "error" not in head or self.read(key) == data
 
     def delete(self, key: str) -> None:
-        """See Place."""
+        """See Storage."""
         self._ask([{"do": "delete", "key": key}], missing=True)
 
     def names(self, folder: str) -> list[str]:
-        """See Place."""
+        """See Storage."""
         head, _ = self._ask([{"do": "names", "key": folder}])[0]
         return sorted(name for name in head["names"] if name[:1] != ".")
 
     def for_zarr(self) -> Any:
-        """See Place. In this process, and therefore not in one that forks."""
+        """See Storage. In this process, and therefore not in one that forks."""
         from zarr.storage import ObjectStore
 
         from kdcli.store.storage.object_store_worker import connect
 
         return ObjectStore(connect(self.url), read_only=True)
+
+    def create_store(self, fill: Callable[[Path], None]) -> bool:
+        """See Storage. The root's zarr.json is put last, and one server decides who puts it."""
+        with tempfile.TemporaryDirectory() as folder:
+            staging = Path(folder) / "store"
+            fill(staging)
+            keys = sorted(f.relative_to(staging).as_posix() for f in staging.rglob("*") if f.is_file())
+            keys.remove("zarr.json")
+            for key in keys:
+                if not self.create(key, (staging / key).read_bytes()):
+                    raise StoreError(
+                        f"'{self.url}/{key}' is of another store, whose making was broken off or goes on now; delete what "
+                        "is there, or choose another --out"
+                    )
+            return self.create("zarr.json", (staging / "zarr.json").read_bytes())
+
+    def free_bytes(self) -> int | None:
+        """See Storage."""
+        return None
+
+    def lock(self, *, shared: bool) -> AbstractContextManager[None]:
+        """See Storage."""
+        return nullcontext()
+
+    def lock_creation(self) -> AbstractContextManager[None]:
+        """See Storage: each process tries to make it, and one does."""
+        return nullcontext()
+
+    def lock_file(self, key: str) -> AbstractContextManager[None]:
+        """See Storage: the journal's own put shows who was first."""
+        return nullcontext()
+
+    def remove_stale_locks(self, folder: str) -> None:
+        """See Storage."""
 
     def _ask(self, jobs: Sequence[Job], body: bytes = b"", *, missing: bool = False) -> list[tuple[Job, bytes]]:
         """The answers to ``jobs``. ``missing``: an object that is not there is an answer, not FileNotFoundError."""

@@ -13,7 +13,7 @@ SCHEMES = ("s3", "gs", "az")
 
 
 def open_storage(where: Where) -> Storage:
-    """The place that a user named: ``s3://``, ``gs://`` and ``az://`` are object stores, everything else is a folder.
+    """The storage that a user named: ``s3://``, ``gs://`` and ``az://`` are object stores, everything else is a folder.
 
     Raises OptionError for another kind of URL, for one without a bucket, and when obstore is not installed.
     """

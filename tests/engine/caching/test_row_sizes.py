@@ -91,7 +91,14 @@ def test_a_row_that_is_written_has_these_bytes() -> None:
     derived = derived_from_dense(needs)
     assert derived  # defeat_thin's features: PFI's hold them
     stored = [n for n in needs if n not in derived]
-    schema = StoreSchema(model.grid, canvas, 1, 1, plan_tensors(stored, specs), derived_from_dense=derived)
+    schema = StoreSchema(
+        grid=model.grid,
+        canvas=canvas,
+        rows=1,
+        shard_rows=1,
+        tensors=plan_tensors(stored, specs),
+        derived_from_dense=derived,
+    )
     cells = model.grid.num_cells(canvas)
     values = {
         t.need.key: np.ones((cells if t.need.dense else int(entries.select(t.need.region).sum()), *t.dims), np.float32)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from kdcli.cli.main import run
-from kdcli.engine.caching import write as writing
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.caching.teacher_runner import TeacherRunner
 from kdcli.engine.caching.write import Part, write_store
@@ -25,6 +25,7 @@ from kdcli.engine.runtime.threads import pick_teacher_workers, pick_workers
 from kdcli.errors import GateError, StoreError
 from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.journal import store_digest
+from kdcli.store.locks import lock_store
 from kdcli.store.manifest import read_manifest, write_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema, row_tensor
@@ -97,7 +98,7 @@ def test_a_part_is_refused_while_one_process_writes_all(shapes: Path, teacher: P
     plan = plan_store(cache_options(shapes, teacher, method="rm"), NullReporter())
     out = tmp_path / "store"
     write_store(plan, out, NullReporter(), Part(0, 2))
-    with writing.lock_store(out, shared=False), pytest.raises(StoreError, match="written by another process"):
+    with lock_store(out, shared=False), pytest.raises(StoreError, match="written by another process"):
         write_store(plan, out, NullReporter(), Part(1, 2))
 
 
@@ -125,7 +126,9 @@ def test_an_error_behind_the_teacher_stops_the_run(
 
 def test_the_manifest_has_the_error_of_each_tensor(default_store: Path, lossless_store: Path) -> None:
     ours, exact = StoreReader(default_store), StoreReader(lossless_store)
-    errors = read_manifest(default_store)["errors"]["encoding"]
+    measured = read_manifest(default_store).errors
+    assert measured is not None
+    errors = measured.encoding
     assert set(errors) == {t.need.key for t in ours.schema.tensors}
     for tensor in ours.schema.tensors:
         if tensor.need.dense or tensor.need not in exact.schema.tensors:
@@ -140,7 +143,9 @@ def test_the_manifest_has_the_error_of_each_tensor(default_store: Path, lossless
         assert errors[tensor.need.key]["rms"] == pytest.approx(np.sqrt(squares / count), rel=1e-6)
         assert errors[tensor.need.key]["worst"] == pytest.approx(worst, rel=1e-6)
         assert errors[tensor.need.key]["rms"] > 0
-    assert {e["worst"] for e in read_manifest(lossless_store)["errors"]["encoding"].values()} == {0.0}
+    none = read_manifest(lossless_store).errors
+    assert none is not None
+    assert {e["worst"] for e in none.encoding.values()} == {0.0}
 
 
 def row_of(reader: StoreReader, image: int, view: str) -> dict[str, Any]:
@@ -156,13 +161,11 @@ def test_errors_come_with_the_last_shard_or_after_a_kill(
 ) -> None:
     plan, out = plan_store(cache_options(shapes, teacher), NullReporter()), tmp_path / "store"
     write_store(plan, out, NullReporter(), Part(0, 2))
-    assert "errors" not in read_manifest(out)
+    assert read_manifest(out).errors is None
     write_store(plan, out, NullReporter(), Part(1, 2))
     assert contents(out) == contents(default_store)
     digest = store_digest(out)
-    write_manifest(
-        out, {k: v for k, v in read_manifest(out).items() if k != "errors"}
-    )  # killed before they were written
+    write_manifest(out, replace(read_manifest(out), errors=None))  # killed before they were written
     assert store_digest(out) == digest
     assert write_store(plan, out, NullReporter()) == 0
     assert contents(out) == contents(default_store)
@@ -208,5 +211,5 @@ def test_torchrun_writes_one_store(
         command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert read_manifest(out)["schema"] == read_manifest(default_store)["schema"]
+    assert read_manifest(out).schema == read_manifest(default_store).schema
     assert contents(out) == contents(default_store)

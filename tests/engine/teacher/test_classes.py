@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdcli.classes import ClassList
 from kdcli.detectors.weights import export, load_detector
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.caching.teacher_ap import measure_teacher
@@ -29,8 +30,7 @@ DEFEAT = {"defeat": {"obj_cls_weight": 2.0, "bg_cls_weight": 2.0}}
 def reversed_classes(teacher: Path, out: Path) -> Path:
     """The same weights under names in the other order: what it calls circle is an arrow."""
     detector, _ = load_detector(teacher)
-    classes = [{"id": i + 1, "name": name} for i, name in enumerate(reversed(CLASSES))]
-    atomic_save(export(detector, classes, CANVAS, {}), out)
+    atomic_save(export(detector, ClassList.numbered(reversed(CLASSES)), CANVAS, {}), out)
     return out
 
 

@@ -6,7 +6,6 @@ canvas say. Time: the slowest of the stages that work side by side (see ``stage_
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from kdcli.store.image_codec import PIXELS
 from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import pack_chunk
 from kdcli.store.storage.base import Where
-from kdcli.store.storage.local import LocalStorage
 from kdcli.store.storage.resolve import open_storage
 from kdcli.tensors import Region
 
@@ -98,7 +96,7 @@ def estimate(plan: StorePlan, out: Where, part: Part | None = None) -> Estimate:
         rows=plan.schema.rows, bytes_total=total, bytes_by_tensor=tensor_bytes(plan.schema, by_array),
         bytes_by_array=by_array, bytes_raw=_raw_bytes(plan.schema, counted), seconds=seconds,
         rows_per_s=work.rows / seconds, slowest=max(stages, key=lambda name: stages[name]),
-        disk_timed=probe.on_target, free_bytes=free_bytes(storage), counted_rows=len(counted.items),
+        disk_timed=probe.on_target, free_bytes=storage.free_bytes(), counted_rows=len(counted.items),
         probed_rows=len(probe.chosen), break_even=break_even(whole, len(plan.positions), image_seconds),
     )  # fmt: skip
 
@@ -158,17 +156,6 @@ def tensor_bytes(schema: StoreSchema, by_array: dict[str, int]) -> dict[str, int
     if schema.images:
         found["images"] = by_array[PIXELS]
     return {**found, "index": sum(by_array.values()) - sum(found.values())}
-
-
-def free_bytes(where: Where) -> int | None:
-    """Free bytes on the disk that a folder is or will be on; None for an object store."""
-    storage = open_storage(where)
-    if not isinstance(storage, LocalStorage):
-        return None
-    folder = storage.path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def _work(plan: StorePlan, shards: range, total: int) -> Workload:

@@ -177,8 +177,8 @@ def _time_evaluation(plan: StorePlan, samples: list[Sample]) -> float:
 
 def _folder(plan: StorePlan, storage: Storage, rows: int) -> tuple[Path | None, bool]:
     """The folder that the store will be in, if it can be written to; else None, and False: the system's own."""
-    if isinstance(storage, LocalStorage):
-        parent = storage.path.absolute().parent
+    if storage.folder is not None:
+        parent = storage.folder.absolute().parent
         room = 4 * rows * sum(a.row_bytes for a in plan.schema.layout())
         if parent.is_dir() and os.access(parent, os.W_OK) and shutil.disk_usage(parent).free > room:
             return parent, True
@@ -190,15 +190,14 @@ def _write(
 ) -> Probe:
     rows, size = len(chosen), plan.teacher.forward.micro_batch
     schema = replace(plan.schema, rows=rows, shard_rows=rows)
-    manifest = {**plan.manifest, "teacher": {**plan.manifest["teacher"], "ap": None}}
-    few = replace(plan, schema=schema, manifest=manifest, chosen=loaded.items)
+    few = replace(plan.with_schema(schema), chosen=loaded.items)
     load: Load | None = None
     if not loads(plan):
         # nothing to wait for, and no data workers to end, which would be counted as encoding
         load = _from_memory(loaded)
         few = replace(few, teacher=replace(plan.teacher, workers=0))
     out = scratch / "store"
-    create_store(out, schema, manifest, plan.source.dataset.annotations.image_ids[:0])
+    create_store(out, few.manifest, plan.source.dataset.annotations.image_ids[:0])
     clock = _Clock()
     started, cpu = time.perf_counter(), time.process_time()
     write_store(few, out, clock, load=load)
