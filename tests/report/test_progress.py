@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from kdcli.cli.progress import ConsoleReporter
+from kdcli.report.progress import ConsoleReporter
 
 
 def test_a_bar_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
