@@ -125,6 +125,17 @@ def test_cache_info_verify_show_estimate(
     assert priced["bytes_total"] == pytest.approx(info["bytes"], rel=0.1)
 
 
+def test_cache_prune_and_merge(capsys: pytest.CaptureFixture[str], default_store: Path, tmp_path: Path) -> None:
+    """A store in parts by view, and the parts joined again."""
+    for view, other in (("identity", "hflip"), ("hflip", "identity")):
+        part = out_json(capsys, "cache", "prune", default_store, "--view", other, "--out", tmp_path / view)
+        assert (part["rows"], part["views"]) == (24, [view])
+    whole = out_json(capsys, "cache", "merge", tmp_path / "identity", tmp_path / "hflip", "--out", tmp_path / "both")
+    assert (whole["rows"], whole["views"]) == (48, ["identity", "hflip"])
+    assert whole["bytes"] == out_json(capsys, "cache", "info", default_store)["bytes"]
+    assert run(["cache", "merge", str(tmp_path / "identity"), "--out", str(tmp_path / "one")]) == 2
+
+
 def test_methods_and_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = out_json(capsys, "methods", "--canvas", "320", "--classes", "20")
     assert (found["canvas"], found["classes"], found["boxes"], found["compressed"]) == ("320", 20, 7, False)

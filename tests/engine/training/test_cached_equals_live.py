@@ -15,13 +15,14 @@ from kdcli.engine.loading.samples import collate
 from kdcli.engine.training.step import TrainStep
 from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
+from tests.support.selection import matrix
 from tests.support.traces import prepared, trace
 
 STEPS = 20
 METHODS = ("ld", "rm", "pfi", "ld,rm,pfi")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", matrix(METHODS, "ld,rm,pfi".__eq__))
 def test_lossless_store_equals_the_live_teacher(
     method: str, shapes: Path, teacher: Path, lossless_store: Path, tmp_path: Path
 ) -> None:
