@@ -22,7 +22,7 @@ from kdcli.errors import OptionError, did_you_mean
 from kdcli.methods.base import Method, Pair, student_needs_of
 from kdcli.methods.resolve import all_needs, check_pair, find_methods, resolve_all
 from kdcli.structures import Canvas
-from kdcli.tensors import Need, Tensors, TensorSpec, precise, spec_of
+from kdcli.tensors import Need, Region, Tensors, TensorSpec, precise, spec_of
 
 Dims = int | tuple[int, ...]
 
@@ -80,7 +80,7 @@ class Losses(nn.Module):
         self.student_needs = student_needs_of(methods.values())
         self.reads_targets = any(m.reads_targets for m in methods.values())
         for name, method in methods.items():
-            if any(n.region == "proposals" for n in method.needs):
+            if any(n.region == Region.PROPOSALS for n in method.needs):
                 raise OptionError(
                     f"method '{name}' samples the teacher's proposals with the student's RoI head, which only kdcli.distill "
                     "does; set the weights of its terms at proposals to 0"
