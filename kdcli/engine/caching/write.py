@@ -1,7 +1,7 @@
 """Fills a store: the teacher's forward passes here, encoding, compression and the disk in threads behind it.
 
-A teacher on a GPU runs on while threads encode and data processes load. One on a CPU wants every core, so they take turns:
-images are loaded and rows encoded between its passes, on all cores, unless data processes are asked for. Neither waits for
+A teacher on a GPU runs on while threads encode and data workers load. One on a CPU wants every core, so they take turns:
+images are loaded and rows encoded between its passes, on all cores, unless data workers are asked for. Neither waits for
 the disk.
 
 Rows are computed shard by shard; inside a shard they are grouped by orientation and cut into micro-batches of a

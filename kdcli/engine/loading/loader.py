@@ -1,4 +1,4 @@
-"""Data processes: samples and batches in a planned order, made ahead, and how they travel to the process that asked.
+"""Data workers: samples and batches in a planned order, made ahead, and how they travel to the process that asked.
 
 A tensor that leaves a process costs a file descriptor and 0.2 ms of either side, whatever its size; an array goes through a
 pipe, for 0.05 ms at 60 kB. So what is small travels as arrays.
