@@ -15,14 +15,13 @@ from kdcli.data.coco import open_split
 from kdcli.data.views import parse_views
 from kdcli.detectors.build import default_keys
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.caching.teacher_runner import TeacherRunner
 from kdcli.engine.loading.samples import Item, SampleSource
 from kdcli.engine.loading.selection import usable
 from kdcli.engine.runtime.device import pick_device
 from kdcli.engine.runtime.distributed import take_local_gpu
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import pick_teacher_workers, set_threads
-from kdcli.engine.teacher.forward import TeacherForward, class_order, compiled
+from kdcli.engine.teacher.forward import TeacherForward, TeacherRunner, class_order, compiled
 from kdcli.engine.teacher.specs import region_spec, teacher_record, with_classes
 from kdcli.methods.base import Pair
 from kdcli.methods.resolve import absolute_methods, all_needs, check_pair, find_methods, require_known, resolve_all
