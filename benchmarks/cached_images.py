@@ -152,7 +152,7 @@ def canvases_of(data: str, canvas: Canvas, number: int) -> tuple[list[Pixels], f
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
-    """Rows a second and processor milliseconds a row, of the whole loader and with one data process for training."""
+    """Rows a second and processor milliseconds a row, of the whole loader and with one data worker for training."""
     runs, written = {}, {}
     for name, cached in (("files", False), ("store", True)):
         store = args.out / name

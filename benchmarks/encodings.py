@@ -25,7 +25,8 @@ from torch import Tensor
 
 from kdcli.detectors.build import family_of
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.caching.plan import StorePlan, encode_row, plan_store
+from kdcli.engine.caching.plan import StorePlan, plan_store
+from kdcli.engine.caching.write import encode_row
 from kdcli.engine.loading.region_check import spread
 from kdcli.engine.loading.samples import Sample, collate
 from kdcli.engine.runtime.progress import NullReporter

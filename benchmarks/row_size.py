@@ -33,7 +33,8 @@ from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.read import read
 from kdcli.detectors.weights import export, load_detector
-from kdcli.engine.caching.plan import StorePlan, encode_row, plan_store
+from kdcli.engine.caching.plan import StorePlan, plan_store
+from kdcli.engine.caching.write import encode_row
 from kdcli.engine.loading.orientation import batches_by_orientation
 from kdcli.engine.loading.samples import Sample, collate
 from kdcli.engine.runtime.progress import NullReporter

@@ -82,8 +82,8 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     import scale_store
 
     from kdcli.engine.caching import write as writing
-    from kdcli.engine.caching.teacher_runner import TeacherRunner
     from kdcli.engine.runtime.progress import NullReporter
+    from kdcli.engine.teacher.forward import TeacherRunner
 
     found = {}
 

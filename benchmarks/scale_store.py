@@ -27,8 +27,8 @@ from PIL import Image
 from kdcli.classes import ClassList
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.detectors.weights import export
-from kdcli.engine.caching.plan import StorePlan, encode_row, plan_store
-from kdcli.engine.caching.write import Packed, Part
+from kdcli.engine.caching.plan import StorePlan, plan_store
+from kdcli.engine.caching.write import Packed, Part, encode_row
 from kdcli.engine.loading.samples import Sample
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.files import atomic_save

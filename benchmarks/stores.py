@@ -42,7 +42,8 @@ from stores_formats import FORMATS, Dense, DenseRows, dense_shapes, gather
 from stores_steps import compare, endless, make_trainer, median_ratio, steps
 from stores_table import table, targets
 
-from kdcli.engine.caching.plan import StorePlan, encode_row, plan_store
+from kdcli.engine.caching.plan import StorePlan, plan_store
+from kdcli.engine.caching.write import encode_row
 from kdcli.engine.loading.samples import Sample
 from kdcli.engine.runtime.device import pick_device
 from kdcli.engine.runtime.memory import peak_memory_bytes, reset_peak_memory

@@ -7,6 +7,7 @@ import itertools
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from stores_reading import now
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, LoadedImage, Sample, SampleSource
 from kdcli.engine.runtime.progress import NullReporter
-from kdcli.engine.teacher import forward as teacher
 from kdcli.engine.training import run_config
 from kdcli.engine.training.setup import prepare
 from kdcli.engine.training.trainer import Trainer
@@ -60,7 +60,7 @@ def make_trainer(
     if rows is not None:
         assert prepared.teacher is not None
         parts: dict[str, Any] = {f.name: getattr(prepared.source, f.name) for f in fields(SampleSource)}
-        forward = teacher.cached(rows.schema, tuple(t.need for t in rows.schema.tensors))
+        forward = partial(rows.schema.decode_batch, needs=tuple(t.need for t in rows.schema.tensors))
         prepared = replace(
             prepared, source=FileSource(**{**parts, "reader": rows}),
             teacher=replace(prepared.teacher, forward=forward),

@@ -32,8 +32,8 @@ import torch
 from common import draw_data, machine, pairwise, part_of, plan_of, random_teacher, verdict
 
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.caching.plan import StorePlan, encode_row
-from kdcli.engine.caching.write import compare_row, shard_micro_batches, write_store
+from kdcli.engine.caching.plan import StorePlan
+from kdcli.engine.caching.write import compare_row, encode_row, shard_micro_batches, write_store
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
 from kdcli.engine.runtime.memory import keep_freed_memory

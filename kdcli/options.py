@@ -73,7 +73,7 @@ class TrainOptions:
     device: str = "auto"
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     channels_last: bool = True
-    workers: int | None = None  # data processes; None: one per spare core, at most 8
+    workers: int | None = None  # data workers; None: one per spare core, at most 8
     threads: int | None = None  # CPU threads of the main process; None: PyTorch's choice
     eval_every: int = 1  # epochs
     save_steps: int = 1000  # a resumable state is written every so many steps, and after each epoch

@@ -19,10 +19,10 @@ from kdcli.engine.teacher.binding import inherit_regions
 from kdcli.engine.teacher.match import require_match, require_strides
 from kdcli.engine.teacher.specs import TeacherSide, region_spec
 from kdcli.errors import OptionError, did_you_mean
-from kdcli.methods.base import Method, Pair
+from kdcli.methods.base import Method, Pair, student_needs_of
 from kdcli.methods.resolve import all_needs, check_pair, find_methods, resolve_all
 from kdcli.structures import Canvas
-from kdcli.tensors import Need, Tensors, TensorSpec, precise, spec_of
+from kdcli.tensors import Need, Region, Tensors, TensorSpec, precise, spec_of
 
 Dims = int | tuple[int, ...]
 
@@ -77,11 +77,10 @@ class Losses(nn.Module):
         super().__init__()
         self.methods = nn.ModuleDict(dict(methods))
         self.to(memory_format=torch.channels_last)  # as in `kdcli distill`
-        both = [m.needs if m.student_needs is None else m.student_needs for m in methods.values()]
-        self.student_needs: tuple[Need, ...] = tuple(sorted({n for needs in both for n in needs}))
+        self.student_needs = student_needs_of(methods.values())
         self.reads_targets = any(m.reads_targets for m in methods.values())
         for name, method in methods.items():
-            if any(n.region == "proposals" for n in method.needs):
+            if any(n.region == Region.PROPOSALS for n in method.needs):
                 raise OptionError(
                     f"method '{name}' samples the teacher's proposals with the student's RoI head, which only kdcli.distill "
                     "does; set the weights of its terms at proposals to 0"

@@ -22,7 +22,6 @@ from kdcli.detectors.build import default_keys
 from kdcli.engine.loading.epoch_order import drawn_views, image_draws, ordered_batches
 from kdcli.engine.runtime.device import pick_device
 from kdcli.engine.teacher.binding import stored_definition, stored_teacher
-from kdcli.engine.teacher.forward import cached
 from kdcli.engine.teacher.match import require_match
 from kdcli.engine.teacher.specs import TeacherSide
 from kdcli.errors import OptionError, StoreError, did_you_mean
@@ -231,7 +230,7 @@ class Store:
     def decode(self, rows: StoredRows, *, device: str | torch.device = "cpu") -> TeacherBatch:
         """Float32 teacher tensors of ``rows``, decoded on ``device``. Raises OptionError for a device that is not there."""
         batch = rows.batch.to(pick_device(str(device)))
-        tensors = cached(self._rows.schema, self.needs)(batch)
+        tensors = self._rows.schema.decode_batch(batch, self.needs)
         return TeacherBatch(tensors, rows.views, replace(batch, rows={}), rows.has_targets, self.grid)
 
     def _targets(self, views: Sequence[StoreView], canvas: Canvas) -> Targets:

@@ -113,13 +113,13 @@ def verify(
 def bench(
     store: Store,
     method: Annotated[str | None, typer.Option(help="Read what these methods read (default: everything).")] = None,
-    workers: Annotated[str | None, typer.Option(help="Numbers of data processes, e.g. 0,1,2.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Numbers of data workers, e.g. 0,1,2.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 16,
     rows: Annotated[int, typer.Option(min=1, help="Rows to read for each number.")] = 2000,
     step_ms: Annotated[float | None, typer.Option(min=0.001, help="A training step, for the forecast.")] = None,
     json: f.Json = False,
 ) -> int:
-    """Read random rows with some numbers of data processes: rows/s, MB/s, and the share of a step that would wait.
+    """Read random rows with some numbers of data workers: rows/s, MB/s, and the share of a step that would wait.
 
     Example: kdcli cache bench STORE --method ld --workers 0,1,2 --batch 16 --step-ms 250
     """

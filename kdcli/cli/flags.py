@@ -19,10 +19,10 @@ BackboneWeights = Annotated[str | None, typer.Option(help="none, imagenet (downl
 InitFrom = Annotated[str | None, typer.Option(help="Start a new run from the weights of this run or checkpoint.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 (default auto).")]
 Amp = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16; auto: bf16 on a GPU, fp32 on a CPU.")]
-Workers = Annotated[int | None, typer.Option(min=0, help="Data processes (default: spare cores, at most 8).")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Data workers (default: spare cores, at most 8).")]
 TeacherWorkers = Annotated[
     int | None,
-    typer.Option(min=0, help="Data processes (default: none beside a teacher on a CPU, else as in distill)."),
+    typer.Option(min=0, help="Data workers (default: none beside a teacher on a CPU, else as in distill)."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the main process.")]
 Shuffle = Annotated[str | None, typer.Option(help="full, or shards: for slow disks and object stores (default full).")]

@@ -9,7 +9,7 @@ cannot be told from here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,6 +77,12 @@ class Method(nn.Module):
             if found:
                 return True
         return False
+
+
+def student_needs_of(methods: Iterable[Method]) -> tuple[Need, ...]:
+    """What ``methods`` together read of the student, sorted."""
+    both = [m.needs if m.student_needs is None else m.student_needs for m in methods]
+    return tuple(sorted({need for needs in both for need in needs}))
 
 
 def method_options(method: type[Method]) -> dict[str, inspect.Parameter]:

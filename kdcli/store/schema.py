@@ -32,7 +32,7 @@ from kdcli.store.arrays import (
 )
 from kdcli.store.encodings import ChannelAffine
 from kdcli.store.image_codec import PIXEL_ENCODING, PIXELS
-from kdcli.structures import Canvas, Entries
+from kdcli.structures import Batch, Canvas, Entries
 from kdcli.tensors import PROPOSAL_COUNT, Need, Per, Region, Tensors, level_of_per
 
 GEOMETRY_LENGTH = 11  # numbers of data.views.Geometry.to_array
@@ -206,6 +206,10 @@ class StoreSchema:
                 row = entries.index[mine] // (1 if tensor.per == Per.ANCHOR else self.grid.num_anchors)
                 out[need.key] = value[entries.image[mine], row]
         return out
+
+    def decode_batch(self, batch: Batch, needs: Iterable[Need]) -> Tensors:
+        """``decode`` of the rows that came with ``batch``, on its device: the teacher's tensors without the teacher."""
+        return self.decode(batch.rows, needs, batch.entries)
 
     def restrict(self, needs: Iterable[Need]) -> tuple[StoredTensor, ...]:
         """The stored tensors that ``needs`` read, each once. Raises StoreError listing what is missing."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +15,18 @@ from kdcli.data.coco import open_split
 from kdcli.data.views import parse_views
 from kdcli.detectors.build import default_keys
 from kdcli.detectors.weights import load_detector
-from kdcli.engine.caching.teacher_runner import TeacherRunner
-from kdcli.engine.loading.samples import Item, Sample, SampleSource
+from kdcli.engine.loading.samples import Item, SampleSource
 from kdcli.engine.loading.selection import usable
 from kdcli.engine.runtime.device import pick_device
 from kdcli.engine.runtime.distributed import take_local_gpu
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import pick_teacher_workers, set_threads
-from kdcli.engine.teacher.forward import TeacherForward, class_order, compiled
+from kdcli.engine.teacher.forward import TeacherForward, TeacherRunner, class_order, compiled
 from kdcli.engine.teacher.specs import region_spec, teacher_record, with_classes
-from kdcli.geometry.regions import guard
 from kdcli.methods.base import Pair
 from kdcli.methods.resolve import absolute_methods, all_needs, check_pair, find_methods, require_known, resolve_all
 from kdcli.options import CacheOptions
 from kdcli.store.encoding_policy import derived_from_dense, plan_tensors, shard_rows_for
-from kdcli.store.image_codec import PIXELS, encode_pixels
 from kdcli.store.manifest import Manifest
 from kdcli.store.provenance import DatasetRecord, Origin, TeacherRun
 from kdcli.store.schema import StoreSchema, regions_of
@@ -135,25 +130,3 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
         options=options, source=source, positions=positions, views=views, needs=stored, manifest=manifest,
         teacher=TeacherRunner(forward, device, pick_teacher_workers(options.workers, device)),
     )  # fmt: skip
-
-
-def encode_row(plan: StorePlan, sample: Sample, value: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
-    """The stored arrays by path of a sample whose teacher tensors are ``value``. Raises GateError as the schema does."""
-    identity = sample.content_hash + guard(sample.boxes, sample.labels, plan.source.definition)
-    arrays: dict[str, Any] = {
-        "row/identity": np.frombuffer(identity, np.uint8).copy(),
-        "row/geometry": sample.geometry.to_array(),
-    }
-    if plan.schema.images:
-        arrays[PIXELS] = encode_pixels(sample.image.numpy())
-    if sample.entries is not None:
-        entries = sample.entries
-        arrays["entries/count"] = np.array([len(entries.index)], np.int32)
-        arrays["entries/index"] = entries.index.numpy().astype(np.int32)
-        arrays["entries/flag"] = entries.flag.numpy()
-        arrays["entries/gt"] = entries.gt.numpy().astype(np.int16)
-        arrays["entries/weight"] = entries.weight.numpy()
-    counts = {t.count: len(value[t.need.key]) for t in plan.schema.tensors if t.count and not t.need.at_entries}
-    arrays.update({str(path): np.array([count], np.int32) for path, count in counts.items()})
-    arrays.update(plan.schema.encode(value, sample.valid.numpy()))
-    return arrays

@@ -1,7 +1,7 @@
 """Fills a store: the teacher's forward passes here, encoding, compression and the disk in threads behind it.
 
-A teacher on a GPU runs on while threads encode and data processes load. One on a CPU wants every core, so they take turns:
-images are loaded and rows encoded between its passes, on all cores, unless data processes are asked for. Neither waits for
+A teacher on a GPU runs on while threads encode and data workers load. One on a CPU wants every core, so they take turns:
+images are loaded and rows encoded between its passes, on all cores, unless data workers are asked for. Neither waits for
 the disk.
 
 Rows are computed shard by shard; inside a shard they are grouped by orientation and cut into micro-batches of a
@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kdcli.detectors.read import AT_PROPOSALS
-from kdcli.engine.caching.plan import StorePlan, encode_row
+from kdcli.engine.caching.plan import StorePlan
 from kdcli.engine.caching.teacher_ap import measure_teacher, require_able
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.orientation import batches_by_orientation
@@ -31,8 +32,10 @@ from kdcli.engine.loading.samples import Item, Sample
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import InlineExecutor, thread_pool, usable_cores
 from kdcli.errors import StoreError
+from kdcli.geometry.regions import guard
 from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.encoding_error import ErrorMeter, Measured
+from kdcli.store.image_codec import PIXELS, encode_pixels
 from kdcli.store.maintenance import record_errors
 from kdcli.store.manifest import read_manifest
 from kdcli.store.schema import row_tensor
@@ -249,3 +252,25 @@ def compare_row(
         theirs = other[key][0] if other[key].ndim > exact[key].ndim else other[key]
         keep = plan.schema.valid_rows(tensor, sample.valid).numpy() if tensor.need.dense else None
         meter.add(key, exact[key], theirs, keep)
+
+
+def encode_row(plan: StorePlan, sample: Sample, value: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+    """The stored arrays by path of a sample whose teacher tensors are ``value``. Raises GateError as the schema does."""
+    identity = sample.content_hash + guard(sample.boxes, sample.labels, plan.source.definition)
+    arrays: dict[str, Any] = {
+        "row/identity": np.frombuffer(identity, np.uint8).copy(),
+        "row/geometry": sample.geometry.to_array(),
+    }
+    if plan.schema.images:
+        arrays[PIXELS] = encode_pixels(sample.image.numpy())
+    if sample.entries is not None:
+        entries = sample.entries
+        arrays["entries/count"] = np.array([len(entries.index)], np.int32)
+        arrays["entries/index"] = entries.index.numpy().astype(np.int32)
+        arrays["entries/flag"] = entries.flag.numpy()
+        arrays["entries/gt"] = entries.gt.numpy().astype(np.int16)
+        arrays["entries/weight"] = entries.weight.numpy()
+    counts = {t.count: len(value[t.need.key]) for t in plan.schema.tensors if t.count and not t.need.at_entries}
+    arrays.update({str(path): np.array([count], np.int32) for path, count in counts.items()})
+    arrays.update(plan.schema.encode(value, sample.valid.numpy()))
+    return arrays

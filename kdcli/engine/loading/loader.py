@@ -1,4 +1,4 @@
-"""Data processes: samples and batches in a planned order, made ahead, and how they travel to the process that asked.
+"""Data workers: samples and batches in a planned order, made ahead, and how they travel to the process that asked.
 
 A tensor that leaves a process costs a file descriptor and 0.2 ms of either side, whatever its size; an array goes through a
 pipe, for 0.05 ms at 60 kB. So what is small travels as arrays.
@@ -40,8 +40,8 @@ class Loader:
 
     def samples(self, batches: list[list[Item]]) -> Iterator[list[Sample]]:
         """The samples of each planned batch. Raises the first error that a worker met."""
-        for packed in self._run(batches, _pack):
-            yield [_unpack(p) for p in packed]
+        for packed in self._run(batches, _samples_to_wire):
+            yield [_samples_from_wire(p) for p in packed]
 
     def batches(self, batches: list[list[Item]]) -> Iterator[Batch]:
         """Collated batches in the planned order. Raises the first error that a worker met."""
@@ -121,7 +121,7 @@ def _from_wire(wire: tuple[Batch, list[int]]) -> Batch:
     return replace(batch, targets=replace(batch.targets, boxes=boxes, labels=labels))
 
 
-def _pack(samples: list[Sample | KDError]) -> Any:
+def _samples_to_wire(samples: list[Sample | KDError]) -> Any:
     """Samples as they travel: images too, since eight of them would be eight tensors."""
     for sample in samples:
         if isinstance(sample, KDError):
@@ -129,7 +129,7 @@ def _pack(samples: list[Sample | KDError]) -> Any:
     return [_sample(s, lambda tensor: tensor.numpy()) for s in samples if isinstance(s, Sample)]
 
 
-def _unpack(sample: Sample) -> Sample:
+def _samples_from_wire(sample: Sample) -> Sample:
     return _sample(sample, _as_tensor)
 
 

@@ -1,4 +1,4 @@
-"""Samples and batches: which image in which view comes when, and everything that is computed for it in a data worker.
+"""Samples and batches: everything that is read and computed for an image in a view, in a data worker.
 
 What a sample is depends on (seed, epoch, image id) alone, never on a worker's state, so that a resumed run, a run with
 other workers and a run on several processes see the same pixels.

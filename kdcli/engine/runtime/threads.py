@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def pick_workers(workers: int | None) -> int:
-    """Data processes: as asked, else one for each spare core, at least one and at most eight."""
+    """Data workers: as asked, else one for each spare core, at least one and at most eight."""
     if workers is not None:
         return workers
     return max(1, min(8, usable_cores() - 1))
@@ -24,7 +24,7 @@ def pick_workers(workers: int | None) -> int:
 def pick_teacher_workers(workers: int | None, device: torch.device) -> int:
     """``pick_workers`` for a teacher; none beside one on a CPU, whose threads want every core.
 
-    A data process takes a core away from one of its threads, and the others wait: on two cores MobileNetV2 took 39 ms an image
+    A data worker takes a core away from one of its threads, and the others wait: on two cores MobileNetV2 took 39 ms an image
     beside one, and 31 to 36 when images were loaded between its passes.
     """
     return 0 if workers is None and device.type == "cpu" else pick_workers(workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,8 +116,8 @@ def bind_teacher(
         if aligned:
             recheck_regions(source, reader, positions, views)
         return BoundTeacher(
-            forward=teachers.cached(reader.schema, needs), methods=built, source=source, ap=side.ap, sha256=side.sha256,
-            store_hash=store_digest(reader.storage), store_bytes=reader.bytes_on_disk(),
+            forward=partial(reader.schema.decode_batch, needs=needs), methods=built, source=source, ap=side.ap,
+            sha256=side.sha256, store_hash=store_digest(reader.storage), store_bytes=reader.bytes_on_disk(),
         )  # fmt: skip
     assert side.detector is not None
     assert side.meta is not None

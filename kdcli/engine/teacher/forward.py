@@ -1,4 +1,7 @@
-"""The teacher, live or cached. Both are a callable from a batch to teacher tensors; the loop cannot tell them apart.
+"""The teacher at work: its forward pass for a store that is written, and for a run beside which it stays in memory.
+
+For the loop a teacher is a callable from a batch to tensors. A stored one is ``StoreSchema.decode_batch``; the loop cannot
+tell them apart.
 
 There is one forward function for the live teacher and for the writer of stores. It takes clean uint8 canvases in
 micro-batches of one recorded size (the last one filled up by repetition), because a convolution's rounding depends on
@@ -12,13 +15,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcli.classes import ClassList
 from kdcli.detectors.base import Detector
 from kdcli.detectors.read import read
+from kdcli.engine.loading.samples import Sample, collate
 from kdcli.errors import DataError, OptionError
-from kdcli.store.schema import MAX_PROPOSALS, StoreSchema
+from kdcli.store.schema import MAX_PROPOSALS, StoreSchema, row_tensor
 from kdcli.structures import Batch, Canvas, Entries, Targets
 from kdcli.tensors import CLS_LOGITS, PROPOSAL_BOXES, PROPOSAL_COUNT, PROPOSAL_LOGITS, Need, Region, Tensors
 
@@ -105,6 +110,37 @@ class TeacherForward:
         return outputs
 
 
+@dataclass(frozen=True)
+class TeacherRunner:
+    """A frozen teacher on its device, and the data workers in front of it."""
+
+    forward: TeacherForward
+    device: torch.device
+    workers: int  # data workers; 0: images are loaded in this process
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether loading and encoding go between the passes of the teacher, not beside them."""
+        return self.device.type == "cpu" and self.workers == 0
+
+    @property
+    def exact(self) -> TeacherRunner:
+        """The same teacher in float32."""
+        return replace(self, forward=replace(self.forward, precision="fp32"))
+
+    def rows(
+        self, samples: Sequence[Sample], needs: Sequence[Need], proposals: Sequence[Tensor] | None = None
+    ) -> list[dict[str, NDArray[np.float32]]]:
+        """Teacher tensors (float32, by ``Need.key``) of samples of one orientation. ``proposals``: see TeacherForward.rows."""
+        if not needs:  # cached images alone are added to a store
+            return [{} for _ in samples]
+        batch = collate(samples, None).to(self.device)
+        return [
+            {need.key: row_tensor(row[need.key][0] if need.dense else row[need.key]) for need in needs}
+            for row in self.forward.rows(batch.images, batch.targets, batch.entries, needs, proposals)
+        ]
+
+
 def compiled(forward: TeacherForward, canvas: Canvas) -> TeacherForward:
     """``forward`` with its network compiled by PyTorch, whole and for fixed shapes; compiles for ``canvas`` at once, and
     for its transpose when a batch has it.
@@ -146,15 +182,6 @@ def live(forward: TeacherForward, needs: tuple[Need, ...], schema: StoreSchema) 
             counts = [len(r[Need(PROPOSAL_BOXES, Region.PROPOSALS).key]) for r in rows]
             tensors[PROPOSAL_COUNT] = torch.tensor(counts, device=batch.images.device)
         return tensors
-
-    return teacher
-
-
-def cached(schema: StoreSchema, needs: tuple[Need, ...]) -> Teacher:
-    """The teacher from a store: decodes, on the batch's device, the arrays that came with the batch."""
-
-    def teacher(batch: Batch) -> Tensors:
-        return schema.decode(batch.rows, needs, batch.entries)
 
     return teacher
 

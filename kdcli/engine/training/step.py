@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from kdcli.detectors.base import Detector
 from kdcli.detectors.read import read, sample_proposals
-from kdcli.methods.base import Method
+from kdcli.methods.base import Method, student_needs_of
 from kdcli.structures import Batch
-from kdcli.tensors import BACKBONE, Need, Region, Tensors, precise
+from kdcli.tensors import BACKBONE, Region, Tensors, precise
 
 
 class TrainStep(nn.Module):
@@ -29,8 +29,7 @@ class TrainStep(nn.Module):
         self.amp_dtype = amp_dtype
         # the images stay as they are: normalised plane by plane they take half the time, and a convolution follows its weights
         self.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        both = [m.needs if m.student_needs is None else m.student_needs for m in methods.values()]
-        self.student_needs: tuple[Need, ...] = tuple(sorted({n for needs in both for n in needs}))
+        self.student_needs = student_needs_of(methods.values())
 
     def forward(self, batch: Batch, teacher: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(detection terms, distillation terms) of a batch, each a scalar. The losses are computed in float32."""

@@ -19,7 +19,7 @@ from kdcli.cli.main import run
 from kdcli.data.shapes import make_shapes
 from kdcli.data.views import PAD_RGB
 from kdcli.engine.caching import edit as editing
-from kdcli.engine.caching import plan as caching
+from kdcli.engine.caching import write as writing
 from kdcli.engine.caching.estimate.estimate import estimate
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
@@ -213,7 +213,7 @@ def test_verify_with_the_teacher_compares_the_images(
         return verify_teacher(plan, store, 4, NullReporter())[0]
 
     assert again(with_images) == 4
-    monkeypatch.setattr(caching, "encode_pixels", lambda image: encode_pixels(255 - image))
+    monkeypatch.setattr(writing, "encode_pixels", lambda image: encode_pixels(255 - image))
     wrong = write(cache_options(data, teacher, method="rm", cache_images=True), tmp_path / "wrong")
     with pytest.raises(StoreError, match="stored pixels are not those of its image file"):
         again(wrong)

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from kdcli.cli.main import run
 from kdcli.engine.caching.plan import plan_store
-from kdcli.engine.caching.teacher_runner import TeacherRunner
 from kdcli.engine.caching.write import Part, write_store
 from kdcli.engine.loading.samples import Sample
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.runtime.threads import pick_teacher_workers, pick_workers
+from kdcli.engine.teacher.forward import TeacherRunner
 from kdcli.errors import GateError, StoreError
 from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.journal import store_digest

@@ -1,4 +1,4 @@
-"""Samples by data processes, by threads and one by one: the same, and each image file is read once a batch."""
+"""Samples by data workers, by threads and one by one: the same, and each image file is read once a batch."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Workload:
     bytes: int
     val_rows: int  # that the teacher's AP is measured on
     val_batches: int
-    workers: int  # data processes
+    workers: int  # data workers
     cores: int
 
 
@@ -112,7 +112,7 @@ def stage_seconds(pace: StageTimings, work: Workload) -> dict[str, float]:
     """Seconds that each stage needs for all rows. They overlap, so that the slowest decides.
 
     ``teacher``: forward passes, with what goes on between them, and the slowing down by what goes on beside them.
-    ``loading``: decoding in the data processes. ``encoding``: encoding and compression in the threads. ``disk``: writing.
+    ``loading``: decoding in the data workers. ``encoding``: encoding and compression in the threads. ``disk``: writing.
     ``cores``: the CPU seconds of all of these over the cores.
     """
     loading = work.rows * pace.load_cpu if work.workers else 0.0  # else in ``front_cpu``

@@ -42,13 +42,13 @@ LOAD_SECONDS = 3.0
 class StageTimings:
     """Seconds, measured on this machine."""
 
-    load: float  # a row, in one data process; without one, by all threads of this one
+    load: float  # a row, in one data worker; without one, by all threads of this one
     load_cpu: float
     teacher: float  # a micro-batch, with nothing else running: what a live teacher would cost
     front: float  # a micro-batch, with all that goes on before and beside it
-    front_cpu: float  # over all cores, encoding included, and loading if no data process does it
+    front_cpu: float  # over all cores, encoding included, and loading if no data worker does it
     encode: float  # a row: encoding and compression, by all threads behind the teacher; 0 if they take turns with it
-    start: float  # of the data processes and their first images, until the first forward pass
+    start: float  # of the data workers and their first images, until the first forward pass
     drain: float  # from the last forward pass to the end
     shard: float  # writing the files of a shard, however small
     byte: float  # and each byte of them
@@ -93,7 +93,7 @@ def run_probe(plan: StorePlan, counts: ElementCounts, storage: Storage) -> Probe
 
 
 def loads(plan: StorePlan) -> bool:
-    """Whether loading images takes time of the teacher's: without data processes, or on cores that its threads take all of."""
+    """Whether loading images takes time of the teacher's: without data workers, or on cores that its threads take all of."""
     return plan.teacher.workers == 0 or (
         plan.teacher.device.type == "cpu" and torch.get_num_threads() >= usable_cores()
     )
@@ -129,7 +129,7 @@ def _from_memory(loaded: _Loaded) -> Load:
 
 
 def _load(plan: StorePlan, counts: ElementCounts, chosen: list[int]) -> _Loaded:
-    """As the writer does it: with one thread, as a data process, or in this one."""
+    """As the writer does it: with one thread, as a data worker, or in this one."""
     items = [counts.items[p] for p in chosen]
     images = list(dict.fromkeys(position for position, _ in items))[: -(-len(items) // len(plan.views))]
     together = [(position, view) for position in images for view in plan.views]
