@@ -15,7 +15,7 @@ from kdcli.engine.caching.edit import merge
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training import launch
 from kdcli.store.reader import StoreReader
-from tests.support.small_runs import asked, cache_options
+from tests.support.small_runs import cache_options, run_request
 from tests.support.small_runs import write as write_real
 from tests.support.store_case import contents
 
@@ -50,13 +50,13 @@ def test_a_real_store_and_a_run_from_it(
             if label == "epoch 2/2":
                 raise KeyboardInterrupt
 
-    wanted = asked("distill", shapes, method="rm", cache=url, workers=1)
+    wanted = run_request("distill", shapes, method="rm", cache=url, workers=1)
     with pytest.raises(KeyboardInterrupt):
         launch.start(wanted, tmp_path / "run", Stopped(), overwrite=False)
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["cache"] == url
     _, stopped = launch.resume(tmp_path / "run", wanted, NullReporter())
     _, straight = launch.start(
-        asked("distill", shapes, method="rm", cache=str(local), workers=0), tmp_path / "local-run", NullReporter(),
+        run_request("distill", shapes, method="rm", cache=str(local), workers=0), tmp_path / "local-run", NullReporter(),
         overwrite=False,
     )  # fmt: skip
     assert stopped["weights_sha256"] == straight["weights_sha256"]
