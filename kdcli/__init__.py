@@ -15,6 +15,7 @@ __all__ = [
     "Detector",
     "GateError",
     "KDError",
+    "Losses",
     "Method",
     "MissingPathError",
     "Need",
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from kdcli.api.batch import StoredRows, TeacherBatch
     from kdcli.api.caching import cache_teacher
     from kdcli.api.evaluation import evaluate
-    from kdcli.api.losses import losses
+    from kdcli.api.losses import Losses, losses
     from kdcli.api.runs import distill, train
     from kdcli.api.store import Store, open_store
     from kdcli.api.view import StoreView
@@ -63,7 +64,7 @@ else:
         "kdcli.api.batch": ("StoredRows", "TeacherBatch"),
         "kdcli.api.caching": ("cache_teacher",),
         "kdcli.api.evaluation": ("evaluate",),
-        "kdcli.api.losses": ("losses",),
+        "kdcli.api.losses": ("Losses", "losses"),
         "kdcli.api.runs": ("distill", "train"),
         "kdcli.api.store": ("Store", "open_store"),
         "kdcli.api.view": ("StoreView",),

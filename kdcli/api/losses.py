@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcli.api.arguments import method_list, method_options
 from kdcli.api.batch import TeacherBatch
-from kdcli.api.store import Store, method_list
+from kdcli.api.store import Store
 from kdcli.detectors.base import Detector
-from kdcli.detectors.build import default_keys
+from kdcli.detectors.build import default_keys, detector_names
 from kdcli.detectors.read import read
 from kdcli.engine.teacher.binding import inherit_regions
 from kdcli.engine.teacher.match import require_match, require_strides
@@ -22,7 +23,20 @@ from kdcli.errors import OptionError, did_you_mean
 from kdcli.methods.base import Method, Pair, student_needs_of
 from kdcli.methods.resolve import all_needs, check_pair, find_methods, resolve_all
 from kdcli.structures import Canvas
-from kdcli.tensors import Need, Region, Tensors, TensorSpec, precise, spec_of
+from kdcli.tensors import (
+    BOXES,
+    CLS_LOGITS,
+    DERIVED,
+    RANK,
+    Need,
+    Per,
+    Region,
+    Tensors,
+    TensorSpec,
+    per_level,
+    precise,
+    spec_of,
+)
 
 Dims = int | tuple[int, ...]
 
@@ -37,21 +51,21 @@ def losses(
     ``{"features": 256}`` for FPN maps of 256 channels, ``{"cls_logits": 80, "box_distribution": (4, 17)}``: on the store's
     own levels and anchors. ``options``: of methods, as ``{"ld": {"temperature": 8.0}}``; None: those of ``open_store``.
     ``detector``: of another network, whose defaults its methods take (``"fcos"``); None: the teacher's.
-    Raises OptionError when a method cannot work on the two, and StoreError when the store lacks what it reads or is of
-    other anchors. What a user should know of an option is a Python warning, where the command prints a line.
+    Raises OptionError for an unknown name or when a method cannot work on the two, and StoreError when the store lacks
+    what it reads or is of other anchors. What a user should know of an option is a Python warning, where the command prints a line.
     """
-    side = store.teacher
+    _require_kinds(store, student, detector)
+    side = store._teacher
     reader = side.reader
     assert reader is not None
-    known = find_methods(method_list(methods))
-    given = {n: o for n, o in store.options.items() if n in known} if options is None else dict(options)
-    for table in given:
-        if table not in known:
-            raise OptionError(f"options of '{table}' are not used: methods are '{methods}'{did_you_mean(table, known)}")
+    text = method_list(methods)
+    known = find_methods(text)
+    stored = {n: o for n, o in store.options.items() if n in known}
+    given = stored if options is None else method_options(options, known, text)
     net = student if isinstance(student, Detector) else Foreign(student, side)
     name = student.spec.name if isinstance(student, Detector) else "network"
-    teacher_detector = reader.manifest.teacher.model["detector"]
-    keys = default_keys(net.spec.detector if isinstance(student, Detector) else detector or teacher_detector)
+    teacher = reader.manifest.teacher.detector
+    keys = default_keys(net.spec.detector if isinstance(student, Detector) else detector or teacher)
     resolved = inherit_regions(resolve_all(known, keys, given, net.region_defaults), known, reader, given)
     pair = Pair(net.specs(), side.specs, net.grid, reader.schema.canvas, keys[-1])
     for n, method in known.items():
@@ -87,13 +101,17 @@ class Losses(nn.Module):
                 )
         specs = student.specs()
         self._dims = {need.key: spec_of(need.name, specs).dims for need in self.student_needs}
+        self._outputs = {name: specs[name] for need in self.student_needs for name in _read_of(need, student)}
+        self._grid = student.grid
         self._read = functools.partial(read, student)  # no module of this one: the student's parameters stay its own
 
     def read(self, outputs: Mapping[str, Tensor], batch: TeacherBatch) -> Tensors:
         """What ``forward`` is given, of a detector's dense outputs by name ([B, P, C], [B, N, ...]); differentiable.
 
-        The same reading as in ``kdcli distill``: sparse tensors are gathered at ``batch.entries``.
+        The same reading as in ``kdcli distill``: sparse tensors are gathered at ``batch.entries``. Raises OptionError for
+        an output that is missing or of another shape.
         """
+        self._check_outputs(outputs, batch)
         exact = {name: precise(value) for name, value in outputs.items()}
         return self._read(exact, self.student_needs, batch.entries, batch.batch.targets)
 
@@ -113,6 +131,18 @@ class Losses(nn.Module):
                 found = method(exact, batch.tensors, batch.batch)
                 terms.update({f"{name}_{part}": term for part, term in found.items()})
         return terms
+
+    def _check_outputs(self, outputs: Mapping[str, Tensor], batch: TeacherBatch) -> None:
+        canvas, levels = batch.canvas, self._grid.level_cells(batch.canvas)
+        rows: dict[str, int] = {Per.CELL: self._grid.num_cells(canvas), Per.ANCHOR: self._grid.num_total(canvas)}
+        rows |= {per_level(level): count for level, count in enumerate(levels)}
+        for name, spec in self._outputs.items():
+            if name not in outputs:
+                there = ", ".join(outputs) or "none"
+                raise OptionError(f"output '{name}' of the student is missing; there are: {there}")
+            found, wanted = tuple(outputs[name].shape), (len(batch.keys), rows[spec.per], *spec.dims)
+            if found != wanted:
+                raise OptionError(f"output '{name}' of the student is {list(found)}, this batch needs {list(wanted)}")
 
     def _check(self, student: Mapping[str, Tensor], batch: TeacherBatch) -> None:
         for need in self.student_needs:
@@ -142,7 +172,7 @@ class Foreign(Detector):
         assert reader is not None
         for name in dims:
             if name not in teacher.specs:
-                raise OptionError(f"student: unknown tensor '{name}'{did_you_mean(name, teacher.specs)}")
+                raise OptionError(f"student: unknown tensor '{name}'{did_you_mean(str(name), teacher.specs)}")
         self.grid = reader.schema.grid
         self.assigner = reader.manifest.assigner_spec
         self.region_defaults = reader.manifest.region_spec
@@ -171,10 +201,30 @@ class Foreign(Detector):
         )
 
 
+def _read_of(need: Need, student: Detector) -> tuple[str, ...]:
+    """The outputs that ``Losses.read`` makes the tensor of ``need`` of; none where it cannot (``Foreign.box_name``)."""
+    if need.name not in (RANK, BOXES):
+        return (DERIVED.get(need.name, need.name),)
+    boxes = () if isinstance(student, Foreign) else (student.box_name,)
+    return (CLS_LOGITS, *boxes) if need.name == RANK else boxes
+
+
+def _require_kinds(store: object, student: object, detector: str | None) -> None:
+    """Raises OptionError for what is no store, no student or no detector's name."""
+    if not isinstance(store, Store):
+        raise OptionError(f"store = {store!r}: give what kdcli.open_store returns")
+    if not isinstance(student, Detector | Mapping):
+        raise OptionError(
+            f"student = {student!r}: give a kdcli detector, or its dims by tensor, as {{'features': 256}}"
+        )
+    if detector is not None and detector not in detector_names():
+        raise OptionError(f"unknown detector '{detector}'{did_you_mean(str(detector), detector_names())}")
+
+
 def _require_needs(store: Store, needs: set[Need]) -> None:
     """Raises StoreError when the store lacks one, OptionError when it was opened without."""
-    assert store.teacher.reader is not None
-    store.teacher.reader.schema.restrict(sorted(needs))
+    assert store._teacher.reader is not None
+    store._teacher.reader.schema.restrict(sorted(needs))
     unread = sorted(needs - set(store.needs))
     if unread:
         raise OptionError(

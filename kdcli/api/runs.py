@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
+from kdcli.api.arguments import method_list
 from kdcli.api.reporter import Progress, reporter_of
 from kdcli.engine.runtime import distributed
 from kdcli.engine.training import launch
@@ -44,7 +45,7 @@ class DistillSettings(RunSettings, total=False):
     """What ``distill`` takes beside them."""
 
     shuffle: Literal["full", "shards"]
-    method: str
+    method: str | Sequence[str]  # 'ld,pfi' or ['ld', 'pfi']
     cache: str | Path | None
     teacher: str | Path | None
     micro_batch: int
@@ -100,5 +101,6 @@ def _launch(
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a TOML file would give them: paths as text."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    """Settings as a TOML file would give them: paths and lists of methods as text. Raises OptionError for no such list."""
+    fields = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    return {**fields, "method": method_list(fields["method"])} if "method" in fields else fields

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,32 +9,39 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from kdcli.api.arguments import (
+    Boxes,
+    Key,
+    batch_size,
+    method_list,
+    method_options,
+    row_key,
+    row_keys,
+    row_targets,
+    store_path,
+)
 from kdcli.api.batch import StoredRows, TeacherBatch
-from kdcli.api.view import StoreView, as_boxes
+from kdcli.api.view import StoreView
 from kdcli.data.coco import Dataset, open_split
-from kdcli.data.views import Geometry
+from kdcli.data.views import Geometry, to_canvas
 from kdcli.detectors.build import default_keys
 from kdcli.engine.loading.epoch_order import drawn_views, image_draws, ordered_batches
 from kdcli.engine.runtime.device import pick_device
 from kdcli.engine.teacher.binding import stored_definition, stored_teacher
 from kdcli.engine.teacher.match import require_match
 from kdcli.engine.teacher.specs import TeacherSide
-from kdcli.errors import OptionError, StoreError, did_you_mean
+from kdcli.errors import OptionError, StoreError
 from kdcli.geometry.assign import assign
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import guard
 from kdcli.methods.resolve import all_needs, find_methods, resolve_all
 from kdcli.store.batch_buffers import collate_rows
 from kdcli.store.reader import Row, StoreReader
-from kdcli.structures import Batch, Canvas, Entries, RowKey, Targets
+from kdcli.structures import Batch, Canvas, Entries, Targets
 from kdcli.tensors import Need
-
-Key = tuple[int, str]  # (image id in the annotations, view)
-Boxes = tuple[Tensor | ArrayLike, Tensor | ArrayLike]  # [G, 4] xyxy image pixels, [G] labels in 0..K-1
 
 
 def open_store(
@@ -48,20 +54,17 @@ def open_store(
     ``{"ld": {"imitation": "gi"}}``, over those that the store was written with. ``data``: the COCO folder that it was
     written for; batches then come with boxes and labels, and ``Store.image`` reads the image files.
     Raises MissingPathError, or StoreError for a store that is foreign, unfinished, corrupt or of other data, or that lacks
-    what the methods read; OptionError for an unknown method or option.
+    what the methods read; OptionError for an unknown method or option, and for what is no path or no table.
     """
-    side = stored_teacher(path if isinstance(path, str) else os.fspath(path))
+    side = stored_teacher(store_path(path))
     reader = side.reader
     assert reader is not None
     text = method_list(methods)
-    given = {} if options is None else dict(options)
     known = find_methods(text) if text else {}
-    for table in given:
-        if table not in known:
-            raise OptionError(f"options of '{table}' are not used: methods are '{text}'{did_you_mean(table, known)}")
+    given = {} if options is None else method_options(options, known, text)
     needs: set[Need] = {t.need for t in reader.schema.tensors} | set(reader.schema.derived_from_dense)
     if text:
-        keys = default_keys(reader.manifest.teacher.model["detector"])
+        keys = default_keys(reader.manifest.teacher.detector)
         stored = reader.manifest.method_options
         needs = set(
             all_needs(known, resolve_all(known, keys, {n: {**stored.get(n, {}), **given.get(n, {})} for n in known}))
@@ -71,11 +74,6 @@ def open_store(
         dataset = open_split(Path(data), reader.manifest.dataset.split)
         require_match(reader, dataset, reader.schema.canvas, (), None)
     return Store(side, text, given, tuple(sorted(needs)), dataset)
-
-
-def method_list(methods: str | Sequence[str] | None) -> str:
-    """A comma list of ``"ld,pfi"``, ``["ld", "pfi"]`` or None (empty)."""
-    return methods or "" if methods is None or isinstance(methods, str) else ",".join(methods)
 
 
 class Store:
@@ -90,7 +88,8 @@ class Store:
     ) -> None:  # fmt: skip
         reader = teacher.reader
         assert reader is not None
-        self.teacher, self.methods, self.options, self.needs, self.dataset = teacher, methods, options, needs, dataset
+        self._teacher, self._dataset = teacher, dataset
+        self.methods, self.options, self.needs = methods, options, needs
         self._rows = reader.restricted(needs, pixels=False)
         self._bare = reader.restricted((), pixels=False)
         self._pixels: StoreReader | None = reader.restricted((), pixels=True) if reader.schema.images else None
@@ -132,34 +131,38 @@ class Store:
         return self._rows.schema.grid
 
     def view(self, image_id: int, name: str = "identity") -> StoreView:
-        """The geometry of a row. Raises StoreError when the image or the view is not in the store."""
-        key = RowKey(image_id, name)
+        """The geometry of a row.
+
+        Raises StoreError when the image or the view is not in the store, OptionError for an id that is no whole number.
+        """
+        key = row_key(image_id, name)
         row = self._bare.read(key)
         return StoreView(key, Geometry.from_array(row.geometry), row.content.hex())
 
     def image(self, image_id: int, view: str = "identity") -> Tensor:
         """The pixels that the teacher saw: [3, H, W] uint8, from the store (``--cache-images``) or the file in ``data``.
 
-        Raises StoreError for a file that is not the one that the teacher saw, OptionError when there are neither.
+        Raises as ``view``; StoreError for a file that is not the one that the teacher saw, MissingPathError or DataError
+        for one that is not there or no image, OptionError when there are neither.
         """
         if self._pixels is not None:
-            pixels = self._pixels.read(RowKey(image_id, view)).image
+            pixels = self._pixels.read(row_key(image_id, view)).image
             assert pixels is not None
             return torch.from_numpy(pixels)
-        if self.dataset is None:
+        if self._dataset is None:
             raise OptionError(
                 f"store '{self.path}' has no images (cache-teacher --cache-images): give data= to open_store, or read the "
                 "file yourself and render it with Store.view(...).render"
             )
         found = self.view(image_id, view)
-        return found.load(self.dataset.image_path(self.dataset.index_of(image_id)))
+        return found.load(self._dataset.image_path(self._dataset.index_of(image_id)))
 
     def orientation(self, image_id: int, view: str = "identity") -> Canvas:
         """The orientation of the canvas that a view of an image takes: a batch must be of one. Raises as ``view``.
 
         Read from the row the first time (0.2 ms), where the canvas is no square.
         """
-        row = self._bare.row_index(RowKey(image_id, view))
+        row = self._bare.row_index(row_key(image_id, view))
         if self.canvas == self.canvas.transposed:
             return self.canvas
         if row not in self._canvases:
@@ -169,13 +172,15 @@ class Store:
     def batches(self, size: int, *, seed: int = 0, epoch: int = 0) -> list[list[Key]]:
         """One epoch: every image once, in one drawn view, shuffled, in batches of at most ``size`` of one orientation.
 
-        Depends on ``seed`` and ``epoch`` alone: the order of ``kdcli distill`` with this seed and batch size.
+        Depends on ``seed`` and ``epoch`` alone: the order of ``kdcli distill`` with this seed and batch size. Raises
+        OptionError for a size below 1.
         """
+        count = batch_size(size)
         ids = np.sort(np.array(self.image_ids, np.int64))
         views = drawn_views(ids, self.views, seed, epoch)
         keys = list(zip(ids.tolist(), views, strict=True))
         sizes = [self.orientation(*key).size for key in keys]
-        order = ordered_batches(ids, sizes, np.zeros(len(ids), np.int64), seed=seed, epoch=epoch, batch=size)
+        order = ordered_batches(ids, sizes, np.zeros(len(ids), np.int64), seed=seed, epoch=epoch, batch=count)
         return [[keys[k] for k in chunk] for chunk in order]
 
     def read(
@@ -193,24 +198,24 @@ class Store:
         ``keys``: (image id, view), all of one orientation. ``targets``: for each, boxes [G, 4] xyxy image pixels and
         labels [G] as they were when the store was written (no crowd, in the order of the annotations); with ``data=`` they
         are known. ``seed``, ``epoch``: of what a method draws at random in a step, as in ``kdcli distill``.
-        Raises StoreError for a row that is missing, corrupt, or of other boxes; OptionError for an empty batch or one of
-        two orientations.
+        Raises StoreError for a row that is missing, corrupt, or of other boxes; OptionError for an empty batch, one of two
+        orientations, keys that are no such pairs, and targets that are not boxes and labels for each; DataError for
+        boxes of another shape.
         """
-        if not keys:
-            raise OptionError("a batch needs at least one (image id, view)")
-        named = [RowKey(*key) for key in keys]
+        named = row_keys(keys)
+        boxes_of = None if targets is None else row_targets(targets, named)
         rows = self._rows.read_all(named, shared=get_worker_info() is not None)
         views = tuple(
             StoreView(key, Geometry.from_array(row.geometry), row.content.hex())
             for key, row in zip(named, rows, strict=True)
         )
         canvas = one_canvas(views)
-        if targets is None and self.dataset is not None:
-            places = [self.dataset.index_of(key.image_id) for key in named]
-            targets = [self.dataset.training_boxes(place) for place in places]
+        if boxes_of is None and self._dataset is not None:
+            places = [self._dataset.index_of(key.image_id) for key in named]
+            boxes_of = row_targets([self._dataset.training_boxes(place) for place in places], named)
         found = self._targets(views, canvas)
-        if targets is not None:
-            placed = [self._placed(view, row, *boxes) for view, row, boxes in zip(views, rows, targets, strict=True)]
+        if boxes_of is not None:
+            placed = [self._placed(view, row, *boxes) for view, row, boxes in zip(views, rows, boxes_of, strict=True)]
             found = replace(
                 found, boxes=[boxes for boxes, _, _ in placed], labels=[labels for _, labels, _ in placed],
                 assigned=torch.stack([assigned for _, _, assigned in placed]),
@@ -225,7 +230,7 @@ class Store:
             images=torch.empty(len(named), 0, dtype=torch.uint8),  # methods read none
             targets=found, keys=named, entries=entries, rows=collate_rows(rows, self._rows.layout.values()),
         )  # fmt: skip
-        return StoredRows(views, batch, targets is not None)
+        return StoredRows(views, batch, boxes_of is not None)
 
     def decode(self, rows: StoredRows, *, device: str | torch.device = "cpu") -> TeacherBatch:
         """Float32 teacher tensors of ``rows``, decoded on ``device``. Raises OptionError for a device that is not there."""
@@ -240,12 +245,10 @@ class Store:
             valid=torch.stack([self.grid.valid(canvas, view.content) for view in views]),
         )  # fmt: skip
 
-    def _placed(
-        self, view: StoreView, row: Row, boxes: Tensor | ArrayLike, labels: Tensor | ArrayLike
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _placed(self, view: StoreView, row: Row, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes of a row on the canvas, their labels, and the box of each anchor. Raises StoreError for other boxes."""
-        on_canvas, keep = view.boxes(as_boxes(boxes))
-        kept, named = on_canvas[keep], torch.as_tensor(labels, dtype=torch.int64).cpu()[keep]
+        on_canvas, keep = to_canvas(boxes, view.geometry)
+        kept, named = on_canvas[keep], labels[keep]
         if row.guard != guard(kept, named, self._definition):
             raise StoreError(
                 f"{view.key}: its boxes or labels are not those of the store; give those of its annotations (x1 y1 x2 y2 in "

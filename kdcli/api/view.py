@@ -12,10 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
+from kdcli.api.arguments import as_boxes
 from kdcli.data import views
 from kdcli.data.images import read_image, to_rgb
 from kdcli.data.views import Geometry
-from kdcli.errors import DataError, StoreError
+from kdcli.errors import DataError, OptionError, StoreError
 from kdcli.structures import Canvas, RowKey
 
 
@@ -41,7 +42,8 @@ class StoreView:
         """The teacher's pixels of a decoded image: [3, H, W] uint8, RGB, bit for bit what the teacher saw.
 
         ``image``: a Pillow image (its EXIF orientation is followed where the annotations do), an array [h, w, 3] or a
-        tensor [3, h, w], both uint8 RGB and turned already. Raises DataError for another size, shape or type.
+        tensor [3, h, w], both uint8 RGB and turned already. Raises DataError for another size, shape or number type,
+        OptionError for a path or anything else.
         """
         if isinstance(image, Image.Image):
             pixels: Any = to_rgb(image, (self.geometry.height, self.geometry.width), f"of {self.key}")
@@ -51,6 +53,11 @@ class StoreView:
             if pixels.ndim != 3 or pixels.shape[2] != 3:
                 raise DataError(f"{self.key}: an array of shape {list(pixels.shape)} is no image; give [h, w, 3], RGB")
             pixels = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous()
+        if not isinstance(pixels, Tensor):
+            raise OptionError(
+                f"{self.key}: render takes an array, a PIL image or a tensor, not {type(pixels).__name__}; a file is for "
+                "load(path)"
+            )
         if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
             raise DataError(
                 f"{self.key}: {str(pixels.dtype).removeprefix('torch.')} {list(pixels.shape)} is no image; give uint8 RGB, "
@@ -72,20 +79,13 @@ class StoreView:
         """Boxes of the image as boxes of the view: ([G, 4] float32 xyxy canvas pixels, clipped; keep [G] bool).
 
         ``boxes``: [G, 4] xyxy image pixels. What is not kept is background: less than a canvas pixel a side remains, or in
-        a crop less than 2 pixels a side or a quarter of the area.
+        a crop less than 2 pixels a side or a quarter of the area. Raises DataError for another shape.
         """
         return views.to_canvas(as_boxes(boxes), self.geometry)
 
     def to_image(self, boxes: Tensor | ArrayLike) -> Tensor:
-        """The inverse, for detections: [D, 4] xyxy canvas pixels -> [D, 4] float32 xyxy image pixels, clipped."""
+        """The inverse, for detections: [D, 4] xyxy canvas pixels -> [D, 4] float32 xyxy image pixels, clipped.
+
+        Raises DataError for another shape.
+        """
         return views.to_image(as_boxes(boxes), self.geometry)
-
-
-def as_boxes(boxes: Tensor | ArrayLike) -> Tensor:
-    """[G, 4] float32 on the CPU. Raises DataError for another shape."""
-    found = torch.as_tensor(boxes, dtype=torch.float32).detach().cpu()
-    if found.numel() == 0:
-        return found.reshape(0, 4)
-    if found.ndim != 2 or found.shape[1] != 4:
-        raise DataError(f"boxes of shape {list(found.shape)}: give [G, 4], x1 y1 x2 y2 in pixels")
-    return found

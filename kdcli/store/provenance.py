@@ -29,9 +29,14 @@ class TeacherRecord:
     specs: Mapping[str, TensorSpec]  # with the teacher's own classes
 
     @property
+    def detector(self) -> str:
+        """``gfl``."""
+        return str(self.model["detector"])
+
+    @property
     def name(self) -> str:
         """``gfl_resnet50``."""
-        return f"{self.model['detector']}_{self.model['backbone']}"
+        return f"{self.detector}_{self.model['backbone']}"
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
