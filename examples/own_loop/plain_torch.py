@@ -22,9 +22,8 @@ def main(data: str, path: str, epochs: int = 1, device: str = "cpu") -> list[flo
         backbone_name="resnet18", weights=None, trainable_layers=5, returned_layers=[2, 3, 4],
         extra_blocks=LastLevelP6P7(256, 256),
     )  # fmt: skip
-    student = (
-        FCOS(neck, num_classes=len(store.classes), _skip_resize=True).to(device).train()
-    )  # pixels stay the teacher's
+    # _skip_resize: pixels stay the teacher's
+    student = FCOS(neck, num_classes=len(store.classes), _skip_resize=True).to(device).train()
     maps: dict[str, torch.Tensor] = {}
     student.backbone.register_forward_hook(lambda module, inputs, output: maps.update(output))
     distillation = kdcli.losses("pkd", store=store, student={"features": 256}).to(device)

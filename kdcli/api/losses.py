@@ -52,7 +52,8 @@ def losses(
     own levels and anchors. ``options``: of methods, as ``{"ld": {"temperature": 8.0}}``; None: those of ``open_store``.
     ``detector``: of another network, whose defaults its methods take (``"fcos"``); None: the teacher's.
     Raises OptionError for an unknown name or when a method cannot work on the two, and StoreError when the store lacks
-    what it reads or is of other anchors. What a user should know of an option is a Python warning, where the command prints a line.
+    what it reads or is of other anchors. What a user should know of an option is a Python warning,
+    where the command prints a line.
     """
     _require_kinds(store, student, detector)
     side = store._teacher

@@ -145,8 +145,9 @@ class Store:
         Raises as ``view``; StoreError for a file that is not the one that the teacher saw, MissingPathError or DataError
         for one that is not there or no image, OptionError when there are neither.
         """
+        key = row_key(image_id, view)
         if self._pixels is not None:
-            pixels = self._pixels.read(row_key(image_id, view)).image
+            pixels = self._pixels.read(key).image
             assert pixels is not None
             return torch.from_numpy(pixels)
         if self._dataset is None:
@@ -155,7 +156,7 @@ class Store:
                 "file yourself and render it with Store.view(...).render"
             )
         found = self.view(image_id, view)
-        return found.load(self._dataset.image_path(self._dataset.index_of(image_id)))
+        return found.load(self._dataset.image_path(self._dataset.index_of(key.image_id)))
 
     def orientation(self, image_id: int, view: str = "identity") -> Canvas:
         """The orientation of the canvas that a view of an image takes: a batch must be of one. Raises as ``view``.

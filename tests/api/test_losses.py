@@ -248,3 +248,40 @@ def test_counts_are_those_of_the_entries(stores: Path) -> None:
     for i, count in enumerate(batch.counts.tolist()):
         assert count == int((batch.entries.image == i).sum())
     assert int((batch.entries.flag & MAIN != 0).sum()) == len(batch.tensors["rank@main"])
+
+
+@QUIET
+def test_wrong_outputs_are_refused(stores: Path) -> None:
+    store = kdcli.open_store(stores, "ld")
+    criterion = kdcli.losses("ld", store=store, student={"cls_logits": 8, "box_distribution": (4, 17)})
+    batch = store.read(store.batches(4)[0])
+    anchors = store.grid.num_total(batch.canvas)
+    good = {"cls_logits": torch.ones(4, anchors, 8), "box_distribution": torch.ones(4, anchors, 4, 17)}
+    assert criterion.read(good, batch).keys() == {"box_distribution@main+vlr", "cls_logits@main"}
+    for wrong, message in (
+        ({"logits": good["cls_logits"]}, r"output '\w+' of the student is missing; there are: logits$"),
+        ({}, "is missing; there are: none$"),
+        (
+            {**good, "cls_logits": torch.ones(4, 5, 8)},
+            rf"'cls_logits' .* is \[4, 5, 8\], .* needs \[4, {anchors}, 8\]$",
+        ),
+        ({**good, "cls_logits": torch.ones(3, anchors, 8)}, rf"this batch needs \[4, {anchors}, 8\]$"),
+    ):
+        with pytest.raises(kdcli.OptionError, match=message):
+            criterion.read(wrong, batch)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"detector": "nope"}, "unknown detector 'nope'"),
+    ({"detector": "fcoss"}, "unknown detector 'fcoss'; did you mean 'fcos'"),
+    ({"store": "STORE"}, "store = 'STORE': give what kdcli.open_store returns"),
+    ({"student": None}, "student = None: give a kdcli detector, or its dims"),
+    ({"options": {"pkd": 3}}, "options of 'pkd' = 3: give a table"),
+    ({"options": [3]}, r"options = \[3\]: give a table for each method"),
+    ({"methods": 3}, "methods = 3: give their names"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str, stores: Path) -> None:
+    arguments = {"methods": ["pkd"], "store": kdcli.open_store(stores, ["pkd"]), "student": {"features": 64}}
+    with pytest.raises(kdcli.OptionError, match=message) as caught:
+        kdcli.losses(**(arguments | changes))
+    assert "\n" not in str(caught.value)

@@ -37,7 +37,7 @@ class Told:
 
 def test_a_store_and_a_student(shapes: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = kdcli.cache_teacher(
-        data=shapes, teacher=teacher, method="rm,pkd", out=tmp_path / "store", views="identity", workers=0, threads=1,
+        data=shapes, teacher=teacher, method=["rm", "pkd"], out=tmp_path / "store", views="identity", workers=0, threads=1,
         micro_batch=4,
     )  # fmt: skip
     assert store == str(tmp_path / "store")
@@ -47,7 +47,7 @@ def test_a_store_and_a_student(shapes: Path, teacher: Path, tmp_path: Path, caps
     ) == store  # fmt: skip
     told = Told()
     run, metrics = kdcli.distill(
-        data=shapes, cache=Path(store), method="rm,pkd", model=STUDENT, out=tmp_path / "run", progress=told,
+        data=shapes, cache=Path(store), method=("rm", "pkd"), model=STUDENT, out=tmp_path / "run", progress=told,
         methods={"pkd": {"weight": 2.0}}, **SMALL,
     )  # fmt: skip
     assert run == tmp_path / "run"
@@ -98,6 +98,8 @@ def test_train_is_the_command(shapes: Path, tmp_path: Path, capsys: pytest.Captu
     (lambda data, out: kdcli.train(data=data, out=out, epoch=3), kdcli.OptionError, "'epoch'; did you mean 'epochs'"),
     (lambda data, out: kdcli.train(data=out / "none", model="gfl_resnet18", out=out), kdcli.MissingPathError, "none"),
     (lambda data, out: kdcli.distill(data=data, model="gfl_resnet18", out=out), kdcli.UsageError, "--method is missing"),
+    (lambda data, out: kdcli.distill(data=data, method=[3], model="gfl_resnet18", out=out), kdcli.OptionError,
+     r"methods = \[3\]: give their names"),
     (lambda data, out: kdcli.train(resume=out, out=out), kdcli.OptionError, "resume=RUN continues RUN"),
     (lambda data, out: kdcli.evaluate(out, data=data), kdcli.MissingPathError, "no such file"),
     (lambda data, out: kdcli.cache_teacher(data=data, teacher=out, method="ld", out=out), kdcli.MissingPathError, "no such"),

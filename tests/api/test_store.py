@@ -6,6 +6,7 @@ import io
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,6 +176,45 @@ def test_what_cannot_be_opened_or_read(default_store: Path, shapes: Path, tmp_pa
         store.read([])
     with pytest.raises(kdcli.OptionError, match=r"'gpu' is not a device"):
         store.read([(3, "identity")], device="gpu")
+
+
+BOXES, LABELS = [[1.0, 2.0, 30.0, 40.0], [5.0, 6.0, 70.0, 80.0]], [0, 1]
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda store: store.read([17]), r"\[\(17, 'identity'\)\]; 17 is no such pair"),
+    (lambda store: store.read(17), "17 is no such pair"),
+    (lambda store: store.fetch(["3h"]), "'3h' is no such pair"),
+    (lambda store: store.read([("3", "identity")]), "image id '3': give a whole number, as in the annotations"),
+    (lambda store: store.view("1"), "image id '1': give a whole number"),
+    (lambda store: store.image(1.0), "image id 1.0: give a whole number"),
+    (lambda store: store.orientation("1"), "image id '1': give a whole number"),
+    (lambda store: store.read([(3, "identity")], targets=[]), "targets are of 0 images, the batch has 1"),
+    (lambda store: store.read([(3, "identity")], targets=[BOXES]), r"boxes of shape \[4\]: give \[G, 4\]"),
+    (lambda store: store.read([(3, "identity")], targets=[torch.tensor(BOXES)]), r"give \(boxes \[G, 4\], labels"),
+    (lambda store: store.read([(3, "identity")], targets=torch.tensor(BOXES)), r"give \(boxes \[G, 4\], labels"),
+    (lambda store: store.read([(3, "identity")], targets=[(BOXES, [0])]), r"labels of shape \[1\] for 2 boxes; give \[2\]"),
+    (lambda store: store.read([(3, "identity")], targets=[(BOXES, "ab")]), "image 3, view identity: labels are no whole"),
+    (lambda store: store.read([(3, "identity")], targets=[("ab", LABELS)]), "boxes of str are no numbers of one shape"),
+    (lambda store: store.batches(0), "size = 0: a batch has a whole number of images, 1 or more"),
+    (lambda store: store.batches(-1), "size = -1"),
+    (lambda store: store.batches(2.5), "size = 2.5"),
+    (lambda store: store.view(3).render("3.jpg"), r"a PIL image or a tensor, not str; a file is for load\(path\)"),
+    (lambda store: kdcli.open_store(store.path, "ld", {"ld": 3}), "options of 'ld' = 3: give a table"),
+    (lambda store: kdcli.open_store(store.path, 3), "methods = 3: give their names"),
+    (lambda store: kdcli.open_store(""), "'' names no store; give its folder"),
+    (lambda store: kdcli.open_store(None), "None names no store; give its folder"),
+])  # fmt: skip
+def test_wrong_arguments_are_one_line(call: Any, message: str, default_store: Path) -> None:
+    store = kdcli.open_store(default_store, "rm")
+    with pytest.raises((kdcli.OptionError, kdcli.DataError), match=message) as caught:
+        call(store)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_of_other_libraries_are_image_ids(default_store: Path) -> None:
+    store = kdcli.open_store(default_store, "rm")
+    assert store.view(np.int64(3)).key == store.view(torch.tensor(3)).key == store.view(3).key
 
 
 class Batches(Dataset[kdcli.StoredRows]):
