@@ -164,8 +164,8 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
             write_store(plan_store(options, NullReporter()), store, NullReporter())
         written[name] = round(time.perf_counter() - started, 1)
         fields = {"data": args.data, "cache": str(store), "method": args.method, "model": {"name": args.model}}
-        asked = run_config.from_flags("distill", fields, {}, None, {})
-        runs[name] = prepare(asked.options(), frozenset(fields), NullReporter())
+        request = run_config.from_flags("distill", fields, {}, None, {})
+        runs[name] = prepare(request.options(), frozenset(fields), NullReporter())
     made = next(iter(runs.values()))
     items = [(int(p), v) for p in made.positions for v in made.views]
     groups: dict[tuple[int, int], list[tuple[int, str]]] = {}

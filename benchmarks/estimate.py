@@ -29,7 +29,7 @@ from unittest.mock import patch
 import torch
 from common import machine, plan_of, random_teacher
 
-from kdcli.engine.caching.estimate import probe as probing
+from kdcli.engine.caching.estimate import probe as probe_module
 from kdcli.engine.caching.estimate.estimate import estimate
 from kdcli.engine.caching.write import write_store
 from kdcli.engine.runtime.memory import keep_freed_memory
@@ -124,7 +124,7 @@ def main() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         args.threads = 1
         clocks: Any = SimpleNamespace(perf_counter=time.process_time, process_time=time.process_time)
-        patch.object(probing, "time", clocks).start()
+        patch.object(probe_module, "time", clocks).start()
     if args.threads:
         torch.set_num_threads(args.threads)
     found = {}

@@ -81,7 +81,7 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     """``cache-teacher`` on an unfinished store, until the first micro-batch that is missing lies before the teacher."""
     import scale_store
 
-    from kdcli.engine.caching import write as writing
+    from kdcli.engine.caching import write as write_module
     from kdcli.engine.runtime.progress import NullReporter
     from kdcli.engine.teacher.forward import TeacherRunner
 
@@ -106,7 +106,7 @@ def resume_role(args: argparse.Namespace) -> dict[str, Any]:
     reached("planned")
     try:
         with patch.object(TeacherRunner, "rows", teacher_rows):
-            writing.write_store(plan, args.out / "store", Journal())
+            write_module.write_store(plan, args.out / "store", Journal())
     except ReachedTeacher:
         return found
     raise SystemExit("nothing was missing")

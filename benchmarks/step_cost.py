@@ -57,7 +57,7 @@ PEAK_LIMIT = 1.10  # of a sparse method over plain
 WAIT_LIMIT = 3.0  # percent
 PAYBACK_LIMIT, PAYBACK_FROM = 2.5, 0.42  # epochs; where the forward pass takes this part of a student step
 SPEEDUP_LIMIT = 4.0  # of a ResNet-50 teacher
-AHEAD = 4  # batches that a data worker makes ahead (kdcli.engine.samples)
+AHEAD = 4  # batches that a data worker makes ahead (kdcli.engine.loading.loader)
 
 Step = Callable[[], float]  # takes one step, returns the seconds that it waited for data
 
@@ -70,8 +70,8 @@ def make_trainer(args: argparse.Namespace, method: str, store: Path | None) -> T
         "workers": args.workers, "model": {"name": args.model, "fpn_channels": args.channels, "tower_convs": args.towers},
         **({"method": method, **side} if method else {}),
     }  # fmt: skip
-    asked = run_config.from_flags("distill" if method else "train", fields, {}, None, {})
-    return Trainer(prepare(asked.options(), frozenset(fields), NullReporter()), Path(), NullReporter())
+    request = run_config.from_flags("distill" if method else "train", fields, {}, None, {})
+    return Trainer(prepare(request.options(), frozenset(fields), NullReporter()), Path(), NullReporter())
 
 
 def from_memory(trainer: Trainer) -> tuple[Trainer, dict[str, Any]]:
@@ -80,14 +80,14 @@ def from_memory(trainer: Trainer) -> tuple[Trainer, dict[str, Any]]:
     What is left out is all that a store costs: reading, checking and decompressing in the data workers, the travel of the
     arrays to this process, and their decoding on the device.
     """
-    prepared = trainer.prepared
-    assert prepared.teacher is not None
+    setup = trainer.setup
+    assert setup.teacher is not None
     kept: dict[str, tuple[Any, Tensors]] = {}
-    for batch in Loader(prepared.source, 0).batches(batches_of(trainer)):
-        kept[str(batch.keys)] = (batch.entries, prepared.teacher.forward(batch.to(trainer.device)))
-    source = replace(prepared.source, reader=None, row_definition=None, regions=frozenset())
-    teacher = replace(prepared.teacher, forward=lambda batch: kept[str(batch.keys)][1], source=source)
-    again = Trainer(replace(prepared, source=source, teacher=teacher), Path(), NullReporter())
+    for batch in Loader(setup.source, 0).batches(batches_of(trainer)):
+        kept[str(batch.keys)] = (batch.entries, setup.teacher.forward(batch.to(trainer.device)))
+    source = replace(setup.source, reader=None, row_definition=None, regions=frozenset())
+    teacher = replace(setup.teacher, forward=lambda batch: kept[str(batch.keys)][1], source=source)
+    again = Trainer(replace(setup, source=source, teacher=teacher), Path(), NullReporter())
     return again, {keys: entries for keys, (entries, _) in kept.items()}
 
 
@@ -102,7 +102,7 @@ def batches_of(trainer: Trainer) -> list[list[Item]]:
 def stepper(trainer: Trainer, entries: dict[str, Any] | None = None) -> Step:
     """Takes one training step at each call, data waits included. ``entries``: of ``from_memory``."""
     plan = batches_of(trainer)
-    loader = Loader(trainer.prepared.source, trainer.prepared.workers)
+    loader = Loader(trainer.setup.source, trainer.setup.workers)
     batches: Iterator[Batch] = loader.batches(plan * 1000)  # one long epoch: a new one begins with empty queues
 
     def step() -> float:
@@ -124,9 +124,9 @@ def timed(trainer: Trainer, spent: list[float]) -> Trainer:
 
     Timed where it happens, beside the data workers and in the memory of a training step: alone it takes another time.
     """
-    prepared = trainer.prepared
-    assert prepared.teacher is not None
-    real = prepared.teacher.forward
+    setup = trainer.setup
+    assert setup.teacher is not None
+    real = setup.teacher.forward
 
     def wait() -> None:
         if trainer.device.type == "cuda":
@@ -140,7 +140,7 @@ def timed(trainer: Trainer, spent: list[float]) -> Trainer:
         spent.append(time.perf_counter() - started)
         return found
 
-    return Trainer(replace(prepared, teacher=replace(prepared.teacher, forward=forward)), Path(), NullReporter())
+    return Trainer(replace(setup, teacher=replace(setup.teacher, forward=forward)), Path(), NullReporter())
 
 
 def seconds_of(step: Step, count: int, device: torch.device) -> tuple[float, float]:

@@ -55,22 +55,22 @@ def make_trainer(
         "model": {"name": args.model, "fpn_channels": args.channels, "tower_convs": args.towers},
         **({} if kind == "plain" else {"method": method, **side}),
     }  # fmt: skip
-    asked = run_config.from_flags("train" if kind == "plain" else "distill", given, {}, None, {})
-    prepared = prepare(asked.options(), frozenset(given), NullReporter())
+    request = run_config.from_flags("train" if kind == "plain" else "distill", given, {}, None, {})
+    setup = prepare(request.options(), frozenset(given), NullReporter())
     if rows is not None:
-        assert prepared.teacher is not None
-        parts: dict[str, Any] = {f.name: getattr(prepared.source, f.name) for f in fields(SampleSource)}
+        assert setup.teacher is not None
+        parts: dict[str, Any] = {f.name: getattr(setup.source, f.name) for f in fields(SampleSource)}
         forward = partial(rows.schema.decode_batch, needs=tuple(t.need for t in rows.schema.tensors))
-        prepared = replace(
-            prepared, source=FileSource(**{**parts, "reader": rows}),
-            teacher=replace(prepared.teacher, forward=forward),
+        setup = replace(
+            setup, source=FileSource(**{**parts, "reader": rows}),
+            teacher=replace(setup.teacher, forward=forward),
         )  # fmt: skip
-    return Trainer(prepared, Path(), NullReporter())
+    return Trainer(setup, Path(), NullReporter())
 
 
 def endless(trainer: Trainer) -> Endless:
     """Batches of epoch after epoch."""
-    loader = Loader(trainer.prepared.source, trainer.prepared.workers)
+    loader = Loader(trainer.setup.source, trainer.setup.workers)
     for epoch in itertools.count():
         plan = trainer._plan(epoch)
         for batch in loader.batches(plan):

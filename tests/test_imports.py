@@ -38,7 +38,7 @@ FREE = {"__init__", "__main__"}  # the package's version may be read by all; __m
 
 
 def part_of(file: Path) -> str:
-    """``engine`` for kdcli/engine/train.py, ``errors`` for kdcli/errors.py."""
+    """``engine`` for kdcli/engine/training/trainer.py, ``errors`` for kdcli/errors.py."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

@@ -61,3 +61,9 @@ def test_a_conftest_holds_fixtures_and_hooks() -> None:
 @pytest.mark.parametrize("folder", sorted({f.parent.relative_to(TESTS) for f in FILES if is_test(f)}), ids=str)
 def test_folders_mirror_the_package(folder: Path) -> None:
     assert folder.parts[:1] in {(name,) for name in OTHERS} or (PACKAGE / folder).is_dir(), f"kdcli/{folder} is gone"
+
+
+def test_every_folder_of_the_package_has_its_tests() -> None:
+    folders = {file.parent.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py")} - {Path()}
+    assert len(folders) > 15
+    assert [f for f in sorted(folders) if not any((TESTS / f).rglob("test_*.py"))] == []

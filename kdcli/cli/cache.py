@@ -31,7 +31,7 @@ def info(store: Store, json: f.Json = False) -> int:
     """
     from rich.table import Table
 
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.report.console import human_console, say
     from kdcli.store.image_codec import PIXELS
     from kdcli.store.manifest import read_manifest
@@ -53,8 +53,9 @@ def info(store: Store, json: f.Json = False) -> int:
         f"data {dataset.annotations_sha256[:12]}, {dataset.num_images} images, canvas {manifest.schema.canvas}, "
         f"views {', '.join(manifest.views)}",
     ]
-    for key, run in found.get("added_on", {}).items():
-        lines.append(f"added later on another device: {key}, {', '.join(f'{k} {v}' for k, v in run.items())}")
+    for key, added in manifest.added_on.items():
+        where = ", ".join(f"{name} {value}" for name, value in added.to_json().items())
+        lines.append(f"added later on another device: {key}, {where}")
     say(console, *lines)
     measured = any(tensor["precision_error"] for tensor in found["tensors"].values())
     precision = [f"{manifest.teacher_run.precision} teacher"] if measured else []
@@ -88,7 +89,7 @@ def verify(
 
     Example: kdcli cache verify STORE --teacher runs/teacher --data DATA --rows 32
     """
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
     from kdcli.report.progress import ConsoleReporter
     from kdcli.store.manifest import read_manifest
@@ -125,7 +126,7 @@ def bench(
     """
     from rich.table import Table
 
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.engine.caching.bench import bench as run_bench
     from kdcli.engine.caching.bench import default_workers
     from kdcli.engine.caching.edit import needs_of

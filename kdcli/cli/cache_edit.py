@@ -33,7 +33,7 @@ def add(
 
     Example: kdcli cache add STORE --method bckd
     """
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.engine.caching.edit import add as add_tensors
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
@@ -69,7 +69,7 @@ def prune(
 
     Example: kdcli cache prune STORE --tensor features@all
     """
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.engine.caching.edit import prune_tensors, prune_views
     from kdcli.report.progress import ConsoleReporter
 
@@ -104,7 +104,7 @@ def merge(
 
     Example: kdcli cache merge store-identity store-hflip --out store
     """
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.engine.caching.edit import merge as merge_stores
     from kdcli.report.progress import ConsoleReporter
 

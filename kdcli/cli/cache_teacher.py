@@ -52,8 +52,8 @@ def cache_teacher(
     Example: kdcli cache-teacher --data DATA --teacher runs/teacher --method ld,pfi --views identity,hflip --out STORE
     """
     from kdcli.api.caching import part_of, write
+    from kdcli.cli.json_output import print_json
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import print_json
     from kdcli.engine.caching.estimate.estimate import estimate as make_estimate
     from kdcli.engine.caching.plan import plan_store
     from kdcli.engine.runtime.memory import keep_freed_memory
@@ -100,7 +100,7 @@ def _options(fields: dict[str, Any], set_: list[str]) -> CacheOptions:
 
 
 def _report_estimate(found: Estimate, reporter: ProgressReporter, as_json: bool) -> int:
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.report.estimate import paid_back, priced
     from kdcli.report.text import size
 

@@ -25,8 +25,8 @@ def compare(
 
     Example: kdcli compare runs --html report.html --plots plots
     """
+    from kdcli.cli.json_output import print_json
     from kdcli.cli.outputs import require_file, require_folder
-    from kdcli.cli.progress import print_json
     from kdcli.report.compare import compare as make_comparison
     from kdcli.report.compare import load_runs
     from kdcli.report.console import human_console, show_comparison

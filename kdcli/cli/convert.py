@@ -38,7 +38,7 @@ def convert(
 
     Example: kdcli convert gfl_r101.pth --from mmdet --classes coco --out teacher.pt
     """
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.detectors.convert.file import convert_file
     from kdcli.files import atomic_save
     from kdcli.report.console import human_console, say

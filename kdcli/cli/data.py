@@ -50,7 +50,7 @@ def check(
 
     Example: kdcli data check DATA
     """
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.data.check import category_fault, check_dataset, missing_report, open_splits
     from kdcli.report.progress import ConsoleReporter
 

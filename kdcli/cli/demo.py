@@ -26,7 +26,7 @@ def demo(
     """
     import time
 
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.demo import clear_folder, run_demo
     from kdcli.report.console import show_comparison
     from kdcli.report.html import gist

@@ -30,8 +30,8 @@ def evaluate(
 
     Example: kdcli eval runs/student --data DATA --out scores
     """
+    from kdcli.cli.json_output import print_json
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import print_json
     from kdcli.engine.evaluation.checkpoint import evaluate_checkpoint, write_scores
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
@@ -72,8 +72,8 @@ def predict(
 
     Example: kdcli predict runs/student photos --out drawn --score 0.4
     """
+    from kdcli.cli.json_output import print_json
     from kdcli.cli.outputs import require_folder
-    from kdcli.cli.progress import print_json
     from kdcli.detectors.weights import load_detector
     from kdcli.engine.evaluation.predict import image_files, predict_files, require_images
     from kdcli.engine.runtime.device import pick_device

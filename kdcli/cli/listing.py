@@ -33,7 +33,7 @@ def methods(canvas: Size = "800x1344", classes: Classes = 80, json: f.Json = Fal
 
     Example: kdcli methods --canvas 640 --classes 20
     """
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.engine.caching.method_table import method_rows
     from kdcli.report.console import human_console
     from kdcli.structures import Canvas
@@ -104,7 +104,7 @@ def models(json: f.Json = False) -> int:
 
     Example: kdcli models
     """
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.detectors.build import model_names
     from kdcli.report.console import human_console
 

@@ -64,7 +64,7 @@ def _launch(
     command: str, given: dict[str, Any], model: str | None, config: Path | None, assignments: list[str] | None,
     seeds: str | None, out: Path | None, resume: Path | None, overwrite: bool, as_json: bool,
 ) -> int:  # fmt: skip
-    from kdcli.cli.progress import print_json
+    from kdcli.cli.json_output import print_json
     from kdcli.engine.runtime import distributed
     from kdcli.engine.training import launch, run_config
     from kdcli.options import parse_assignments, read_toml
@@ -72,24 +72,24 @@ def _launch(
     from kdcli.report.text import MARK
 
     fields = read_toml(config) if config else {}
-    asked = run_config.from_flags(command, fields, given, model, parse_assignments(assignments or []))
+    request = run_config.from_flags(command, fields, given, model, parse_assignments(assignments or []))
     with (
         contextlib.redirect_stdout(sys.stderr),  # torch.hub prints what it downloads; stdout is for --json alone
-        distributed.joined(asked.fields.get("device", "auto")) as first,
+        distributed.joined(request.fields.get("device", "auto")) as first,
         reporting(first) as reporter,
     ):
         if resume:
             if out or seeds is not None or overwrite:
                 raise OptionError("--resume RUN continues RUN: it does not go with --out, --seeds or --overwrite")
-            finished = [launch.resume(resume, asked, reporter)]
+            finished = [launch.resume(resume, request, reporter)]
         elif out is None:
             raise UsageError(f"--out is missing: name the run folder to make, e.g. --out runs/{command}")
         elif seeds is not None:
             if "seed" in given:
                 raise UsageError("--seed and --seeds exclude each other")
-            finished = launch.queue(asked, _read_seeds(seeds), out, reporter, overwrite=overwrite)
+            finished = launch.queue(request, _read_seeds(seeds), out, reporter, overwrite=overwrite)
         else:
-            finished = [launch.start(asked, out, reporter, overwrite=overwrite)]
+            finished = [launch.start(request, out, reporter, overwrite=overwrite)]
         if not first:
             return 0
         _draw(finished)

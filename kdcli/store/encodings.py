@@ -8,7 +8,7 @@ but float32 is lossy, and its error is measured while a store is written.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -147,13 +147,7 @@ class ChannelAffine:
     def encode(self, value: NDArray[np.float32], valid: NDArray[np.bool_] | None, sizes: tuple[int, ...]) -> Arrays:
         codes = np.zeros(value.shape, np.uint8)
         affine = np.zeros((len(sizes), 2, *value.shape[1:]), np.float32)
-        start = 0
-        for level, size in enumerate(sizes):
-            part = slice(start, start + size)
-            start += size
-            inside = np.ones(size, bool) if valid is None else valid[part]
-            if not inside.any():
-                continue
+        for level, part, inside in _levels(valid, sizes):
             keep = slice(None) if inside.all() else inside
             level_value = value[part][keep]
             offset = level_value.min(axis=0)
@@ -184,13 +178,7 @@ class Box16:
     def encode(self, value: NDArray[np.float32], valid: NDArray[np.bool_] | None, sizes: tuple[int, ...]) -> Arrays:
         codes = np.zeros(value.shape, np.int16)
         affine = np.zeros((len(sizes), 2, *value.shape[1:]), np.float32)
-        start = 0
-        for level, size in enumerate(sizes):
-            part = slice(start, start + size)
-            start += size
-            inside = np.ones(size, bool) if valid is None else valid[part]
-            if not inside.any():
-                continue
+        for level, part, inside in _levels(valid, sizes):
             exact = value[part][inside].astype(np.float64)
             low, high = exact.min(axis=0), exact.max(axis=0)
             low = np.minimum(low, np.roll(low, 2))  # x1 with x2, y1 with y2
@@ -254,6 +242,17 @@ def to_float(codes: Tensor) -> Tensor:
     if codes.device.type != "cpu":
         return codes.float()
     return torch.from_numpy(np.empty(codes.shape, np.float32)).copy_(codes)
+
+
+def _levels(valid: NDArray[np.bool_] | None, sizes: tuple[int, ...]) -> Iterator[tuple[int, slice, NDArray[np.bool_]]]:
+    """Each level that has a valid row: its number, its rows, and which of them are valid."""
+    start = 0
+    for level, size in enumerate(sizes):
+        part = slice(start, start + size)
+        start += size
+        inside = np.ones(size, bool) if valid is None else valid[part]
+        if inside.any():
+            yield level, part, inside
 
 
 def _affine_by_level(codes: Tensor, affine: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -18,7 +18,7 @@ from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.step import TrainStep
 from kdcli.structures import MAIN, Batch
-from tests.support.small_runs import asked, cache_options, write
+from tests.support.small_runs import cache_options, run_request, write
 
 # the sparse, the dense, those that read boxes, those that read the assignment, those that draw at random
 METHODS = ("ld", "rm", "pfi", "pkd", "cwd", "fgd", "bckd", "drkd", "defeat", "ld,rm,pfi")
@@ -33,10 +33,10 @@ def stores(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
     return write(options, tmp_path_factory.mktemp("surface") / "store")
 
 
-def prepared(shapes: Path, store: Path, method: str) -> RunSetup:
+def run_setup(shapes: Path, store: Path, method: str) -> RunSetup:
     """A run of ``kdcli distill``."""
     options = {name: OPTIONS[name] for name in method.split(",") if name in OPTIONS}
-    fields = asked("distill", shapes, method=method, cache=str(store), methods=options)
+    fields = run_request("distill", shapes, method=method, cache=str(store), methods=options)
     return prepare(fields.options(), frozenset(fields.fields), NullReporter())
 
 
@@ -63,7 +63,7 @@ def criterion_of(run: RunSetup, store: kdcli.Store, method: str, student: Any) -
 @QUIET
 @pytest.mark.parametrize("method", METHODS)
 def test_terms_equal_those_of_distill(method: str, shapes: Path, stores: Path) -> None:
-    run = prepared(shapes, stores, method)
+    run = run_setup(shapes, stores, method)
     assert run.teacher is not None
     step = TrainStep(run.student, run.methods, None).eval()
     options = {name: OPTIONS[name] for name in method.split(",") if name in OPTIONS}
@@ -94,7 +94,7 @@ def test_terms_equal_those_of_distill(method: str, shapes: Path, stores: Path) -
 
 @pytest.mark.parametrize("method", ["pkd", "cwd", "fgd"])
 def test_another_network_needs_its_channels_alone(method: str, shapes: Path, stores: Path) -> None:
-    run = prepared(shapes, stores, method)
+    run = run_setup(shapes, stores, method)
     assert run.teacher is not None
     step = TrainStep(run.student, run.methods, None).eval()
     store = kdcli.open_store(stores, method, data=shapes)
@@ -141,7 +141,7 @@ def test_another_network_on_the_same_anchors(shapes: Path, stores: Path) -> None
 
 
 def test_adapters_are_parameters_and_the_student_is_not(shapes: Path, stores: Path) -> None:
-    run = prepared(shapes, stores, "pkd")
+    run = run_setup(shapes, stores, "pkd")
     store = kdcli.open_store(stores, "pkd")
     criterion = kdcli.losses("pkd", store=store, student=run.student)
     assert [p.shape for p in criterion.parameters()] == [(64, 32)]
@@ -221,7 +221,7 @@ def test_wrong_tensors_are_refused(stores: Path) -> None:
 
 @QUIET
 def test_a_student_of_other_anchors_is_refused(shapes: Path, stores: Path) -> None:
-    fields = asked(
+    fields = run_request(
         "train", shapes, model={"name": "fcos_shufflenet_v2_x0_5", "fpn_channels": 32, "box": "distribution"}
     )
     student = prepare(fields.options(), frozenset(fields.fields), NullReporter()).student

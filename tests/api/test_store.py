@@ -19,6 +19,7 @@ from kdcli.data.coco import open_split
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.loading.samples import SampleSource
 from kdcli.engine.runtime.progress import NullReporter
+from tests.support.selection import matrix
 from tests.support.small_runs import cache_options, write
 
 KEYS = [(3, "identity"), (3, "hflip"), (7, "hflip")]
@@ -189,7 +190,7 @@ class Batches(Dataset[kdcli.StoredRows]):
         return self.store.fetch(self.batches[index])
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", matrix(["fork", "spawn"]))
 def test_workers_read_what_the_parent_reads(start: str, default_store: Path, shapes: Path) -> None:
     assert start in multiprocessing.get_all_start_methods()
     store = kdcli.open_store(default_store, "ld,pfi", data=shapes)

@@ -15,6 +15,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "python-api.md").read_text()
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.full
 def test_the_page_runs(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(shapes, tmp_path / "DATA")
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.selection import matrix
 from tests.support.small_runs import cache_options, write
 
 FOLDER = Path(__file__).parents[2] / "examples" / "own_loop"
@@ -38,7 +39,7 @@ def test_plain_torch(shapes: Path, store: Path, tmp_path: Path) -> None:
     assert "'bbox_ctrness'" in lines[0]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", matrix(["fork", "spawn"]))
 def test_dataset(start: str, shapes: Path, store: Path, tmp_path: Path) -> None:
     assert run("dataset.py", shapes, store, start, folder=tmp_path) == f"24 images, {start}\n"
 

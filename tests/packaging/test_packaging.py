@@ -71,7 +71,9 @@ def test_demo_runs_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None
     environment = {**os.environ, "PYTHONPATH": str(target)}
     where = python("-c", "import kdcli; print(kdcli.__file__)", cwd=empty, env=environment)
     assert Path(where.strip()) == target / "kdcli" / "__init__.py"
-    python("-m", "kdcli", "demo", "--quick", "--out", tmp_path / "demo", cwd=empty, env=environment)
+    command = [target / "bin" / "kdcli", "demo", "--quick", "--out", tmp_path / "demo"]
+    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert "<html" in (tmp_path / "demo" / "report.html").read_text()
     assert list(empty.iterdir()) == [], "the demo wrote outside --out"
 

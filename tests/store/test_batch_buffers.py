@@ -1,4 +1,4 @@
-"""A batch that was read into one room is the batch that its rows make, without a copy; rows of another batch are copied."""
+"""A batch read into its own slots is the batch that its rows make, without a copy; rows of another batch are copied."""
 
 from __future__ import annotations
 

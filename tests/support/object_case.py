@@ -39,3 +39,9 @@ def assert_taken_up_again(url: str) -> None:
     assert StoreWriter(url, SCHEMA).done() == {0}
     write(url, SCHEMA, list(range(1, SCHEMA.num_shards)))
     assert StoreReader(url).schema.rows == SCHEMA.rows
+
+
+def read_everything(reader: StoreReader) -> None:
+    """Every row is the one that was written."""
+    for index, key in enumerate(keys()):
+        assert_row_equal(reader.read(key), make_row(SCHEMA, index))

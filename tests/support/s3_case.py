@@ -126,3 +126,8 @@ def use(patch: pytest.MonkeyPatch, port: int, *, patience: float = 20, credentia
     if credentials:
         patch.setenv("AWS_ACCESS_KEY_ID", "a")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+
+
+def prefix(url: str) -> str:
+    """The key below which the store at ``url`` lies."""
+    return url.removeprefix(f"s3://{BUCKET}/")

@@ -83,7 +83,7 @@ def default_store(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPath
     return write(cache_options(shapes, teacher), tmp_path_factory.mktemp("stores") / "default")
 
 
-def asked(command: str, shapes: Path, **changes: Any) -> run_config.RunRequest:
+def run_request(command: str, shapes: Path, **changes: Any) -> run_config.RunRequest:
     """Fields of a small run."""
     fields = {
         "data": str(shapes), "canvas": CANVAS, "epochs": 2, "batch": 4, "workers": 0, "threads": 1, "model": STUDENT,

@@ -19,12 +19,12 @@ from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training.setup import prepare
 from kdcli.engine.training.trainer import Trainer
 from kdcli.tensors import world_size
-from tests.support.small_runs import asked
+from tests.support.small_runs import run_request
 
 
 def trace(shapes: Path, steps: int, changes: dict[str, Any]) -> list[dict[str, float]]:
     """Every loss term of ``steps`` full global batches, with batch norm frozen."""
-    fields = asked("distill", shapes, **changes)
+    fields = run_request("distill", shapes, **changes)
     made = prepare(fields.options(), frozenset(fields.fields), NullReporter())
     made.student.double()
     for method in made.methods.values():

@@ -11,11 +11,11 @@ from kdcli.engine.loading.loader import Loader
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.trainer import Trainer
-from tests.support.small_runs import asked
+from tests.support.small_runs import run_request
 
 
-def prepared(shapes: Path, method: str, **side: Any) -> RunSetup:
-    fields = asked("distill", shapes, method=method, epochs=4, **side)
+def run_setup(shapes: Path, method: str, **side: Any) -> RunSetup:
+    fields = run_request("distill", shapes, method=method, epochs=4, **side)
     return prepare(fields.options(), frozenset(fields.fields), NullReporter())
 
 

@@ -98,7 +98,7 @@ def add(
     with reader.storage.lock(shared=False):
         overlay = folder / ADDING
         write_store(_plan_of(whole, between, reader.schema), overlay, reporter)
-        reporter.stage("taking in", reader.schema.num_shards)
+        reporter.stage("merging", reader.schema.num_shards)
         merge_overlay(folder, overlay, merged, reporter.advance)
         if between != joined:
             drop_tensors(folder, replace(read_manifest(folder), schema=joined), reporter.advance)

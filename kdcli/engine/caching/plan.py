@@ -78,9 +78,9 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
     views = parse_views(options.views)
     methods = find_methods(options.method) if options.method else {}  # a pruned store may have none left
     require_known(options.methods, methods)
-    lineage = default_keys(detector.spec.detector)
-    pair = Pair(specs, specs, detector.grid, canvas, lineage[-1])
-    resolved = resolve_all(methods, lineage, options.methods, detector.region_defaults)
+    keys = default_keys(detector.spec.detector)
+    pair = Pair(specs, specs, detector.grid, canvas, keys[-1])
+    resolved = resolve_all(methods, keys, options.methods, detector.region_defaults)
     for name, method in methods.items():
         check_pair(name, method, resolved[name], pair, detector.spec.name, detector.spec.name)
     needs = all_needs(methods, resolved)

@@ -1,4 +1,4 @@
-"""Device, precision, threads and memory: what ``--device``, ``--amp``, ``--threads`` and ``--workers`` mean here."""
+"""Device, precision and determinism: what ``--device``, ``--amp`` and ``--deterministic`` mean here."""
 
 from __future__ import annotations
 

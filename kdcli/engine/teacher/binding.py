@@ -1,4 +1,4 @@
-"""Joins a teacher, live or stored, to a student: what each method needs, checked against what both sides are."""
+"""Binds a teacher, live or stored, to a student: what each method needs, checked against what both sides are."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def stored_definition(reader: StoreReader) -> str:
 
 def _reader_for(
     whole: StoreReader, needs: tuple[Need, ...], methods: Mapping[str, type[Method]], options: TrainOptions,
-    lineage: tuple[str, str],
+    keys: tuple[str, str],
 ) -> StoreReader:  # fmt: skip
     """The reader of what ``needs`` name. Raises StoreError with the command that adds what is missing."""
     try:
@@ -154,7 +154,7 @@ def _reader_for(
     except StoreError as error:
         flags = [f"--method {options.method}"]
         stored = whole.manifest.method_options
-        for name, defaults in resolve_all(methods, lineage, {}).items():
+        for name, defaults in resolve_all(methods, keys, {}).items():
             plain = {**defaults, **stored.get(name, {})}
             given = options.methods.get(name, {})
             changed = {o: v for o, v in given.items() if o in plain and plain[o] != v}

@@ -18,26 +18,28 @@ from kdcli.errors import OptionError
 from kdcli.options import TrainOptions, build, layer, to_plain
 
 
-def start(asked: RunRequest, out: Path, reporter: ProgressReporter, *, overwrite: bool) -> tuple[Path, dict[str, Any]]:
+def start(
+    request: RunRequest, out: Path, reporter: ProgressReporter, *, overwrite: bool
+) -> tuple[Path, dict[str, Any]]:
     """A new run in ``out``. Everything is checked before the folder is made."""
     if distributed.is_main():
         run_folder.require_free(out, overwrite=overwrite)
-    prepared = prepare(asked.options(), frozenset(asked.fields), reporter)
+    setup = prepare(request.options(), frozenset(request.fields), reporter)
     if distributed.is_main():
-        run_folder.create_run(out, prepared.options, _environment(prepared), overwrite=overwrite)
-    reset_peak_memory(prepared.device)
-    return out, Trainer(prepared, out, reporter).fit()
+        run_folder.create_run(out, setup.options, _environment(setup), overwrite=overwrite)
+    reset_peak_memory(setup.device)
+    return out, Trainer(setup, out, reporter).fit()
 
 
-def resume(run: Path, asked: RunRequest, reporter: ProgressReporter) -> tuple[Path, dict[str, Any]]:
+def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[Path, dict[str, Any]]:
     """Continue ``run``; a finished one just gives its metrics. Raises OptionError when a setting would change.
 
     Data set, store and teacher may have moved: what is in them is compared, not where they are.
     """
     stored = began = run_folder.read_config(run)
-    if stored.command != asked.command:
+    if stored.command != request.command:
         raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
-    fields = resolved_fields(asked.fields, stored)
+    fields = resolved_fields(request.fields, stored)
     moved = {name: fields[name] for name in CONTENT_FIELDS if fields.get(name) and getattr(began, name)}
     stored = build(TrainOptions, layer(to_plain(began), moved))
     run_folder.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))
@@ -45,26 +47,26 @@ def resume(run: Path, asked: RunRequest, reporter: ProgressReporter) -> tuple[Pa
     if metrics is not None:
         reporter.message(f"{run} is finished")
         return run, metrics
-    prepared = prepare(stored, frozenset(to_plain(stored)), reporter)
-    before, now = run_folder.read_env(run), _environment(prepared)
+    setup = prepare(stored, frozenset(to_plain(stored)), reporter)
+    before, now = run_folder.read_env(run), _environment(setup)
     changed = [k for k in ("data_sha256", "store", "teacher_sha256") if before.get(k) != now.get(k)]
     if changed:
         raise OptionError(f"--resume {run}: {', '.join(changed)} changed since the run began; start a new run")
     if stored != began and distributed.is_main():
         run_folder.write_config(run, stored)
-    reset_peak_memory(prepared.device)
-    return run, Trainer(prepared, run, reporter).fit()
+    reset_peak_memory(setup.device)
+    return run, Trainer(setup, run, reporter).fit()
 
 
 def queue(
-    asked: RunRequest, seeds: list[int], out: Path, reporter: ProgressReporter, *, overwrite: bool
+    request: RunRequest, seeds: list[int], out: Path, reporter: ProgressReporter, *, overwrite: bool
 ) -> list[tuple[Path, dict[str, Any]]]:
     """One run a seed in ``out/seed-N``; finished ones are kept, unfinished ones resumed, the others started."""
     if (out / "config.toml").exists():
         raise OptionError(f"--seeds makes runs in '{out}', which is a run itself; choose another --out")
     finished = []
     for seed in seeds:
-        mine = replace(asked, fields={**asked.fields, "seed": seed})
+        mine = replace(request, fields={**request.fields, "seed": seed})
         run = out / f"seed-{seed}"
         reporter.message(f"seed {seed}: {run}")
         if distributed.from_main((run / "config.toml").is_file()) and not overwrite:
@@ -74,12 +76,12 @@ def queue(
     return finished
 
 
-def _environment(prepared: RunSetup) -> dict[str, Any]:
-    data = prepared.train.annotations.sha256 + prepared.val.annotations.sha256
+def _environment(setup: RunSetup) -> dict[str, Any]:
+    data = setup.train.annotations.sha256 + setup.val.annotations.sha256
     return run_folder.environment(
-        prepared.options,
+        setup.options,
         data_sha256=hashlib.sha256(data.encode()).hexdigest(),
-        store=prepared.teacher and prepared.teacher.store_hash,
-        teacher_sha256=prepared.teacher and prepared.teacher.sha256,
-        teacher=prepared.options.teacher,
+        store=setup.teacher and setup.teacher.store_hash,
+        teacher_sha256=setup.teacher and setup.teacher.sha256,
+        teacher=setup.options.teacher,
     )

@@ -43,6 +43,11 @@ class RunRequest:
         options = build(TrainOptions, {**self.fields, "command": self.command})
         if not options.data:
             raise UsageError("--data is missing: name the data set folder")
+        distilling = [n for n in ("method", "cache", "teacher") if getattr(options, n)]
+        if self.command == "train" and distilling:
+            raise OptionError(
+                f"train reads no {', '.join(distilling)}: it trains plainly; use distill, or leave them out"
+            )
         if self.command == "distill" and not options.method:
             raise UsageError("--method is missing: name one or more of `kdcli methods`, e.g. --method ld")
         require_known(options.methods, find_methods(options.method) if options.method else {})

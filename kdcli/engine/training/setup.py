@@ -94,11 +94,11 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     for name, method in methods.items():
         if warning := method.warning(family_of(student.spec.detector), resolved[name], len(train.classes)):
             reporter.message(f"{name}: {warning}")
-    joined = bind_teacher(side, student, methods, options, source, positions, views, device) if side else None
+    bound = bind_teacher(side, student, methods, options, source, positions, views, device) if side else None
     return RunSetup(
         options=options, train=train, val=val, positions=positions, val_left_out=val_bad, canvas=canvas, views=views,
         device=device, amp=amp, workers=pick_workers(options.workers), student=student,
-        methods=joined.methods if joined else {}, source=joined.source if joined else source, teacher=joined,
+        methods=bound.methods if bound else {}, source=bound.source if bound else source, teacher=bound,
     )  # fmt: skip
 
 

@@ -38,20 +38,20 @@ RATIO_RANGE = (0.01, 10.0)  # of a term's first value to the detection loss's: o
 class Trainer:
     """One run from its prepared parts; ``fit`` brings it to its end, from wherever it is."""
 
-    def __init__(self, prepared: RunSetup, run: Path, reporter: ProgressReporter) -> None:
-        options = prepared.options
-        self.prepared, self.options, self.run, self.reporter = prepared, options, run, reporter
-        self.device = prepared.device
-        distributed.share_batch_norm(prepared.student, prepared.student.spec.bn, self.device)
-        self.step = TrainStep(prepared.student, prepared.methods, prepared.amp, options.channels_last).to(self.device)
+    def __init__(self, setup: RunSetup, run: Path, reporter: ProgressReporter) -> None:
+        options = setup.options
+        self.setup, self.options, self.run, self.reporter = setup, options, run, reporter
+        self.device = setup.device
+        distributed.share_batch_norm(setup.student, setup.student.spec.bn, self.device)
+        self.step = TrainStep(setup.student, setup.methods, setup.amp, options.channels_last).to(self.device)
         self.synchronised = distributed.synchronised(self.step, self.device)
         self.optimizer = make_optimizer(self.step, options.optim, options.batch)
         check_ownership(self.step, self.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=prepared.amp is torch.float16)
-        self.average = WeightAverage(prepared.student, options.optim.ema_decay) if options.optim.ema else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=setup.amp is torch.float16)
+        self.average = WeightAverage(setup.student, options.optim.ema_decay) if options.optim.ema else None
         self.guard = ZeroGuard()
         self.peak_lr = scaled_lr(options.optim, options.batch)
-        self.student_parameters = [p for p in prepared.student.parameters() if p.requires_grad]
+        self.student_parameters = [p for p in setup.student.parameters() if p.requires_grad]
         self.method_parameters = [p for p in self.step.methods.parameters() if p.requires_grad]
         self.state = TrainingState()
 
@@ -63,7 +63,7 @@ class Trainer:
         distributed.barrier()
         self.state = load_state(self.run, self.step, self.optimizer, self.scaler, self.average, self.guard)
         state = self.state
-        loader = Loader(self.prepared.source, self.prepared.workers)
+        loader = Loader(self.setup.source, self.setup.workers)
         val_loader = self._val_loader()
         evaluation: dict[str, Any] = {}
         while state.epoch < options.epochs:
@@ -82,7 +82,7 @@ class Trainer:
         return self._finish(evaluation)
 
     def _plan(self, epoch: int) -> list[Any]:
-        made, options = self.prepared, self.options
+        made, options = self.setup, self.options
         return plan_epoch(
             made.source, made.positions, made.views, seed=options.seed, epoch=epoch, batch=options.batch,
             world=world_size(), rank=distributed.world_rank(), shuffle=options.shuffle,
@@ -115,7 +115,7 @@ class Trainer:
         draws = image_draws(batch.keys, options.seed, state.epoch)
         batch = replace(batch, targets=replace(batch.targets, draws=draws)).to(self.device)
         started = time.perf_counter()
-        teacher = self.prepared.teacher.forward(batch) if self.prepared.teacher else {}
+        teacher = self.setup.teacher.forward(batch) if self.setup.teacher else {}
         self._add(teacher_s=time.perf_counter() - started)
         detection, distillation = self.synchronised(batch, teacher)
         terms = detection | distillation
@@ -145,7 +145,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
-            self.average.update(self.prepared.student)
+            self.average.update(self.setup.student)
         return norm if norm < float("inf") else 0.0
 
     def _clip(self, parameters: list[nn.Parameter]) -> float:
@@ -183,22 +183,22 @@ class Trainer:
         self.state.shares = {f"grad_share_{name}": norm / total for name, norm in norms.items()}
 
     def _val_loader(self) -> Loader:
-        made = self.prepared
+        made = self.setup
         return Loader(SampleSource.for_evaluation(made.val, made.canvas, made.student), made.workers)
 
     def _evaluate(self, loader: Loader) -> dict[str, Any]:
         started = time.perf_counter()
         student = self._final_student()
-        self.reporter.stage("evaluate", self.prepared.val.num_images - len(self.prepared.val_left_out))
+        self.reporter.stage("evaluate", self.setup.val.num_images - len(self.setup.val_left_out))
         found = evaluate(
             student,
-            self.prepared.val,
-            self.prepared.canvas,
+            self.setup.val,
+            self.setup.canvas,
             device=self.device,
             batch=self.options.batch,
             loader=loader,
-            forward=plain_forward(student, self.prepared.amp),
-            left_out=self.prepared.val_left_out,
+            forward=plain_forward(student, self.setup.amp),
+            left_out=self.setup.val_left_out,
             advance=self.reporter.advance,
         )
         m = found.metrics
@@ -211,8 +211,8 @@ class Trainer:
     def _final_student(self) -> Detector:
         """The student that is evaluated and exported: its moving average when there is one."""
         if self.average is None:
-            return self.prepared.student
-        student = copy.deepcopy(self.prepared.student)
+            return self.setup.student
+        student = copy.deepcopy(self.setup.student)
         student.load_state_dict(self.average.state)
         return student
 
@@ -245,9 +245,9 @@ class Trainer:
         extra = {
             "ap": evaluation.get("ap"),
             "epoch": self.state.epoch + 1,
-            "store": None if self.prepared.teacher is None else self.prepared.teacher.store_hash,
+            "store": None if self.setup.teacher is None else self.setup.teacher.store_hash,
         }
-        return export(self._final_student(), self.prepared.train.classes, str(self.prepared.canvas), extra)
+        return export(self._final_student(), self.setup.train.classes, str(self.setup.canvas), extra)
 
     def _finish(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         state = self.state
@@ -255,7 +255,7 @@ class Trainer:
             self.step.eval()
             evaluation = self._evaluate(self._val_loader())
         distributed.barrier()  # the weights are written
-        teacher = self.prepared.teacher
+        teacher = self.setup.teacher
         seconds = [row["epoch_s"] for row in state.history]
         metrics = {
             **{k: v for k, v in evaluation.items() if k != "evaluation_s"},

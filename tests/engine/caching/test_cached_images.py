@@ -18,8 +18,8 @@ from PIL import Image
 from kdcli.cli.main import run
 from kdcli.data.shapes import make_shapes
 from kdcli.data.views import PAD_RGB
-from kdcli.engine.caching import edit as editing
-from kdcli.engine.caching import write as writing
+from kdcli.engine.caching import edit as edit_module
+from kdcli.engine.caching import write as write_module
 from kdcli.engine.caching.estimate.estimate import estimate
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
@@ -39,8 +39,8 @@ from kdcli.store.schema import StoreSchema
 from kdcli.structures import Batch, RowKey
 from tests.support.files import contents
 from tests.support.selection import matrix
-from tests.support.small_runs import asked, cache_options, write
-from tests.support.traces import prepared, trace
+from tests.support.small_runs import cache_options, run_request, write
+from tests.support.traces import run_setup, trace
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_zarr_alone_reads_the_images(with_images: Path, data: Path) -> None:
 
 def batches(store: Path, root: Path) -> Iterator[Batch]:
     """Every row, one a batch."""
-    run = prepared(root, "ld,rm", cache=str(store))
+    run = run_setup(root, "ld,rm", cache=str(store))
     yield from Loader(run.source, 0).batches([[(int(p), v)] for v in run.views for p in run.positions])
 
 
@@ -140,17 +140,17 @@ def test_every_row_has_the_same_pixels_bit_for_bit(plain: Path, with_images: Pat
 def test_training_is_the_same_without_the_files(
     plain: Path, with_images: Path, data: Path, bare: Path, tmp_path: Path
 ) -> None:
-    from_files = trace(prepared(data, "ld,rm", cache=str(plain)), tmp_path, 3)
-    from_store = trace(prepared(bare, "ld,rm", cache=str(with_images)), tmp_path, 3)
+    from_files = trace(run_setup(data, "ld,rm", cache=str(plain)), tmp_path, 3)
+    from_store = trace(run_setup(bare, "ld,rm", cache=str(with_images)), tmp_path, 3)
     assert from_files[0] == from_store[0]
     assert all(torch.equal(value, from_store[1][name]) for name, value in from_files[1].items())
     with pytest.raises(DataError, match="missing image"):
-        prepared(bare, "ld,rm", cache=str(plain))
+        run_setup(bare, "ld,rm", cache=str(plain))
 
 
 @pytest.mark.parametrize("workers", matrix([0, 2]))
 def test_a_whole_run_needs_the_val_images_alone(with_images: Path, bare: Path, tmp_path: Path, workers: int) -> None:
-    fields = asked("distill", bare, cache=str(with_images), method="ld", epochs=1, workers=workers)
+    fields = run_request("distill", bare, cache=str(with_images), method="ld", epochs=1, workers=workers)
     _, metrics = launch.start(fields, tmp_path / "run", NullReporter(), overwrite=False)
     assert metrics["epochs"] == 1
     assert metrics["ap"] is not None
@@ -162,9 +162,9 @@ def test_other_boxes_are_still_refused(with_images: Path, bare: Path, tmp_path: 
     notes["annotations"][0]["bbox"][2] -= 1
     (root / "annotations" / "train.json").write_text(json.dumps(notes))
     with pytest.raises(StoreError, match="annotations_sha256"):
-        prepared(root, "ld", cache=str(with_images))
+        run_setup(root, "ld", cache=str(with_images))
     # and by the row's own guard, where the files of the annotations are not compared
-    run = prepared(bare, "ld", cache=str(with_images))
+    run = run_setup(bare, "ld", cache=str(with_images))
     position = next(int(p) for p in run.positions if len(run.train.training_boxes(int(p))[0]))
     run.train.annotations.boxes_xywh[run.train.annotations.box_offsets[position], 2] -= 1
     with pytest.raises(StoreError, match="boxes, labels or regions"):
@@ -176,14 +176,14 @@ def test_bad_images_are_those_of_the_writing(data: Path, teacher: Path, tmp_path
     files = sorted((root / "train").iterdir())
     files[3].write_bytes(b"no image")
     store = write(cache_options(root, teacher, method="rm", cache_images=True, skip_bad=True), tmp_path / "store")
-    before = prepared(root, "rm", cache=str(store), skip_bad=True)
+    before = run_setup(root, "rm", cache=str(store), skip_bad=True)
     for file in files:
         file.unlink()
-    after = prepared(root, "rm", cache=str(store), skip_bad=True)
+    after = run_setup(root, "rm", cache=str(store), skip_bad=True)
     assert len(after.positions) == 11
     np.testing.assert_array_equal(after.positions, before.positions)
     with pytest.raises(StoreError, match="train with --skip-bad too"):
-        prepared(root, "rm", cache=str(store))
+        run_setup(root, "rm", cache=str(store))
 
 
 def test_flipped_bits_of_images_are_found(with_images: Path, data: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_verify_with_the_teacher_compares_the_images(
         return verify_teacher(plan, store, 4, NullReporter())[0]
 
     assert again(with_images) == 4
-    monkeypatch.setattr(writing, "encode_pixels", lambda image: encode_pixels(255 - image))
+    monkeypatch.setattr(write_module, "encode_pixels", lambda image: encode_pixels(255 - image))
     wrong = write(cache_options(data, teacher, method="rm", cache_images=True), tmp_path / "wrong")
     with pytest.raises(StoreError, match="stored pixels are not those of its image file"):
         again(wrong)
@@ -222,7 +222,10 @@ def test_verify_with_the_teacher_compares_the_images(
 def test_added_tensors_leave_the_images(with_images: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(with_images, tmp_path / "store"))
     whole = write(cache_options(data, teacher, method="ld,rm,pfi", cache_images=True), tmp_path / "whole")
-    assert editing.add(store, None, None, "pfi", {}, "default", NullReporter()) == ["cls_logits@all", "features@all"]
+    assert edit_module.add(store, None, None, "pfi", {}, "default", NullReporter()) == [
+        "cls_logits@all",
+        "features@all",
+    ]
     assert contents(store) == contents(whole)
     verify_checksums(store, NullReporter())
 
@@ -238,20 +241,20 @@ def test_added_images_are_those_of_one_writing(
     if not methods:  # the teacher has nothing to say
         monkeypatch.setattr(TeacherForward, "rows", lambda *_: pytest.fail("a forward pass"))
     tensors = ["cls_logits@all", "features@all"] if methods else []
-    assert editing.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == [*tensors, PIXELS]
+    assert edit_module.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == [*tensors, PIXELS]
     assert contents(store) == contents(whole)
     verify_checksums(store, NullReporter())
-    assert editing.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == []
+    assert edit_module.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == []
 
 
 def test_pruned_images_leave_the_store_without_them(plain: Path, with_images: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(with_images, tmp_path / "store"))
-    assert editing.prune_tensors(store, [PIXELS], NullReporter()) == [PIXELS]
+    assert edit_module.prune_tensors(store, [PIXELS], NullReporter()) == [PIXELS]
     assert contents(store) == contents(plain)
     with pytest.raises(OptionError, match="has no row/image"):
-        editing.prune_tensors(store, [PIXELS], NullReporter())
+        edit_module.prune_tensors(store, [PIXELS], NullReporter())
     kept = Path(shutil.copytree(with_images, tmp_path / "kept"))
-    editing.prune_tensors(kept, ["rank@main"], NullReporter())
+    edit_module.prune_tensors(kept, ["rank@main"], NullReporter())
     assert StoreReader(kept).schema.images
     verify_checksums(kept, NullReporter())
 
@@ -265,14 +268,14 @@ def test_images_go_through_merge_and_views(
 
     sides = [one("identity", "identity", True), one("hflip", "hflip", True)]
     both = tmp_path / "both"
-    assert editing.merge(sides, both, None, NullReporter()) == 24
+    assert edit_module.merge(sides, both, None, NullReporter()) == 24
     files = [k for k in contents(with_images) if k.startswith("row/")]
     assert [contents(both)[k] for k in files] == [contents(with_images)[k] for k in files]
     without = one("hflip", "without", False)
     for pair in ([sides[0], without], [without, sides[0]]):
         with pytest.raises(StoreError, match=r"do not go together: schema\.images"):
-            editing.merge(pair, tmp_path / "mixed", None, NullReporter())
-    assert editing.prune_views(with_images, ["hflip"], tmp_path / "less", NullReporter()) == 12
+            edit_module.merge(pair, tmp_path / "mixed", None, NullReporter())
+    assert edit_module.prune_views(with_images, ["hflip"], tmp_path / "less", NullReporter()) == 12
     assert [contents(tmp_path / "less")[k] for k in files if k in contents(sides[0])] == [
         contents(sides[0])[k] for k in files if k in contents(sides[0])
     ]
@@ -321,7 +324,7 @@ def test_images_of_any_pillow_mode(data: Path, teacher: Path, tmp_path: Path) ->
         noise = np.random.default_rng(0).integers(0, 256, (image.height, image.width), np.uint8)
     Image.fromarray(noise).save(file, format="PNG")  # grey
     store = write(cache_options(root, teacher, method="rm", cache_images=True), tmp_path / "store")
-    fields = asked("distill", root, cache=str(store), method="rm")
+    fields = run_request("distill", root, cache=str(store), method="rm")
     made = prepare(fields.options(), frozenset(fields.fields), NullReporter())
     plan = plan_store(cache_options(root, teacher, method="rm"), NullReporter())
     for view in made.views:

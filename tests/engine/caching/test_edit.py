@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcli.engine.caching import edit as editing
+from kdcli.engine.caching import edit as edit_module
 from kdcli.engine.caching.verify import verify_checksums
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import OptionError, StoreError
@@ -24,7 +24,7 @@ from tests.support.small_runs import cache_options, make_teacher, write
 
 
 def add(store: Path, methods: str) -> list[str]:
-    return editing.add(store, None, None, methods, {}, "default", NullReporter())
+    return edit_module.add(store, None, None, methods, {}, "default", NullReporter())
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_adding_with_another_teacher_is_refused(shapes: Path, teacher: Path, tmp
     other = make_teacher(tmp_path / "other.pt", seed=5)
     before = contents(store)
     with pytest.raises(StoreError, match="weights_sha256"):
-        editing.add(store, None, str(other), "ld", {}, "default", NullReporter())
+        edit_module.add(store, None, str(other), "ld", {}, "default", NullReporter())
     assert contents(store) == before
 
 
@@ -111,7 +111,7 @@ def test_pruned_tensors_leave_what_would_have_been_written(shapes: Path, teacher
     kept = [t.need.key for t in StoreReader(less).schema.tensors]
     gone = [t.need.key for t in StoreReader(store).schema.tensors if t.need.key not in kept]
     assert set(gone) <= set(dropped)
-    assert editing.prune_tensors(store, gone, NullReporter()) == gone
+    assert edit_module.prune_tensors(store, gone, NullReporter()) == gone
     assert read_manifest(store).methods == ("rm", "pfi")
     ours, theirs = contents(store), contents(less)
     entries = {k for k in ours if k.startswith(("entries/", "journal/"))}  # still those of the VLR
@@ -129,25 +129,25 @@ def test_a_killed_prune_goes_on(
 ) -> None:
     whole = write(cache_options(shapes, teacher, method="ld,pfi"), tmp_path / "whole")
     shutil.copytree(whole, tmp_path / "store")
-    editing.prune_tensors(whole, ["cls_logits@all"], NullReporter())
+    edit_module.prune_tensors(whole, ["cls_logits@all"], NullReporter())
     with monkeypatch.context() as patch:
         Bomb(patch, mechanics, name, number)
         assert os.WIFSIGNALED(
-            forked(partial(editing.prune_tensors, tmp_path / "store", ["cls_logits@all"], NullReporter()))
+            forked(partial(edit_module.prune_tensors, tmp_path / "store", ["cls_logits@all"], NullReporter()))
         )
     StoreReader(tmp_path / "store")
-    editing.prune_tensors(tmp_path / "store", ["cls_logits@all"], NullReporter())
+    edit_module.prune_tensors(tmp_path / "store", ["cls_logits@all"], NullReporter())
     assert contents(tmp_path / "store") == contents(whole)
 
 
 def test_what_cannot_be_pruned(lossless_store: Path, tmp_path: Path) -> None:
     keys = [t.need.key for t in StoreReader(lossless_store).schema.tensors]
     with pytest.raises(OptionError, match="has no nothing@all"):
-        editing.prune_tensors(lossless_store, ["nothing@all"], NullReporter())
+        edit_module.prune_tensors(lossless_store, ["nothing@all"], NullReporter())
     with pytest.raises(OptionError, match="nothing would be left"):
-        editing.prune_tensors(lossless_store, keys, NullReporter())
+        edit_module.prune_tensors(lossless_store, keys, NullReporter())
     with pytest.raises(OptionError, match="has no view"):
-        editing.prune_views(lossless_store, ["crop-0"], tmp_path / "out", NullReporter())
+        edit_module.prune_views(lossless_store, ["crop-0"], tmp_path / "out", NullReporter())
 
 
 def data(store: Path) -> dict[str, str]:
@@ -160,10 +160,10 @@ def test_views_merge_and_part_again(shapes: Path, teacher: Path, tmp_path: Path)
     one = write(cache_options(shapes, teacher, views="identity", shard_rows=7), tmp_path / "one")
     two = write(cache_options(shapes, teacher, views="hflip", shard_rows=10), tmp_path / "two")
     both = tmp_path / "both"
-    assert editing.merge([two, one], both, None, NullReporter()) == 48
+    assert edit_module.merge([two, one], both, None, NullReporter()) == 48
     assert StoreReader(both).views == ("hflip", "identity")
     both = tmp_path / "in-order"
-    editing.merge(
+    edit_module.merge(
         [write(cache_options(shapes, teacher, views="identity"), tmp_path / "three"), two], both, None, NullReporter()
     )
     assert data(both) == data(whole)
@@ -175,10 +175,10 @@ def test_views_merge_and_part_again(shapes: Path, teacher: Path, tmp_path: Path)
     for key, error in written.errors.encoding.items():  # sums of the same rows in another order
         assert merged.errors.encoding[key] == pytest.approx(error, rel=1e-12)
     verify_checksums(both, NullReporter())
-    assert editing.prune_views(whole, ["hflip"], tmp_path / "less", NullReporter()) == 24
+    assert edit_module.prune_views(whole, ["hflip"], tmp_path / "less", NullReporter()) == 24
     assert data(tmp_path / "less") == data(tmp_path / "three")
     with pytest.raises(StoreError, match="that another store has too"):
-        editing.merge([one, whole], tmp_path / "twice", None, NullReporter())
+        edit_module.merge([one, whole], tmp_path / "twice", None, NullReporter())
     assert not (tmp_path / "twice").exists()
 
 
@@ -186,5 +186,5 @@ def test_stores_that_do_not_go_together(shapes: Path, teacher: Path, tmp_path: P
     one = write(cache_options(shapes, teacher, method="rm", views="identity"), tmp_path / "one")
     other = write(cache_options(shapes, teacher, method="pfi", views="hflip"), tmp_path / "other")
     with pytest.raises(StoreError, match=r"do not go together: schema\.tensors"):
-        editing.merge([one, other], tmp_path / "out", None, NullReporter())
+        edit_module.merge([one, other], tmp_path / "out", None, NullReporter())
     assert not (tmp_path / "out").exists()

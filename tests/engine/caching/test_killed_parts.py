@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdcli.engine.caching import write as writing
+from kdcli.engine.caching import write as write_module
 from kdcli.engine.caching.plan import StorePlan, plan_store
 from kdcli.engine.caching.write import Part, write_store
 from kdcli.engine.runtime.progress import NullReporter
@@ -32,7 +32,7 @@ from tests.support.small_runs import cache_options
 
 @dataclass(frozen=True)
 class StubTeacher:
-    """Numbers that follow from the pixels, after a short rest: what is tried is the writing."""
+    """Numbers that follow from the pixels, after a short rest: what is tried is the write_module."""
 
     schema: StoreSchema
     micro_batch: int = 4
@@ -62,7 +62,7 @@ class StubTeacher:
 @pytest.fixture
 def stub_plan(shapes: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> StorePlan:
     """A store of 16 shards with that teacher."""
-    monkeypatch.setattr(writing, "measure_teacher", lambda plan, reporter: 50.0)
+    monkeypatch.setattr(write_module, "measure_teacher", lambda plan, reporter: 50.0)
     plan = plan_store(cache_options(shapes, teacher, shard_rows=3), NullReporter())
     stub: Any = StubTeacher(plan.schema)
     return replace(plan, teacher=replace(plan.teacher, forward=stub))

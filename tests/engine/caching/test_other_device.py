@@ -25,6 +25,7 @@ from kdcli.store.provenance import AddedOn
 from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
 from tests.support.files import contents
+from tests.support.selection import matrix
 from tests.support.small_runs import cache_options, make_teacher, write
 
 
@@ -131,6 +132,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend="eager", **options))
 
 
+@pytest.mark.full
 def test_a_store_of_a_compiled_teacher_is_extended_and_verified(
     shapes: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,12 +158,14 @@ def test_a_store_of_a_compiled_teacher_is_extended_and_verified(
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"view_seed": 7, "views": "identity,crop-2"},
-        {"precision": "bf16", "micro_batch": 3},
-        {"canvas": "64x96", "encoding": "lossless"},
-        {"methods": {"ld": {"temperature": 5.0}}, "cache_images": True},
-    ],
+    matrix(
+        [
+            {"view_seed": 7, "views": "identity,crop-2"},
+            {"precision": "bf16", "micro_batch": 3},
+            {"canvas": "64x96", "encoding": "lossless"},
+            {"methods": {"ld": {"temperature": 5.0}}, "cache_images": True},
+        ]
+    ),
 )
 def test_every_setting_of_the_writing_is_known_again(
     shapes: Path, teacher: Path, tmp_path: Path, changes: dict[str, Any]

@@ -14,7 +14,7 @@ import pytest
 
 from kdcli.cli.main import run
 from kdcli.detectors.dense.recipes import GFL
-from kdcli.engine.loading import epoch_order as sampling
+from kdcli.engine.loading import epoch_order
 from kdcli.engine.loading.epoch_order import plan_epoch, shard_windows
 from kdcli.engine.loading.samples import Item, SampleSource
 from kdcli.engine.runtime.progress import NullReporter
@@ -23,7 +23,7 @@ from kdcli.errors import OptionError
 from kdcli.geometry.regions import RegionSpec
 from kdcli.options import TrainOptions
 from kdcli.structures import Canvas, RowKey
-from tests.support.small_runs import asked
+from tests.support.small_runs import run_request
 from tests.support.stopping import Stop, Stopping, weights
 
 VIEWS = ("identity", "hflip")
@@ -121,14 +121,14 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
 def test_few_shards_at_a_time() -> None:
     """Ten batches in a row touch the shards of two windows at most, and those of what was left of earlier ones."""
-    windows = -(-IMAGES * len(VIEWS) // SHARD_ROWS) // sampling.WINDOW_SHARDS
+    windows = -(-IMAGES * len(VIEWS) // SHARD_ROWS) // epoch_order.WINDOW_SHARDS
     left_over = 2 * 15  # less than a batch of either orientation
 
     def most(batches: list[list[Item]]) -> int:
         return max(len({s for b in batches[k : k + 10] for s in shards_of(b)}) for k in range(len(batches) - 9))
 
     batches = plan()
-    assert most(batches) <= 2 * (sampling.WINDOW_SHARDS + 2) + left_over
+    assert most(batches) <= 2 * (epoch_order.WINDOW_SHARDS + 2) + left_over
     assert most(plan(shuffle="full")) > 90
     # a shard is read in one stretch of the epoch, not all over it
     seen: dict[int, list[int]] = {}
@@ -140,7 +140,7 @@ def test_few_shards_at_a_time() -> None:
     assert np.median(stretches) <= len(batches) // windows + 2
     # and a batch is not from one shard: a pair of its images meets in one as often as 1 in 16
     pairs = [a == b for batch in batches for k, b in enumerate(shards_of(batch)) for a in shards_of(batch)[:k]]
-    assert np.mean(pairs) == pytest.approx(1 / sampling.WINDOW_SHARDS, rel=0.2)
+    assert np.mean(pairs) == pytest.approx(1 / epoch_order.WINDOW_SHARDS, rel=0.2)
 
 
 def test_windows_are_whole_shards() -> None:
@@ -176,8 +176,10 @@ def test_two_processes_share_the_batches_of_one(shuffle: str) -> None:
 def test_a_stopped_run_goes_on_in_the_same_order(
     shapes: Path, default_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "WINDOW_SHARDS", 1)  # five windows of five images
-    fields = asked("distill", shapes, cache=str(default_store), method="rm", shuffle="shards", save_steps=2, epochs=1)
+    monkeypatch.setattr(epoch_order, "WINDOW_SHARDS", 1)  # five windows of five images
+    fields = run_request(
+        "distill", shapes, cache=str(default_store), method="rm", shuffle="shards", save_steps=2, epochs=1
+    )
     _, whole = launch.start(fields, tmp_path / "whole", NullReporter(), overwrite=False)
     assert tomllib.loads((tmp_path / "whole" / "config.toml").read_text())["shuffle"] == "shards"
     with pytest.raises(Stop):

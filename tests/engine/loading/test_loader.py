@@ -21,7 +21,7 @@ from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training.setup import prepare
 from kdcli.errors import DataError
 from kdcli.store import batch_buffers
-from tests.support.small_runs import asked, cache_options
+from tests.support.small_runs import cache_options, run_request
 
 VIEWS = "identity,hflip,crop-2"
 
@@ -103,7 +103,7 @@ def test_batches_of_large_rows_do_not_depend_on_who_makes_them(
     shapes: Path, default_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_buffers, "LEAST_BYTES", 1000)
-    fields = asked("distill", shapes, cache=str(default_store), method="pfi", micro_batch=2)
+    fields = run_request("distill", shapes, cache=str(default_store), method="pfi", micro_batch=2)
     source = prepare(fields.options(), frozenset(fields.fields), NullReporter()).source
     assert source.reader is not None
     plan = [[(k, view) for k in (0, 1)] for view in source.reader.views]

@@ -10,11 +10,11 @@ import pytest
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.teacher.approximations import approximations
 from kdcli.engine.training.setup import prepare
-from tests.support.small_runs import asked, cache_options, write
+from tests.support.small_runs import cache_options, run_request, write
 
 
 def of_run(shapes: Path, **changes: Any) -> list[str]:
-    options = asked("distill", shapes, **changes).options()
+    options = run_request("distill", shapes, **changes).options()
     teacher = prepare(options, frozenset(), NullReporter()).teacher
     assert teacher is not None
     return approximations(teacher, options.teacher_precision)

@@ -16,7 +16,7 @@ from kdcli.engine.training.step import TrainStep
 from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
 from tests.support.selection import matrix
-from tests.support.traces import prepared, trace
+from tests.support.traces import run_setup, trace
 
 STEPS = 20
 METHODS = ("ld", "rm", "pfi", "ld,rm,pfi")
@@ -26,8 +26,8 @@ METHODS = ("ld", "rm", "pfi", "ld,rm,pfi")
 def test_lossless_store_equals_the_live_teacher(
     method: str, shapes: Path, teacher: Path, lossless_store: Path, tmp_path: Path
 ) -> None:
-    live = trace(prepared(shapes, method, teacher=str(teacher)), tmp_path, STEPS)
-    cached = trace(prepared(shapes, method, cache=str(lossless_store)), tmp_path, STEPS)
+    live = trace(run_setup(shapes, method, teacher=str(teacher)), tmp_path, STEPS)
+    cached = trace(run_setup(shapes, method, cache=str(lossless_store)), tmp_path, STEPS)
     assert len(live[0]) == STEPS
     distilled = [name for name in live[0][0] if name.split("_")[0] in ("ld", "rm", "pfi")]
     assert all(any(step[name] != 0 for step in live[0]) for name in distilled)
@@ -41,7 +41,7 @@ def test_lossless_store_equals_the_live_teacher(
 def test_the_positives_of_a_store_are_not_assigned_again(
     method: str, shapes: Path, lossless_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = prepared(shapes, method, cache=str(lossless_store))
+    run = run_setup(shapes, method, cache=str(lossless_store))
     again = replace(run.source, stored_positives=False)
     items = [(position, view) for position in range(8) for view in ("identity", "hflip")]
     expected = [again.load(item).assigned for item in items]
@@ -54,7 +54,7 @@ def test_the_positives_of_a_store_are_not_assigned_again(
 
 
 def test_a_row_does_not_depend_on_its_neighbours(shapes: Path, teacher: Path) -> None:
-    run = prepared(shapes, "ld,rm,pfi", teacher=str(teacher))
+    run = run_setup(shapes, "ld,rm,pfi", teacher=str(teacher))
     items = [i for batch in plan_epoch(run.source, run.positions, run.views, seed=0, epoch=0, batch=4) for i in batch]
     wide = [i for i in items if run.source.geometry(i).canvas.size == (96, 128)][:4]
     samples = [run.source.load(i) for i in wide]
@@ -72,8 +72,8 @@ def test_a_row_does_not_depend_on_its_neighbours(shapes: Path, teacher: Path) ->
 
 def test_default_encodings_stay_close(shapes: Path, teacher: Path, default_store: Path) -> None:
     """At the same student weights: LD and RM terms within 1e-3, PFI within 1e-2, gradient cosine at least 0.998."""
-    live = prepared(shapes, "ld,rm,pfi", teacher=str(teacher))
-    cached = prepared(shapes, "ld,rm,pfi", cache=str(default_store))
+    live = run_setup(shapes, "ld,rm,pfi", teacher=str(teacher))
+    cached = run_setup(shapes, "ld,rm,pfi", cache=str(default_store))
     assert live.teacher is not None
     assert cached.teacher is not None
     step = TrainStep(live.student, live.methods, None).train()

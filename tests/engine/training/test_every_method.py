@@ -25,7 +25,7 @@ from kdcli.structures import Batch
 from tests.support.lifelike import CROWD, LARGE, SMALL, lifelike_teacher, make_crowd
 from tests.support.method_case import CASES, NAMES
 from tests.support.selection import matrix
-from tests.support.small_runs import asked, cache_options, make_teacher, write
+from tests.support.small_runs import cache_options, make_teacher, run_request, write
 
 Options = dict[str, dict[str, Any]]
 
@@ -83,7 +83,7 @@ class Sides:
         name, _, box = self.case.detector.partition("+")
         model = {"name": f"{name}_shufflenet_v2_x0_5", "head_channels": 32, "box": box or "default"}
         common = {"method": ",".join(self.case.methods), "methods": self.case.options, "epochs": 4, "model": model}
-        fields = asked("distill", self.data, **{"canvas": str(SMALL), **common, **changes})
+        fields = run_request("distill", self.data, **{"canvas": str(SMALL), **common, **changes})
         return prepare(fields.options(), frozenset(fields.fields), NullReporter())
 
 

@@ -23,7 +23,7 @@ from kdcli.methods.base import Pair
 from kdcli.options import TrainOptions, build
 from kdcli.structures import Canvas
 from kdcli.tensors import TensorSpec
-from tests.support.small_runs import asked
+from tests.support.small_runs import run_request
 
 METHOD = """
 import torch
@@ -53,12 +53,12 @@ def mine(tmp_path: Path) -> str:
 
 
 def run(shapes: Path, store: Path, method: str, out: Path, **options: float) -> None:
-    fields = asked("distill", shapes, cache=str(store), method=method, methods={"mine": options}, epochs=12)
+    fields = run_request("distill", shapes, cache=str(store), method=method, methods={"mine": options}, epochs=12)
     launch.start(fields, out, NullReporter(), overwrite=False)
 
 
 def test_a_users_method_trains(shapes: Path, lossless_store: Path, mine: str, tmp_path: Path) -> None:
-    fields = asked("distill", shapes, cache=str(lossless_store), method=mine, methods={"mine": {"factor": 0.01}})
+    fields = run_request("distill", shapes, cache=str(lossless_store), method=mine, methods={"mine": {"factor": 0.01}})
     folder, metrics = launch.start(fields, tmp_path / "run", NullReporter(), overwrite=False)
     assert metrics["epochs"] == 2
     header = (folder / "results.csv").read_text().splitlines()[0].split(",")
@@ -138,7 +138,7 @@ def test_one_class_has_no_class_term(shapes: Path) -> None:
 
 def test_random_numbers_of_a_run_do_not_depend_on_its_loaders(shapes: Path) -> None:
     """A resumed run makes new loaders; torch's random state must not notice."""
-    fields = asked("train", shapes)
+    fields = run_request("train", shapes)
     run = prepare(fields.options(), frozenset(fields.fields), NullReporter())
     before = torch.get_rng_state()
     for workers in (0, 1):
@@ -162,5 +162,5 @@ def test_both_or_no_teacher_is_refused(shapes: Path, lossless_store: Path, teach
     for side in ({}, {"cache": str(lossless_store), "teacher": str(teacher)}):
         with pytest.raises(OptionError, match="either --cache STORE or --teacher CKPT"):
             launch.start(
-                asked("distill", shapes, method="ld", **side), tmp_path / "run", NullReporter(), overwrite=False
+                run_request("distill", shapes, method="ld", **side), tmp_path / "run", NullReporter(), overwrite=False
             )

@@ -20,7 +20,7 @@ from kdcli.engine.training.setup import prepare
 from kdcli.engine.training.trainer import Trainer
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.options import OptimOptions, read_toml
-from tests.support.small_runs import CANVAS, STUDENT, asked
+from tests.support.small_runs import CANVAS, STUDENT, run_request
 from tests.support.stopping import Stop, Stopping, weights
 
 FILES = {"config.toml", "env.json", "results.csv", "metrics.json", "weights/best.pt", "weights/last.pt"}
@@ -34,7 +34,7 @@ def files(folder: Path) -> set[str]:
 def plain(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """One finished plain run."""
     return launch.start(
-        asked("train", shapes), tmp_path_factory.mktemp("runs") / "plain", NullReporter(), overwrite=False
+        run_request("train", shapes), tmp_path_factory.mktemp("runs") / "plain", NullReporter(), overwrite=False
     )
 
 
@@ -63,16 +63,21 @@ def test_config_runs_again_as_it_is(plain: tuple[Path, dict[str, Any]], tmp_path
 
 
 def test_workers_do_not_change_the_result(shapes: Path, plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    _, metrics = launch.start(asked("train", shapes, workers=2), tmp_path / "run", NullReporter(), overwrite=False)
+    _, metrics = launch.start(
+        run_request("train", shapes, workers=2), tmp_path / "run", NullReporter(), overwrite=False
+    )
     assert weights(metrics) == weights(plain[1])
 
 
 def test_seeds_differ_and_baseline_and_student_see_the_same_pixels(
     shapes: Path, default_store: Path, plain: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    _, other = launch.start(asked("train", shapes, seed=1), tmp_path / "seed", NullReporter(), overwrite=False)
+    _, other = launch.start(run_request("train", shapes, seed=1), tmp_path / "seed", NullReporter(), overwrite=False)
     assert weights(other) != weights(plain[1])
-    baseline, student = asked("train", shapes), asked("distill", shapes, cache=str(default_store), method="ld")
+    baseline, student = (
+        run_request("train", shapes),
+        run_request("distill", shapes, cache=str(default_store), method="ld"),
+    )
     runs = [prepare(a.options(), frozenset(a.fields), NullReporter()) for a in (baseline, student)]
     plans = [plan_epoch(r.source, r.positions, r.views, seed=0, epoch=3, batch=4) for r in runs]
     assert plans[0] == plans[1]
@@ -82,7 +87,7 @@ def test_seeds_differ_and_baseline_and_student_see_the_same_pixels(
 
 def test_a_stopped_run_goes_on_where_it_was(shapes: Path, tmp_path: Path) -> None:
     """Stopped inside an epoch, right after a state was written: the same weights and history as without the stop."""
-    fields = asked("train", shapes, save_steps=2, optim={"lr": 0.02, "ema": True})
+    fields = run_request("train", shapes, save_steps=2, optim={"lr": 0.02, "ema": True})
     _, whole = launch.start(fields, tmp_path / "whole", NullReporter(), overwrite=False)
     with pytest.raises(Stop):
         launch.start(fields, tmp_path / "run", Stopping(), overwrite=False)
@@ -96,7 +101,7 @@ def test_a_run_goes_on_with_a_store_that_moved(
     shapes: Path, default_store: Path, lossless_store: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(default_store, tmp_path / "store")
-    fields = asked("distill", shapes, method="rm", cache=str(tmp_path / "store"), save_steps=2)
+    fields = run_request("distill", shapes, method="rm", cache=str(tmp_path / "store"), save_steps=2)
     _, whole = launch.start(fields, tmp_path / "whole", NullReporter(), overwrite=False)
     run = tmp_path / "run"
     with pytest.raises(Stop):
@@ -119,7 +124,7 @@ def test_a_run_goes_on_with_a_store_that_moved(
 
 
 def test_a_queue_keeps_finished_runs(shapes: Path, tmp_path: Path) -> None:
-    fields = asked("train", shapes, epochs=1)
+    fields = run_request("train", shapes, epochs=1)
     first = launch.queue(fields, [0], tmp_path, NullReporter(), overwrite=False)
     stamp = (tmp_path / "seed-0" / "metrics.json").stat().st_mtime_ns
     both = launch.queue(fields, [0, 1], tmp_path, NullReporter(), overwrite=False)
@@ -129,20 +134,22 @@ def test_a_queue_keeps_finished_runs(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_init_from_takes_the_weights(shapes: Path, plain: tuple[Path, dict[str, Any]]) -> None:
-    fields = asked("train", shapes, init_from=str(plain[0]))
+    fields = run_request("train", shapes, init_from=str(plain[0]))
     run = prepare(fields.options(), frozenset(fields.fields), NullReporter())
     theirs = load_detector(plain[0])[0].state_dict()
     assert all(torch.equal(v, theirs[k]) for k, v in run.student.state_dict().items())
 
 
 def test_bf16_autocast_and_adamw_train(shapes: Path, tmp_path: Path) -> None:
-    fields = asked("train", shapes, amp="bf16", epochs=1, optim={"name": "adamw", "lr": 1e-3, "schedule": "cosine"})
+    fields = run_request(
+        "train", shapes, amp="bf16", epochs=1, optim={"name": "adamw", "lr": 1e-3, "schedule": "cosine"}
+    )
     _, metrics = launch.start(fields, tmp_path / "run", NullReporter(), overwrite=False)
     assert metrics["epochs"] == 1
 
 
 def test_every_image_comes_once_an_epoch_in_one_orientation(shapes: Path) -> None:
-    fields = asked("train", shapes, views="identity,hflip,crop-2")
+    fields = run_request("train", shapes, views="identity,hflip,crop-2")
     run = prepare(fields.options(), frozenset(fields.fields), NullReporter())
     seen = []
     for epoch in range(3):
@@ -188,7 +195,7 @@ def test_weight_average() -> None:
 
 
 def test_two_trainers_do_not_share_state(shapes: Path) -> None:
-    fields = asked("train", shapes)
+    fields = run_request("train", shapes)
     one = Trainer(prepare(fields.options(), frozenset(fields.fields), NullReporter()), Path(), NullReporter())
     two = Trainer(prepare(fields.options(), frozenset(fields.fields), NullReporter()), Path(), NullReporter())
     assert one.state is not two.state

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
-import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
 from kdcli.cli.main import run
-from kdcli.engine.caching.edit import merge
 from kdcli.engine.caching.verify import verify_checksums
 from kdcli.engine.runtime.progress import NullReporter
-from kdcli.engine.training import launch
 from kdcli.errors import MissingPathError, OptionError, StoreError
 from kdcli.store.encoding_error import Measured
 from kdcli.store.journal import read_journal, store_digest
@@ -34,11 +28,8 @@ from kdcli.store.storage import object_store as remote_module
 from kdcli.store.storage.object_store import ObjectStorage
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import StoreWriter, create_store
-from tests.support.small_runs import asked, cache_options
-from tests.support.small_runs import write as write_real
 from tests.support.store_case import (
     IMAGE_IDS,
-    assert_row_equal,
     contents,
     create,
     keys,
@@ -52,58 +43,13 @@ from tests.support.writers import fill, forked
 
 pytest.importorskip("moto")
 pytest.importorskip("obstore")
-from tests.support.s3_case import BUCKET, Proxy, Server, use
+from tests.support.object_case import read_everything
+from tests.support.s3_case import BUCKET, Proxy, Server, prefix, use
 from tests.support.selection import matrix
 
+pytestmark = pytest.mark.usefixtures("s3")
 SCHEMA = make_schema()
 ROWS = range(SCHEMA.rows)
-NUMBERS = itertools.count()
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    started = Server()
-    yield started
-    started.stop()
-
-
-@pytest.fixture(autouse=True)
-def _s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use(monkeypatch, server.port)
-    yield
-    remote_module.stop_worker()
-
-
-@pytest.fixture
-def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """Stands between the store and the server."""
-    between = Proxy(server.port)
-    use(monkeypatch, between.port)
-    yield between
-    between.cut()
-
-
-@pytest.fixture
-def url() -> str:
-    return f"s3://{BUCKET}/test/{next(NUMBERS)}"
-
-
-@pytest.fixture(scope="session")
-def whole(server: Server) -> str:
-    """A complete store; not to be changed."""
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, server.port)
-        make_store(f"s3://{BUCKET}/whole", SCHEMA)
-    return f"s3://{BUCKET}/whole"
-
-
-def prefix(url: str) -> str:
-    return url.removeprefix(f"s3://{BUCKET}/")
-
-
-def read_everything(reader: StoreReader) -> None:
-    for index, key in enumerate(keys()):
-        assert_row_equal(reader.read(key), make_row(SCHEMA, index))
 
 
 def test_objects_are_a_folders_files(server: Server, whole: str, tmp_path: Path) -> None:
@@ -319,162 +265,3 @@ def test_a_broken_object_is_found(server: Server, url: str) -> None:
         StoreReader(url).read(keys()[4])
     with pytest.raises(StoreError, match=r"is missing; delete '.*/journal/000001.json'"):
         verify_checksums(url, NullReporter())
-
-
-class LoadedImage:
-    """Counts the chunks that come over the network."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.chunks = 0
-        real = ObjectStorage._ask
-
-        def spy(storage: ObjectStorage, jobs: Any, body: bytes = b"", *, missing: bool = False) -> Any:
-            self.chunks += sum(job["do"] == "range" for job in jobs)
-            return real(storage, jobs, body, missing=missing)
-
-        monkeypatch.setattr(ObjectStorage, "_ask", spy)
-
-
-def kept(folder: Path) -> list[Path]:
-    return [f for f in folder.rglob("*") if f.is_file()]
-
-
-def test_the_read_cache(server: Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_store(url, SCHEMA)
-    monkeypatch.setenv("KDCLI_READ_CACHE", str(tmp_path / "kept"))
-    fetched = LoadedImage(monkeypatch)
-    reader = StoreReader(url)
-    read_everything(reader)
-    files, arrays = kept(tmp_path / "kept"), len(reader.layout)
-    assert len(files) == fetched.chunks == SCHEMA.rows * arrays
-    fetched.chunks = 0
-    read_everything(StoreReader(url))
-    assert fetched.chunks == 0
-    # a flipped bit, a torn file, an empty one: fetched again, and right the next time
-    for k, change in enumerate((lambda d: bytes([d[0] ^ 4]) + d[1:], lambda d: d[: len(d) // 2], lambda d: b"")):
-        files[k].write_bytes(change(files[k].read_bytes()))
-    read_everything(reader)
-    assert fetched.chunks == 3
-    read_everything(reader)
-    assert fetched.chunks == 3
-    # another store at the same URL: nothing of the old one is read
-    key = f"{prefix(url)}/row/identity/c/0/0"
-    other = server.client.get_object(Bucket=BUCKET, Key=f"{prefix(url)}/row/identity/c/1/0")["Body"].read()
-    server.client.put_object(Bucket=BUCKET, Key=key, Body=other)
-    row = StoreReader(url).read(keys()[0])
-    assert row.content + row.guard == make_row(SCHEMA, 4)["row/identity"].tobytes()
-
-
-def test_the_read_cache_is_bounded_with_several_processes(
-    whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bound = 2 * 2**20  # of the 1.1 MB that each store would take, eight times
-    monkeypatch.setenv("KDCLI_READ_CACHE", str(tmp_path))
-    monkeypatch.setenv("KDCLI_READ_CACHE_GB", str(bound / 2**30))
-    reader = StoreReader(whole)
-    reader.storage._cache._share //= 4  # type: ignore[attr-defined]
-    pids = [forked(partial(read_everything, reader)) for _ in range(2)]
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
-    used = sum(f.stat().st_blocks * 512 for f in kept(tmp_path))
-    assert 0.2 * bound / 4 < used <= 1.25 * bound / 4
-    assert not list(tmp_path.rglob(".*.tmp"))
-
-
-@pytest.mark.full
-def test_what_was_read_last_stays(tmp_path: Path) -> None:
-    from kdcli.store.storage.read_cache import PARTS, ReadCache
-
-    cache = ReadCache(tmp_path, PARTS * 64 * 4096)
-    chunk = b"data" + remote_chunk_crc(b"data")
-    cache.put("often", chunk)
-    for number in range(PARTS * 100):
-        cache.put(str(number), chunk)
-        if number % 50 == 0:
-            assert cache.get("often") == chunk, number
-    assert cache.get("0") is None
-
-
-@pytest.mark.parametrize("when", ["before it has its name", "after"])
-def test_another_process_makes_room_while_a_chunk_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
-    from kdcli.store.storage.read_cache import ReadCache
-
-    cache, replace = ReadCache(tmp_path, 2**30), os.replace
-    chunk = b"data" + remote_chunk_crc(b"data")
-
-    def raced(source: Path, target: Path) -> None:
-        if when == "after":
-            replace(source, target)
-        for file in tmp_path.rglob("*"):
-            if file.is_file():
-                file.unlink()
-        if when != "after":
-            replace(source, target)
-
-    monkeypatch.setattr(os, "replace", raced)
-    cache.put("name", chunk)
-    assert cache.get("name") is None
-    monkeypatch.undo()
-    cache.put("name", chunk)
-    assert cache.get("name") == chunk
-
-
-def remote_chunk_crc(data: bytes) -> bytes:
-    import google_crc32c
-
-    return int(google_crc32c.value(data)).to_bytes(4, "little")
-
-
-def test_a_size_that_is_no_number(whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KDCLI_READ_CACHE", "somewhere")
-    monkeypatch.setenv("KDCLI_READ_CACHE_GB", "much")
-    with pytest.raises(OptionError, match="KDCLI_READ_CACHE_GB='much' is not a number"):
-        open_storage(whole)
-
-
-@pytest.mark.full
-def test_a_real_store_and_a_run_from_it(
-    server: Server, shapes: Path, teacher: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = cache_options(shapes, teacher, method="rm")
-    local = write_real(options, tmp_path / "local")
-    assert run([
-        "cache-teacher", "--data", str(shapes), "--teacher", str(teacher), "--method", "rm", "--workers", "0",
-        "--shard-rows", "10", "--micro-batch", "4", "--threads", "1", "--out", url,
-    ]) == 0  # fmt: skip
-    assert server.objects(prefix(url)) == contents(local)
-    capsys.readouterr()
-    assert run(["cache", "info", url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["complete"]
-    assert run(["cache", "verify", url]) == 0
-    assert run(["cache", "bench", url, "--rows", "8", "--batch", "4", "--workers", "1"]) == 0
-
-    class Stopped(NullReporter):
-        """Ends a run after its first epoch."""
-
-        def stage(self, label: str, total: int) -> None:
-            if label == "epoch 2/2":
-                raise KeyboardInterrupt
-
-    wanted = asked("distill", shapes, method="rm", cache=url, workers=1)
-    with pytest.raises(KeyboardInterrupt):
-        launch.start(wanted, tmp_path / "run", Stopped(), overwrite=False)
-    assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["cache"] == url
-    _, stopped = launch.resume(tmp_path / "run", wanted, NullReporter())
-    _, straight = launch.start(
-        asked("distill", shapes, method="rm", cache=str(local), workers=0), tmp_path / "local-run", NullReporter(),
-        overwrite=False,
-    )  # fmt: skip
-    assert stopped["weights_sha256"] == straight["weights_sha256"]
-
-
-def test_merging_stores_of_both_kinds(server: Server, shapes: Path, teacher: Path, url: str, tmp_path: Path) -> None:
-    parts: list[Any] = []
-    for view, where in (("identity", tmp_path / "identity"), ("hflip", f"{url}/hflip")):
-        parts.append(where)
-        write_real(cache_options(shapes, teacher, method="rm", views=view), where)
-    merge(parts, f"{url}/both", None, NullReporter())
-    merge([parts[0], f"{url}/hflip"], tmp_path / "both", None, NullReporter())
-    assert server.objects(f"{prefix(url)}/both") == contents(tmp_path / "both")
-    np.testing.assert_array_equal(StoreReader(f"{url}/both").image_ids, StoreReader(tmp_path / "both").image_ids)

@@ -19,14 +19,14 @@ def test_it_tries_for_as_long_as_patience_lasts(patience: float, tries: int, mon
     clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
     monkeypatch.setattr(object_store_worker, "time", clock)
     monkeypatch.setattr(object_store_worker, "random", SimpleNamespace(uniform=lambda low, high: high))
-    asked = []
+    run_request = []
 
     def work() -> None:
-        asked.append(len(waits))
+        run_request.append(len(waits))
         raise exceptions.GenericError("error sending request")
 
     with pytest.raises(exceptions.GenericError):
         object_store_worker.attempt(work, patience)
-    assert asked == list(range(tries))
+    assert run_request == list(range(tries))
     assert sum(waits) <= max(patience, 0.31)  # three tries at least
     assert waits == sorted(waits)

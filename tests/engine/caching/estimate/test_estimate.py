@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kdcli.cli.main import run
-from kdcli.engine.caching.estimate import count as counting
+from kdcli.engine.caching.estimate import count as count_module
 from kdcli.engine.caching.estimate.count import count_micro_batches, count_units, mean_at, scattered, units_of
 from kdcli.engine.caching.estimate.estimate import Estimate, Workload, break_even, estimate, run_seconds, stage_seconds
 from kdcli.engine.caching.estimate.probe import StageTimings
@@ -117,7 +117,7 @@ def test_some_rows_stand_for_all(uneven: Path, teacher: Path, monkeypatch: pytes
     plan = plan_of(uneven, teacher, "ld,rm")
     whole = count_units(plan)
     assert whole.totals == {path: pytest.approx(float(values.sum())) for path, values in whole.units.items()}
-    monkeypatch.setattr(counting, "COUNT_ROWS", 20)
+    monkeypatch.setattr(count_module, "COUNT_ROWS", 20)
     some = count_units(plan)
     assert len(some.items) == 20
     for path, total in whole.totals.items():
@@ -130,8 +130,8 @@ def test_some_rows_stand_for_all(uneven: Path, teacher: Path, monkeypatch: pytes
 
 def test_slow_counting_stops(shapes: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(shapes, teacher, "ld")
-    monkeypatch.setattr(counting, "COUNT_SECONDS", 0.0)
-    monkeypatch.setattr(counting, "LEAST_ROWS", 7)
+    monkeypatch.setattr(count_module, "COUNT_SECONDS", 0.0)
+    monkeypatch.setattr(count_module, "LEAST_ROWS", 7)
     assert len(count_units(plan).items) == 7
 
 
