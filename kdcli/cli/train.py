@@ -69,6 +69,7 @@ def _launch(
     from kdcli.engine.training import launch, run_config
     from kdcli.options import parse_assignments, read_toml
     from kdcli.report.progress import reporting
+    from kdcli.report.text import MARK
 
     fields = read_toml(config) if config else {}
     request = run_config.from_flags(command, fields, given, model, parse_assignments(assignments or []))
@@ -100,7 +101,7 @@ def _launch(
             ap = "not defined" if metrics["ap"] is None else f"{metrics['ap']:.2f}"
             reporter.message(f"{run}: AP {ap} after {pluralize(metrics['epochs'], 'epoch')}, {metrics['wall_s']:.0f} s")
             for approximation in metrics.get("approximations", ()):  # a run from before this was noted has none
-                reporter.message(f"  ≈ {approximation}")
+                reporter.message(f"  {MARK} {approximation}")
     return 0
 
 

@@ -62,16 +62,16 @@ def _equal_settings(run: Run, other: Run) -> int:
     return sum(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
 
 
-def note_unlike_baseline(members: Sequence[Sequence[Run]], names: Sequence[str], notes: list[str]) -> None:
+def note_unlike_baseline(members: Sequence[Sequence[Run]], labels: Sequence[str], notes: list[str]) -> None:
     """Say where a difference to the baseline is not due to distillation alone."""
     base = members[0][0]
-    for group, name in zip(members[1:], names[1:], strict=True):
+    for group, label in zip(members[1:], labels[1:], strict=True):
         run = group[0]
         if run.command != "distill":
             continue
         apart = [word for word, a, b in _shape(run, base) if a != b]
         if apart:
-            notes.append(f"{name} differs from the baseline in {' and '.join(apart)} too, not in distillation alone")
+            notes.append(f"{label} differs from the baseline in {' and '.join(apart)} too, not in distillation alone")
 
 
 def _shape(run: Run, base: Run) -> list[tuple[str, Any, Any]]:

@@ -18,6 +18,7 @@ from kdcli.report.naming import method_names, name_groups
 from kdcli.report.runs import Run, load_runs
 from kdcli.report.stats import Difference, Summary, difference, summarize
 from kdcli.report.teachers import TeacherRow, find_teachers, teacher_runs
+from kdcli.report.text import MARK
 
 __all__ = ["Comparison", "Group", "TeacherRow", "Unfinished", "compare", "load_runs"]
 
@@ -53,6 +54,14 @@ class Group:
     approximations: tuple[str, ...]
     per_class: dict[str, float | None]
 
+    @property
+    def label(self) -> str:
+        """The name as tables and plots show it: behind the mark when the group approximates anything.
+
+        The table of results alone shows the bare name, since its row spells the approximations out.
+        """
+        return f"{MARK} {self.name}" if self.approximations else self.name
+
 
 @dataclass(frozen=True)
 class Unfinished:
@@ -77,6 +86,13 @@ class Comparison:
     def students(self) -> tuple[Group, ...]:
         """The groups, except a teacher of a single run: it has its row among ``teachers``."""
         return tuple(group for group in self.groups if group.role != "teacher" or len(group.runs) > 1)
+
+    @property
+    def footnotes(self) -> tuple[str, ...]:
+        """What the mark stands for: a line for each group that approximates; none when none does."""
+        return tuple(
+            f"{group.label}: {'; '.join(group.approximations)}" for group in self.groups if group.approximations
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything as dicts, lists, strings and numbers; runs appear as path, seed and AP."""
@@ -109,8 +125,6 @@ def compare(runs: Sequence[Run], baseline: Path | None = None) -> Comparison:
     if base is not None:
         roles[0] = "baseline"
     names = name_groups([group[0] for group in members], roles)
-    if base is not None:
-        note_unlike_baseline(members, names, notes)
     reference = _ap_by_seed(members[0]) if base is not None else None
     groups = tuple(
         _summarize(
@@ -121,6 +135,8 @@ def compare(runs: Sequence[Run], baseline: Path | None = None) -> Comparison:
         )
         for group, name, role in zip(members, names, roles, strict=True)
     )
+    if base is not None:
+        note_unlike_baseline(members, [group.label for group in groups], notes)
     return Comparison(
         groups=groups,
         teachers=find_teachers(finished, {run.path: g.name for g in groups for run in g.runs}),

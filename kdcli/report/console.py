@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdcli.report.compare import Comparison, Group
-from kdcli.report.text import duration, millions, number, plain, signed, size, spelled, with_interval
+from kdcli.report.text import MARK, duration, millions, number, plain, signed, size, spelled, with_interval
 
 if TYPE_CHECKING:
     from kdcli.engine.evaluation.coco_metrics import Metrics
@@ -67,6 +67,8 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     console.print(Text("± is the 95 % interval over seeds (Student t), paired by seed where seeds match", style="dim"))
     if comparison.settings_diff.keys() - {"command", "method"}:
         console.print(table_of_settings(comparison))
+        for footnote in comparison.footnotes:
+            console.print(Text(plain(footnote), style="yellow"))
     for run in comparison.unfinished:
         console.print(Text(f"left out: {plain(run.path)}: {plain(run.problem)}", style="yellow"))
     for note in comparison.notes:
@@ -87,7 +89,7 @@ def table_of_comparison(
     for group in comparison.students:
         name = Text(plain(group.name), style="bold" if group.role == "baseline" else "")
         for approximation in group.approximations:
-            name.append(f"\n≈ {plain(approximation)}", style="yellow")
+            name.append(f"\n{MARK} {plain(approximation)}", style="yellow")
         table.add_row(name, *(Text(value(group)) for _, value in columns))
     return table
 
@@ -97,12 +99,13 @@ def table_of_settings(comparison: Comparison) -> Table:
     table = _table("Settings that differ", "setting", [])
     table.add_column("value", overflow="fold")
     table.add_column("groups", overflow="fold")
+    labels = {group.name: group.label for group in comparison.groups}
     for key, by_group in comparison.settings_diff.items():
         if key in ("command", "method"):  # the names of the groups say it
             continue
         users: dict[str, list[str]] = {}
         for name, value in by_group.items():
-            users.setdefault(spelled(value), []).append(plain(name))
+            users.setdefault(spelled(value), []).append(plain(labels[name]))
         for i, (value, names) in enumerate(sorted(users.items(), key=lambda item: -len(item[1]))):
             others = i == 0 and len(names) > 1
             table.add_row(

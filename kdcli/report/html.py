@@ -11,7 +11,7 @@ from kdcli.files import atomic_write_text
 from kdcli.report import svg
 from kdcli.report.compare import Comparison, Group
 from kdcli.report.runs import flatten
-from kdcli.report.text import duration, millions, number, plain, signed, size, spelled, with_interval
+from kdcli.report.text import MARK, duration, millions, number, plain, signed, size, spelled, with_interval
 
 # What env.json says about one run, not about where the runs were made.
 _ONE_RUN_ONLY = frozenset({"argv", "seed", "started", "finished", "teacher", "store"})
@@ -64,7 +64,7 @@ def render_html(comparison: Comparison) -> str:
 <body>
 <h1>kdcli comparison</h1>
 <p class="gist">{escape(gist(comparison))}</p>
-{"".join(sections)}
+{"".join(sections)}{_soft(comparison.footnotes)}
 <p class="soft">Written by kdcli {escape(__version__)}.</p>
 </body>
 </html>
@@ -79,7 +79,7 @@ def gist(comparison: Comparison) -> str:
     if not compared or base is None:
         return "There is no baseline to compare with." if comparison.groups else "There is no finished run."
     _, best, diff = max(compared, key=lambda item: item[0])
-    start = f"{plain(best.name)} reaches {number(best.ap.mean)} AP, the baseline {number(base.ap.mean)}: "
+    start = f"{plain(best.label)} reaches {number(best.ap.mean)} AP, the baseline {number(base.ap.mean)}: "
     start += f"a difference of {with_interval(diff.mean, diff.ci95, plus=True)} ({diff.how})."
     if diff.ci95 is None:
         return f"{start} One seed cannot say how much of it is chance."
@@ -122,7 +122,7 @@ def _results(comparison: Comparison) -> str:
 
 def _result_cells(group: Group) -> list[str]:
     name = escape(plain(group.name))
-    name += "".join(f"<br/><small>≈ {escape(plain(used))}</small>" for used in group.approximations)
+    name += "".join(f"<br/><small>{MARK} {escape(plain(used))}</small>" for used in group.approximations)
     diff = "-"
     if group.diff is not None:
         diff = (
@@ -143,6 +143,10 @@ def _remarks(comparison: Comparison) -> str:
         *(f"{teacher.name}: AP from {teacher.source}" for teacher in comparison.teachers),
         *(f"left out: {run.path}: {run.problem}" for run in comparison.unfinished),
     ]
+    return _soft(lines)
+
+
+def _soft(lines: Sequence[str]) -> str:
     return "".join(f'<p class="soft">{escape(plain(line))}</p>' for line in lines)
 
 
@@ -153,25 +157,25 @@ def _curves(comparison: Comparison) -> str:
 
 
 def _settings(comparison: Comparison) -> str:
-    names = [group.name for group in comparison.groups if group.role != "teacher"]
+    groups = [group for group in comparison.groups if group.role != "teacher"]
     rows = [
-        ("", [escape(plain(key)), *(escape(spelled(values[name])) for name in names)])
+        ("", [escape(plain(key)), *(escape(spelled(values[group.name])) for group in groups)])
         for key, values in comparison.settings_diff.items()
     ]
-    return _table(["setting", *names], rows, "left") if rows else ""
+    return _table(["setting", *(group.label for group in groups)], rows, "left") if rows else ""
 
 
 def _classes(comparison: Comparison) -> str:
     groups = comparison.students
     classes = dict.fromkeys(name for group in groups for name in group.per_class)
     rows = [("", [escape(plain(c)), *(number(group.per_class.get(c)) for group in groups)]) for c in classes]
-    table = _table(["class", *(group.name for group in groups)], rows) if rows else ""
+    table = _table(["class", *(group.label for group in groups)], rows) if rows else ""
     return table and f"<details><summary>{len(rows)} classes</summary>{table}</details>"
 
 
 def _runs(comparison: Comparison) -> str:
     rows = [
-        ("", [escape(plain(value)) for value in (group.name, run.seed, number(run.value("ap")), run.path)])
+        ("", [escape(plain(value)) for value in (group.label, run.seed, number(run.value("ap")), run.path)])
         for group in comparison.groups
         for run in group.runs
     ]

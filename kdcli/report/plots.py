@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from kdcli.files import atomic_write_bytes
 from kdcli.report.colours import chart_colour
 from kdcli.report.compare import Comparison, Group
 from kdcli.report.runs import Run, mean_curve
-from kdcli.report.text import plain, signed, with_interval
+from kdcli.report.text import MARK, plain, signed, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +72,7 @@ def plot_ap(comparison: Comparison, path: Path) -> None:
     _as_rows(bars, len(groups))
     if compared:
         _plot_differences(figure.add_subplot(1, 2, 2), groups)
+    _add_footnotes(figure, comparison.footnotes)
     _save(figure, path)
 
 
@@ -92,6 +94,7 @@ def plot_learning_curves(comparison: Comparison, path: Path) -> None:
     for teacher in comparison.teachers:
         axes.axhline(teacher.ap, color="#555555", linestyle="--", linewidth=1, label=f"teacher {teacher.ap:.1f}")
     _finish(axes, "AP (mean of the seeds; band: lowest to highest)")
+    _add_footnotes(figure, comparison.footnotes)
     _save(figure, path)
 
 
@@ -118,6 +121,7 @@ def plot_run(run: Run, path: Path) -> None:
             axes.set_yscale("log")
         axes.set_xlim(0.5, last + 0.5)
         _finish(axes, title)
+    _add_footnotes(figure, [f"{MARK} {approximation}" for approximation in run.approximations])
     _save(figure, path)
 
 
@@ -162,13 +166,22 @@ def _highest(comparison: Comparison) -> float:
 
 def _label(group: Group) -> str:
     seeds = len(group.seeds)
-    return _text(f"{group.name}, {seeds} seed{'s' if seeds > 1 else ''}")
+    return _text(f"{group.label}, {seeds} seed{'s' if seeds > 1 else ''}")
 
 
 def _text(name: str) -> str:
     """A name as matplotlib draws it literally: dollars start no formula, a leading underscore does not hide it."""
     shown = plain(name).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
+
+
+def _add_footnotes(figure: Figure, footnotes: Sequence[str]) -> None:
+    """What the marks stand for, below the panels; the figure grows by the lines, so that the panels keep their size."""
+    width = int(14 * figure.get_figwidth())  # characters of 8 points that surely fit
+    lines = [_text(line) for footnote in footnotes for line in textwrap.wrap(plain(footnote), width)]
+    if lines:
+        figure.set_figheight(figure.get_figheight() + 0.1 + 0.16 * len(lines))
+        figure.supxlabel("\n".join(lines), x=0.01, ha="left", multialignment="left", fontsize=8)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -154,7 +154,7 @@ def _whisker(x: Callable[[float], float], mean: float, ci95: float | None, middl
 
 
 def _row_name(group: Group, middle: float) -> str:
-    full = plain(group.name)
+    full = plain(group.label)
     short = full if len(full) <= 32 else full[:31] + "…"
     text = f"{escape(short)}<title>{_name(group)}</title>"
     return f'<text x="{_NAME - 8}" y="{middle + 4:.1f}" text-anchor="end">{text}</text>'
@@ -163,7 +163,7 @@ def _row_name(group: Group, middle: float) -> str:
 def _name(group: Group) -> str:
     seeds = len(group.seeds)
     gain = f", {signed(group.diff.mean)} AP" if group.diff is not None else ""
-    return escape(f"{plain(group.name)} ({seeds} seed{'s' if seeds > 1 else ''}{gain})")
+    return escape(f"{plain(group.label)} ({seeds} seed{'s' if seeds > 1 else ''}{gain})")
 
 
 def _svg(height: float, title: str, parts: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
+MARK = "≈"  # before the name of what approximates the paper's loss, and before the words that say how
 _MISSING = "-"
 # Marks that reorder or hide the text around them; joiners stay, some scripts need them.
 _BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff\u2028\u2029")
