@@ -8,8 +8,6 @@ modules keep torchvision's names, so its checkpoints load as they are.
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,10 +178,9 @@ def _imagenet(name: str) -> dict[str, Tensor]:
     # V1, not V2 where there are two: what mmdet's and torchvision's own detectors start from.
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # torch.hub prints that it downloads; stdout is the caller's
-            state: dict[str, Tensor] = weights.get_state_dict(
-                progress=False, check_hash=True, map_location="cpu", weights_only=True
-            )
+        state: dict[str, Tensor] = weights.get_state_dict(
+            progress=False, check_hash=True, map_location="cpu", weights_only=True
+        )
     except OSError as error:  # URLError is one
         raise MissingPathError(
             f"backbone weights 'imagenet': cannot get {weights.url} ({error}); download it elsewhere and pass its path"
