@@ -20,7 +20,9 @@ from kdcli.structures import Batch, Canvas
 from kdcli.tensors import Tensors, precise
 
 TWO_STAGE = {"fg_weight": 5e-5, "bg_weight": 2.5e-5, "attention_weight": 5e-5, "relation_weight": 5e-7}
-TWO_STAGE_LEVELS = 4  # P2..P5: the official two-stage configurations read the four convolutions of the neck, not its pooled P6
+TWO_STAGE_LEVELS = (
+    4  # P2..P5: the official two-stage configurations read the four convolutions of the neck, not its pooled P6
+)
 # the official FCOS configuration, the only dense one that differs
 FCOS = {"fg_weight": 1.6e-3, "bg_weight": 8e-4, "attention_weight": 8e-4, "relation_weight": 8e-6, "temperature": 0.8}
 
@@ -29,8 +31,9 @@ class FGD(Method):
     """Foreground, background, attention and global relation.
 
     Options: ``fg_weight``, ``bg_weight``, ``attention_weight``, ``relation_weight`` (alpha, beta, gamma, lambda of the
-    paper); ``temperature`` of both attentions. On Faster R-CNN the levels P2 to P5 are read, elsewhere all. Sums over cells and channels, divided by the images of the global batch.
-    When the channels differ, a 1x1 convolution for each level maps the student's to the teacher's.
+    paper); ``temperature`` of both attentions. On Faster R-CNN the levels P2 to P5 are read, elsewhere all. Sums over
+    cells and channels, divided by the images of the global batch. When the channels differ, a 1x1 convolution for each
+    level maps the student's to the teacher's.
     """
 
     title = "Focal and Global Knowledge Distillation for Detectors, CVPR 2022, arXiv 2111.11837"

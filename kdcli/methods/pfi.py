@@ -31,9 +31,10 @@ WEIGHT = 1.5 / 3**2
 class PFI(Method):
     """Feature imitation weighted by the difference of the predictions.
 
-    Options: ``weight``, chosen for the default form; ``pred_space``: differences of probabilities (default) or of logits; ``form``: ``squared`` (the
-    paper's), ``linear`` or ``norm``; ``detach_pdif`` stops the gradient through the weight. When the channels differ, a
-    1x1 convolution without bias maps student features to the teacher's; it is trained, and left behind at export.
+    Options: ``weight``, chosen for the default form; ``pred_space``: differences of probabilities (default) or of logits;
+    ``form``: ``squared`` (the paper's), ``linear`` or ``norm``; ``detach_pdif`` stops the gradient through the weight. When
+    the channels differ, a 1x1 convolution without bias maps student features to the teacher's; it is trained, and left
+    behind at export.
     """
 
     title = "Prediction-guided Feature Imitation, AAAI 2022, arXiv 2112.04840"
