@@ -32,7 +32,7 @@ class ModelOptions:
     reg_max: int = 16  # bins per edge minus one
     box: Literal["default", "distribution"] = "default"  # distribution: edge logits, which LD needs, on any dense head
     fcos: Literal["normalised", "plain"] = "normalised"  # fcos only; plain: without the later improvements
-    bn: Literal["auto", "train", "frozen", "sync"] = "auto"  # auto: trained from scratch, frozen when pretrained
+    bn: Literal["auto", "train", "norm_eval", "frozen", "sync"] = "auto"  # auto: train; pretrained: norm_eval
 
 
 @dataclass(frozen=True, kw_only=True)
