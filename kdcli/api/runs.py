@@ -45,6 +45,7 @@ class DistillSettings(RunSettings, total=False):
     """What ``distill`` takes beside them."""
 
     shuffle: Literal["full", "shards"]
+    gradient_limit: float
     method: str | Sequence[str]  # 'ld,pfi' or ['ld', 'pfi']
     cache: str | Path | None
     teacher: str | Path | None

@@ -44,7 +44,8 @@ def distill(
     seed: f.Seed = None, seeds: f.Seeds = None, batch: f.BatchSize = None, views: f.Views = None,
     backbone_weights: f.BackboneWeights = None, init_from: f.InitFrom = None, device: f.Device = None,
     amp: f.Amp = None, workers: f.Workers = None, threads: f.Threads = None, eval_every: f.EvalEvery = None,
-    shuffle: f.Shuffle = None, skip_bad: f.SkipBad = None, deterministic: f.Deterministic = None,
+    shuffle: f.Shuffle = None, gradient_limit: f.GradientLimit = None, skip_bad: f.SkipBad = None,
+    deterministic: f.Deterministic = None,
     config: f.Config = None, set_: f.Set = None, out: f.OutRun = None, resume: f.Resume = None,
     overwrite: f.Overwrite = False, json: f.Json = False,
 ) -> int:  # fmt: skip
@@ -55,7 +56,8 @@ def distill(
     given = f.collect(
         data=data, cache=cache, teacher=teacher, method=method, canvas=canvas, epochs=epochs, seed=seed, batch=batch,
         views=views, backbone_weights=backbone_weights, init_from=init_from, device=device, amp=amp, workers=workers,
-        threads=threads, eval_every=eval_every, shuffle=shuffle, skip_bad=skip_bad, deterministic=deterministic,
+        threads=threads, eval_every=eval_every, shuffle=shuffle, gradient_limit=gradient_limit, skip_bad=skip_bad,
+        deterministic=deterministic,
     )  # fmt: skip
     return _launch("distill", given, model, config, set_, seeds, out, resume, overwrite, json)
 

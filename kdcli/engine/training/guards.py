@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import GateError
+from kdcli.options import TrainOptions
 
 ZERO_STEPS = 50  # a term may be exactly 0 for so many active steps in a row
-GRADIENT_LIMIT = 100.0  # times the detection loss's gradient norm
 
 
 def require_finite(terms: Mapping[str, float], step: int) -> None:
@@ -37,17 +37,28 @@ def gradient_norms(parameters: list[nn.Parameter], terms: Mapping[str, Tensor]) 
     return norms
 
 
-def require_sane_gradients(norms: Mapping[str, float], detection: float, options: Mapping[str, str]) -> None:
-    """Raises GateError when a term's first gradient would drown the detection loss: it ruins students silently.
+def require_sane_gradients(
+    norms: Mapping[str, float], detection: float, options: Mapping[str, str], limit: float
+) -> list[str]:
+    """Warnings for terms whose first gradient norm is more than the usual limit times the detection loss's, ``detection``.
 
-    ``options``: the ``--set`` key that scales each term.
+    Raises GateError for one above ``limit`` times it, unless that is 0: it ruins students silently. ``options``: the
+    ``--set`` key that scales each term.
     """
+    warnings = []
     for name, norm in norms.items():
-        if norm > GRADIENT_LIMIT * detection:
+        found = (
+            f"{name}: its first gradient norm is {norm:.3g}, {norm / max(detection, 1e-12):.0f} times that of the "
+            f"detection loss ({detection:.3g})"
+        )
+        if limit and norm > limit * detection:
             raise GateError(
-                f"{name}: its first gradient norm is {norm:.3g}, {norm / max(detection, 1e-12):.0f} times that of the "
-                f"detection loss ({detection:.3g}); lower its weight (--set {options[name]}=...)"
+                f"{found}, the limit is {limit:g}; lower its weight (--set {options[name]}=...), or allow it with "
+                "--gradient-limit 0 (published weights can need it on a student trained from scratch)"
             )
+        if norm > TrainOptions.gradient_limit * detection:
+            warnings.append(f"warning: {found}; --gradient-limit {limit:g} allows it")
+    return warnings
 
 
 class ZeroGuard:

@@ -11,7 +11,7 @@ from kdcli.engine.runtime import distributed
 from kdcli.engine.runtime.memory import reset_peak_memory
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.training import run_folder
-from kdcli.engine.training.run_config import CONTENT_FIELDS, RunRequest, resolved_fields
+from kdcli.engine.training.run_config import CONTENT_FIELDS, FREE_FIELDS, RunRequest, resolved_fields
 from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.trainer import Trainer
 from kdcli.errors import OptionError
@@ -34,14 +34,16 @@ def start(
 def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[Path, dict[str, Any]]:
     """Continue ``run``; a finished one just gives its metrics. Raises OptionError when a setting would change.
 
-    Data set, store and teacher may have moved: what is in them is compared, not where they are.
+    Data set, store and teacher may have moved: what is in them is compared, not where they are. The limit of a term's first
+    gradient may change: a run that it stopped goes on with another.
     """
     stored = began = run_folder.read_config(run)
     if stored.command != request.command:
         raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
     fields = resolved_fields(request.fields, stored)
     moved = {name: fields[name] for name in CONTENT_FIELDS if fields.get(name) and getattr(began, name)}
-    stored = build(TrainOptions, layer(to_plain(began), moved))
+    free = {name: fields[name] for name in FREE_FIELDS if name in fields}
+    stored = build(TrainOptions, layer(to_plain(began), moved, free))
     run_folder.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))
     metrics = run_folder.read_metrics(run)
     if metrics is not None:

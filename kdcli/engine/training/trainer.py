@@ -167,7 +167,10 @@ class Trainer:
         first = [n for n in distillation if norms[n] > 0 and n not in self.state.checked]
         if first:
             options = {n: self.step.weight_option(n) for n in first}
-            require_sane_gradients({n: norms[n] for n in first}, norms["detection"], options)
+            limit = self.options.gradient_limit
+            found = require_sane_gradients({n: norms[n] for n in first}, norms["detection"], options, limit)
+            for message in found:
+                self.reporter.message(message)
             self.state.checked += first
             base = sum(values[n] for n in detection)
             for name in first:
