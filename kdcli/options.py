@@ -20,6 +20,8 @@ from kdcli.errors import MissingPathError, OptionError, did_you_mean
 
 T = TypeVar("T")
 
+RULES = 2  # of training and methods, see kdcli/engine/training/old_runs.py: which edition a new run begins under
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -58,7 +60,9 @@ class OptimOptions:
             _require(self, name, lambda v: 0 <= v < math.inf, "at least 0")
         if self.steps is not None:
             if self.schedule != "step":
-                raise OptionError(f"steps = {list(self.steps)}: schedule is '{self.schedule}', which has none; leave one out")
+                raise OptionError(
+                    f"steps = {list(self.steps)}: schedule is '{self.schedule}', which has none; leave one out"
+                )
             if self.steps != tuple(sorted(set(self.steps))) or min(self.steps, default=1) < 1:
                 raise OptionError(f"steps = {list(self.steps)}: must be epochs, ascending, from 1 on, e.g. [8, 11]")
 
@@ -96,8 +100,10 @@ class TrainOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options of each method, resolved
+    rules: int = RULES  # the edition that these numbers are meant under; a run's config.toml without it is of edition 1
 
     def __post_init__(self) -> None:
+        _require(self, "rules", lambda v: 1 <= v <= RULES, f"from 1 to {RULES}; a newer kdcli wrote more")
         _require_positive(self, "epochs", "batch", "eval_every", "save_steps", "micro_batch", "threads")
         for name in ("seed", "workers"):
             _require(self, name, lambda v: v >= 0, "at least 0")

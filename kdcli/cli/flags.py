@@ -31,7 +31,9 @@ SkipBad = Annotated[bool | None, typer.Option("--skip-bad", help="Leave faulty i
 Deterministic = Annotated[bool | None, typer.Option("--deterministic", help="No TF32, deterministic algorithms.")]
 GradientLimit = Annotated[
     float | None,
-    typer.Option(min=0, help="Stop a run whose term has a first gradient over N times detection's (default 100; 0: never)."),
+    typer.Option(
+        min=0, help="Stop a run whose term has a first gradient over N times detection's (default 100; 0: never)."
+    ),
 ]
 Config = Annotated[Path | None, typer.Option(help="TOML file with the same fields; flags win.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="TABLE.KEY=VALUE, e.g. ld.temperature=8; repeatable.")]

@@ -68,12 +68,12 @@ def _launch(
 ) -> int:  # fmt: skip
     from kdcli.cli.json_output import print_json
     from kdcli.engine.runtime import distributed
-    from kdcli.engine.training import launch, run_config
-    from kdcli.options import parse_assignments, read_toml
+    from kdcli.engine.training import launch, run_config, run_folder
+    from kdcli.options import parse_assignments
     from kdcli.report.progress import reporting
     from kdcli.report.text import MARK
 
-    fields = read_toml(config) if config else {}
+    fields = run_folder.read_fields(config) if config else {}
     request = run_config.from_flags(command, fields, given, model, parse_assignments(assignments or []))
     with (
         contextlib.redirect_stdout(sys.stderr),  # torch.hub prints what it downloads; stdout is for --json alone

@@ -11,6 +11,7 @@ from kdcli.engine.runtime import distributed
 from kdcli.engine.runtime.memory import reset_peak_memory
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.training import run_folder
+from kdcli.engine.training.old_runs import refuse_resume
 from kdcli.engine.training.run_config import CONTENT_FIELDS, FREE_FIELDS, RunRequest, resolved_fields
 from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.trainer import Trainer
@@ -35,7 +36,7 @@ def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[
     """Continue ``run``; a finished one just gives its metrics. Raises OptionError when a setting would change.
 
     Data set, store and teacher may have moved: what is in them is compared, not where they are. The limit of a term's first
-    gradient may change: a run that it stopped goes on with another.
+    gradient may change: a run that it stopped goes on with another. A run of an earlier edition of the rules keeps its own.
     """
     stored = began = run_folder.read_config(run)
     if stored.command != request.command:
@@ -49,6 +50,7 @@ def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[
     if metrics is not None:
         reporter.message(f"{run} is finished")
         return run, metrics
+    refuse_resume(run, stored)
     setup = prepare(stored, frozenset(to_plain(stored)), reporter)
     before, now = run_folder.read_env(run), _environment(setup)
     changed = [k for k in ("data_sha256", "store", "teacher_sha256") if before.get(k) != now.get(k)]

@@ -102,7 +102,9 @@ def test_a_huge_gradient_can_be_allowed(shapes: Path, lossless_store: Path, mine
     """The stopped run goes on with another limit, to the weights of one that was begun with it; said once, recorded."""
     wanted = {"cache": str(lossless_store), "method": mine, "methods": {"mine": {"factor": 1e4}}}
     refused = run_request("distill", shapes, **wanted)
-    with pytest.raises(GateError, match=r"the limit is 100; lower .*--set mine.weight=.*allow it with --gradient-limit 0"):
+    with pytest.raises(
+        GateError, match=r"the limit is 100; lower .*--set mine.weight=.*allow it with --gradient-limit 0"
+    ):
         launch.start(refused, tmp_path / "run", NullReporter(), overwrite=False)
     assert main.run(["distill", "--resume", str(tmp_path / "run")]) == 6
     assert main.run(["distill", "--resume", str(tmp_path / "run"), "--gradient-limit", "0"]) == 0
@@ -112,7 +114,9 @@ def test_a_huge_gradient_can_be_allowed(shapes: Path, lossless_store: Path, mine
     _, metrics = launch.start(begun, tmp_path / "begun", heard, overwrite=False)
     said = [m for m in heard.messages if "first gradient norm" in m]
     assert len(said) == 1
-    assert re.match(r"warning: mine_mse: .* times that of the detection loss \(.*\); --gradient-limit 0 allows it", said[0])
+    assert re.match(
+        r"warning: mine_mse: .* times that of the detection loss \(.*\); --gradient-limit 0 allows it", said[0]
+    )
     resumed = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert resumed["weights_sha256"] == metrics["weights_sha256"]
 
