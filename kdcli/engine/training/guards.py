@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdcli.errors import GateError
 from kdcli.options import TrainOptions
 
+RATIO_RANGE = (0.01, 10.0)  # of a term's first value to the detection loss's: outside, the weight deserves a look
 ZERO_STEPS = 50  # a term may be exactly 0 for so many active steps in a row
 
 
@@ -58,6 +59,23 @@ def require_sane_gradients(
             )
         if norm > TrainOptions.gradient_limit * detection:
             warnings.append(f"warning: {found}; --gradient-limit {limit:g} allows it")
+    return warnings
+
+
+def unusual_values(values: Mapping[str, float], detection: float, dense: Collection[str]) -> list[str]:
+    """Warnings for terms whose first value lies outside RATIO_RANGE times the detection loss, ``detection``.
+
+    ``dense``: the terms that may be too small as well; sparse ones start small by design (LD weighs by the student's own
+    score).
+    """
+    warnings = []
+    for name, value in values.items():
+        ratio = value / max(detection, 1e-12)
+        if not (RATIO_RANGE[0] if name in dense else 0.0) <= ratio <= RATIO_RANGE[1]:
+            warnings.append(
+                f"warning: {name} starts at {value:.3g}, {ratio:.2g} times the detection loss ({detection:.3g}); usual is "
+                f"{RATIO_RANGE[0]} to {RATIO_RANGE[1]}"
+            )
     return warnings
 
 
