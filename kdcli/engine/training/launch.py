@@ -16,7 +16,7 @@ from kdcli.engine.training.run_config import CONTENT_FIELDS, FREE_FIELDS, RunReq
 from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.trainer import Trainer
 from kdcli.errors import OptionError
-from kdcli.options import TrainOptions, build, layer, to_plain
+from kdcli.options import RULES, TrainOptions, build, layer, to_plain
 
 
 def start(
@@ -76,6 +76,12 @@ def queue(
         if distributed.from_main((run / "config.toml").is_file()) and not overwrite:
             finished.append(resume(run, mine, reporter))
         else:
+            earlier = [str(done) for done, _ in finished if run_folder.read_config(done).rules < RULES]
+            if earlier:
+                reporter.message(
+                    f"warning: {run} begins under today's rules, {earlier[0]} began under earlier ones: `kdcli compare` shows "
+                    "them apart; for one group of seeds choose another --out"
+                )
             finished.append(start(mine, run, reporter, overwrite=overwrite))
     return finished
 

@@ -12,11 +12,13 @@ from torch import Tensor
 from kdcli.detectors.base import Detector
 from kdcli.detectors.build import ModelSpec, build_detector
 from kdcli.engine.runtime.progress import NullReporter
+from kdcli.engine.training import launch
 from kdcli.engine.training.old_runs import refuse_resume, to_today
 from kdcli.engine.training.run_folder import read_config, read_fields
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.methods import METHODS
 from kdcli.options import RULES, TrainOptions, build
+from tests.support.small_runs import run_request
 
 
 class Listening(NullReporter):
@@ -117,6 +119,20 @@ def test_what_cannot_go_on_is_refused(detector: str, method: str, reason: str | 
     heard = Listening()
     assert to_today(old, student("gfl"), heard).rules == RULES  # a new run from its config.toml is one of today
     assert any("the new run trains under today's rules" in m for m in heard.messages)
+
+
+def test_a_queue_says_when_its_seeds_differ(shapes: Path, tmp_path: Path) -> None:
+    fields = run_request("train", shapes, epochs=1)
+    launch.queue(fields, [0], tmp_path, NullReporter(), overwrite=False)
+    config = tmp_path / "seed-0" / "config.toml"
+    for edition, expected in (("rules = 2", 0), ("", 1)):
+        config.write_text(config.read_text().replace("rules = 2", edition))
+        heard = Listening()
+        seed = 1 + expected
+        launch.queue(fields, [0, seed], tmp_path, heard, overwrite=False)
+        said = [m for m in heard.messages if "began under earlier ones" in m]
+        assert len(said) == expected
+        assert read_config(tmp_path / f"seed-{seed}").rules == RULES
 
 
 def test_which_edition_a_file_is_of(tmp_path: Path) -> None:
