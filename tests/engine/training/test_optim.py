@@ -21,7 +21,7 @@ from tests.support.stopping import Stop, Stopping, weights
 @pytest.mark.parametrize(
     ("steps", "epochs", "drops"),
     [
-        ([8, 11], 12, [8, 11]),  # the COCO configurations of LD, BCKD and DRKD
+        ([8, 11], 12, [8, 11]),  # mmdet's schedule_1x
         ([3], 4, [3]),  # VOC: LD's and DeFeat's
         ([1, 2, 3], 4, [1, 2, 3]),
         ([], 4, []),
