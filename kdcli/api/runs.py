@@ -39,6 +39,7 @@ class RunSettings(TypedDict, total=False):
     skip_empty: bool
     deterministic: bool
     optim: Mapping[str, Any]  # table [optim]
+    rules: int  # the edition that numbers of a config.toml are meant under (docs/training.md)
 
 
 class DistillSettings(RunSettings, total=False):
