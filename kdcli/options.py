@@ -33,6 +33,7 @@ class ModelOptions:
     head_channels: int | None = None  # None: as many as fpn_channels
     reg_max: int = 16  # bins per edge minus one
     box: Literal["default", "distribution"] = "default"  # distribution: edge logits, which LD needs, on any dense head
+    box_loss: Literal["default", "ciou"] = "default"  # ciou: CIoU where the dense head has GIoU
     fcos: Literal["normalised", "plain"] = "normalised"  # fcos only; plain: without the later improvements
     bn: Literal["auto", "train", "norm_eval", "frozen", "sync"] = "auto"  # auto: train; pretrained: norm_eval
 

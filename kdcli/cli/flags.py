@@ -14,7 +14,9 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs (default 12).")]
 Seed = Annotated[int | None, typer.Option(help="Random seed (default 0).")]
 Seeds = Annotated[str | None, typer.Option(help="Several runs, e.g. 0,1,2: a queue in OUT/seed-N that resumes.")]
 BatchSize = Annotated[int | None, typer.Option("--batch", min=1, help="Images a step (default 16).")]
-Views = Annotated[str | None, typer.Option(help="Comma list of identity, hflip, crop-K (default identity,hflip).")]
+Views = Annotated[
+    str | None, typer.Option(help="Comma list of identity, hflip, crop-K, scale-K (default identity,hflip).")
+]
 BackboneWeights = Annotated[str | None, typer.Option(help="none, imagenet (download) or the path of a state dict.")]
 InitFrom = Annotated[str | None, typer.Option(help="Start a new run from the weights of this run or checkpoint.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 (default auto).")]

@@ -2,8 +2,9 @@
 
 Pipeline: crop -> resize (antialiased, size = int(side * scale + 0.5)) -> flip -> place top-left -> pad. Boxes follow
 the actual ratio of each axis, so that they fit the resized pixels and not the ideal scale; a flip mirrors about the
-content width. Views are ``identity``, ``hflip`` and ``crop-0``, ``crop-1``, ... (random resized crops that depend on
-the seed and the image alone).
+content width. Views are ``identity``, ``hflip``, ``crop-0``, ``crop-1``, ... (random resized crops) and ``scale-0``,
+``scale-1``, ... (the whole image at a random size, mirrored or not); the random ones depend on the seed and the image
+alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ CROP_AREA = (0.3, 1.0)  # share of the image area
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 CROP_TRIES = 10
 CROP_MIN_VISIBLE = 0.25  # share of a box's area that must remain in the crop
+SCALE_RANGE = (0.6, 1.0)  # of the size that fits: short side 480 to 800 on a canvas of 800x1344 (mmdet's multi-scale)
+NUMBERED = ("crop", "scale")  # views that come in any number
 CROP_MIN_SIDE = 2.0  # canvas pixels, of a box in a crop
 MIN_SIDE = 1.0  # canvas pixels, of a box in the whole image
 
@@ -78,18 +81,21 @@ class Geometry:
 def parse_views(text: str) -> tuple[str, ...]:
     """Names of the views that ``text`` asks for: ``"identity,hflip,crop-2"`` -> identity, hflip, crop-0, crop-1.
 
-    ``crop-K`` stands for K crops. Raises OptionError for an unknown word, a repetition or an empty list.
+    ``crop-K`` stands for K crops, ``scale-K`` for K sizes. Raises OptionError for an unknown word, a repetition or an
+    empty list.
     """
     names: list[str] = []
     for word in (part.strip() for part in text.split(",")):
         kind, dash, count = word.partition("-")
         if word in ("identity", "hflip"):
             added = [word]
-        elif kind == "crop" and dash and count.isascii() and count.isdigit() and int(count) >= 1:
-            added = [f"crop-{k}" for k in range(int(count))]
+        elif kind in NUMBERED and dash and count.isascii() and count.isdigit() and int(count) >= 1:
+            added = [f"{kind}-{k}" for k in range(int(count))]
         else:
-            fix = did_you_mean(word, ("identity", "hflip", "crop-1", "crop-4"))
-            raise OptionError(f"views '{text}': unknown view '{word}'{fix} (crop-K stands for K >= 1 crops)")
+            fix = did_you_mean(word, ("identity", "hflip", "crop-1", "crop-4", "scale-8"))
+            raise OptionError(
+                f"views '{text}': unknown view '{word}'{fix} (crop-K stands for K >= 1 crops, scale-K for K sizes)"
+            )
         if set(added) & set(names):
             raise OptionError(f"views '{text}': '{word}' is asked for twice; name every view once")
         names += added
@@ -98,9 +104,9 @@ def parse_views(text: str) -> tuple[str, ...]:
 
 def format_views(names: Sequence[str]) -> str:
     """The inverse of ``parse_views``: identity, crop-0, crop-1 -> ``"identity,crop-2"``."""
-    words = [name for name in names if not name.startswith("crop-")]
-    crops = len(names) - len(words)
-    return ",".join([*words, f"crop-{crops}"] if crops else words)
+    kinds = [name.partition("-")[0] for name in names]
+    counts = {kind: kinds.count(kind) for kind in kinds}  # in the order of their first view
+    return ",".join(f"{kind}-{count}" if kind in NUMBERED else kind for kind, count in counts.items())
 
 
 def orient(canvas: Canvas, height: int, width: int) -> Canvas:
@@ -114,20 +120,23 @@ def orient(canvas: Canvas, height: int, width: int) -> Canvas:
 def view_geometry(canvas: Canvas, height: int, width: int, view: str, seed: int, image_id: int) -> Geometry:
     """The geometry of one view of one image: a pure function of its arguments, equal on every machine.
 
-    ``height``, ``width``: image pixels. ``seed`` and ``image_id`` matter to crops only. Raises OptionError for an
-    unknown view name.
+    ``height``, ``width``: image pixels. ``seed`` and ``image_id`` matter to crops and sizes only. Raises OptionError for
+    an unknown view name.
     """
-    crop = (0, 0, width, height)
+    crop, flip, share = (0, 0, width, height), view == "hflip", 1.0
     if view.startswith("crop-"):
         crop = _random_crop(height, width, _uniform(f"{seed}/{image_id}/{view}"))
+    elif view.startswith("scale-"):
+        draw = _uniform(f"{seed}/{image_id}/{view}")
+        share, flip = draw(*SCALE_RANGE), draw(0, 1) < 0.5
     elif view not in ("identity", "hflip"):
         raise OptionError(f"unknown view '{view}'{did_you_mean(view, ('identity', 'hflip', 'crop-0'))}")
     side_w, side_h = crop[2] - crop[0], crop[3] - crop[1]
     oriented = orient(canvas, side_h, side_w)
-    scale = min(oriented.height / side_h, oriented.width / side_w)
+    scale = min(oriented.height / side_h, oriented.width / side_w) * share
     # 1 px at least: a 3000 x 4 strip on a small canvas would round to nothing
     content = (max(1, int(side_h * scale + 0.5)), max(1, int(side_w * scale + 0.5)))
-    return Geometry(height, width, crop, view == "hflip", content, oriented)
+    return Geometry(height, width, crop, flip, content, oriented)
 
 
 def render(image: Tensor, geometry: Geometry) -> Tensor:

@@ -22,6 +22,7 @@ from kdcli.tensors import Tensors, TensorSpec
 
 BatchNormMode = Literal["auto", "train", "norm_eval", "frozen", "sync"]
 BoxBranch = Literal["default", "distribution"]
+BoxLoss = Literal["default", "ciou"]
 FcosVariant = Literal["normalised", "plain"]
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1: what every torchvision backbone was trained with
@@ -38,8 +39,8 @@ class ModelSpec(JsonSpec):
     backbone batch norm: ``train`` (and nothing frozen), ``sync`` (train, with the statistics of all processes),
     ``norm_eval`` (statistics fixed everywhere, stem and first stage whole: mmdet's ``norm_eval=True, frozen_stages=1``),
     ``frozen`` (norm_eval, with scale and shift fixed too), ``auto`` = norm_eval with pretrained weights, else train; a
-    built detector never says ``auto``. box: ``distribution`` gives any
-    dense detector the edge logits that LD needs.
+    built detector never says ``auto``. box: ``distribution`` gives any dense detector the edge logits that LD needs.
+    box_loss: ``ciou`` puts CIoU in the place of a dense detector's GIoU.
     fcos: which of the two FCOS recipes; other detectors take the default alone. image_mean, stride_in_1x1: of converted
     weights that were trained otherwise: the mean of RGB in 0..1 that is taken off an image; the stride of a bottleneck in
     its first conv (Caffe's ResNets), not in its second.
@@ -54,6 +55,7 @@ class ModelSpec(JsonSpec):
     reg_max: int = 16
     bn: BatchNormMode = "auto"
     box: BoxBranch = "default"
+    box_loss: BoxLoss = "default"
     fcos: FcosVariant = "normalised"
     image_mean: tuple[float, ...] = IMAGE_MEAN
     stride_in_1x1: bool = False
@@ -69,7 +71,12 @@ class ModelSpec(JsonSpec):
                 continue
             if type(value) is not int or value < low:
                 raise OptionError(f"model.{name} = {value!r}: must be a whole number of at least {low}")
-        for name, hint in (("bn", BatchNormMode), ("box", BoxBranch), ("fcos", FcosVariant)):
+        for name, hint in (
+            ("bn", BatchNormMode),
+            ("box", BoxBranch),
+            ("box_loss", BoxLoss),
+            ("fcos", FcosVariant),
+        ):
             value, choices = getattr(self, name), get_args(hint)
             if value not in choices:
                 raise OptionError(f"model.{name} = {value!r}{did_you_mean(str(value), choices)}")

@@ -8,7 +8,7 @@ from kdcli.detectors.backbones import BACKBONES, Backbone, load_backbone_weights
 from kdcli.detectors.base import Detector, ModelSpec, count_parameters
 from kdcli.detectors.convert.recipes import MM_FASTER_RCNN, TORCHVISION, build_torchvision
 from kdcli.detectors.dense.detector import DenseDetector
-from kdcli.detectors.dense.recipes import ATSS, FCOS, FCOS_PLAIN, GFL, RETINANET, Recipe, with_distribution
+from kdcli.detectors.dense.recipes import ATSS, FCOS, FCOS_PLAIN, GFL, RETINANET, Recipe, with_options
 from kdcli.detectors.two_stage.detector import TwoStageDetector
 from kdcli.detectors.two_stage.recipes import FASTER_RCNN, TwoStageRecipe
 from kdcli.errors import OptionError, did_you_mean
@@ -68,7 +68,10 @@ def default_keys(detector: str) -> tuple[str, str]:
 
 
 def recipe_of(spec: ModelSpec) -> Recipe | TwoStageRecipe:
-    """The recipe of ``spec``: of its detector, FCOS variant and box branch. Raises OptionError on an unknown detector."""
+    """The recipe of ``spec``: of its detector, FCOS variant, box branch and box loss.
+
+    Raises OptionError on an unknown detector and on a box loss that it cannot have.
+    """
     if spec.detector not in DETECTORS:
         similar = did_you_mean(spec.detector, detector_names())
         if "did you mean" in similar:
@@ -76,9 +79,7 @@ def recipe_of(spec: ModelSpec) -> Recipe | TwoStageRecipe:
         raise OptionError(f"detector '{spec.detector}' is unknown; {YOURS}")
     recipe = FCOS_PLAIN if spec.fcos == "plain" else DETECTORS[spec.detector]
     assert not isinstance(recipe, type)  # a user's class has no recipe: _build does not ask for it
-    if isinstance(recipe, Recipe) and spec.box == "distribution":
-        return with_distribution(recipe)
-    return recipe
+    return with_options(recipe, spec) if isinstance(recipe, Recipe) else recipe
 
 
 def build_detector(spec: ModelSpec, backbone_weights: str = "none") -> Detector:

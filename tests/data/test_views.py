@@ -8,22 +8,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcli.data.views import PAD_RGB, Geometry, orient, parse_views, render, to_canvas, to_image, view_geometry
+from kdcli.data.views import (
+    PAD_RGB,
+    Geometry,
+    format_views,
+    orient,
+    parse_views,
+    render,
+    to_canvas,
+    to_image,
+    view_geometry,
+)
 from kdcli.errors import DataError, OptionError, StoreError
 from kdcli.structures import Canvas
 
 CANVASES = st.builds(Canvas, *(st.integers(1, 42).map(lambda n: 32 * n) for _ in range(2)))
 SIDES = st.integers(1, 3000)
-VIEWS = st.sampled_from(["identity", "hflip", "crop-0", "crop-3"])
+VIEWS = st.sampled_from(["identity", "hflip", "crop-0", "crop-3", "scale-0", "scale-1"])
 
 
 def test_view_names() -> None:
     assert parse_views("identity") == ("identity",)
     assert parse_views("identity, hflip,crop-2") == ("identity", "hflip", "crop-0", "crop-1")
+    assert parse_views("scale-2,identity") == ("scale-0", "scale-1", "identity")
+
+
+@pytest.mark.parametrize("text", ["identity", "hflip,identity", "crop-3,identity,scale-2,hflip", "scale-12"])
+def test_names_of_views_there_and_back(text: str) -> None:
+    assert format_views(parse_views(text)) == text  # in this order: a view is drawn by its place
 
 
 @pytest.mark.parametrize("text", ["", "identity,", "hflp", "crop-0", "crop-", "crop--1", "crop", "identity,identity",
-                                  "crop-2,crop-3"])  # fmt: skip
+                                  "crop-2,crop-3", "scale", "scale-0", "scale-0.6", "scale-2,scale-1"])  # fmt: skip
 def test_wrong_view_names(text: str) -> None:
     with pytest.raises(OptionError, match="view"):
         parse_views(text)
@@ -56,7 +72,11 @@ def test_geometry_is_possible_and_survives_its_array(
     assert Geometry.from_array(geometry.to_array()) == geometry  # which also checks that it is possible
     assert geometry.canvas in (canvas, canvas.transposed)
     room = [c - s for c, s in zip(geometry.canvas.size, geometry.content, strict=True)]
-    assert min(room) == 0
+    if view.startswith("scale"):
+        shares = [c / side for c, side in zip(geometry.content, geometry.canvas.size, strict=True)]
+        assert 0.6 - 0.5 / min(geometry.canvas.size) <= max(shares) <= 1
+    else:
+        assert min(room) == 0
     if view.startswith("crop"):
         assert geometry == view_geometry(canvas, height, width, view, seed, 7)
 
@@ -76,6 +96,21 @@ def test_crops_are_fixed_for_ever() -> None:
     assert min(shares) < 0.35
 
 
+def test_sizes_are_fixed_for_ever() -> None:
+    """Stores hold these numbers; short sides are those of multi-scale training, 480 to 800 of 800, evenly."""
+    canvas = Canvas(800, 1344)
+    drawn = [view_geometry(canvas, 480, 640, f"scale-{k}", 0, 139) for k in range(4)]
+    assert [(g.content, g.flip) for g in drawn] == EXPECTED_SIZES
+    many = [view_geometry(canvas, 480, 640, f"scale-{k}", 1, image) for image in range(200) for k in range(2)]
+    shorts = np.array([g.content[0] for g in many])
+    assert (shorts.min(), shorts.max()) >= (480, 790)
+    assert shorts.max() <= 800
+    assert abs(shorts.mean() - 640) < 10  # 3 deviations of the mean of 400 draws are 14 px, these are fixed
+    assert 160 < sum(g.flip for g in many) < 240
+    assert all(g.crop == (0, 0, 640, 480) and abs(g.content[1] / g.content[0] - 4 / 3) < 0.003 for g in many)
+
+
+EXPECTED_SIZES = [((541, 721), False), ((769, 1026), False), ((659, 879), True), ((491, 655), True)]
 EXPECTED_CROPS = [(163, 78, 583, 471), (161, 59, 636, 467), (13, 4, 298, 339)]
 
 
@@ -96,7 +131,7 @@ def test_boxes_there_and_back(canvas: Canvas, height: int, width: int, view: str
     assert (again - there).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("view", ["identity", "hflip", "crop-0", "crop-1"])
+@pytest.mark.parametrize("view", ["identity", "hflip", "crop-0", "crop-1", "scale-0", "scale-2"])
 def test_a_box_follows_its_pixels(view: str) -> None:
     """A white rectangle is found on the canvas where its box says, within half a pixel of blur."""
     image = torch.zeros(3, 180, 260, dtype=torch.uint8)

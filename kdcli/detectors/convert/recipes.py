@@ -16,7 +16,7 @@ from torch import Tensor
 from kdcli.detectors.base import ModelSpec
 from kdcli.detectors.dense.decode import decode
 from kdcli.detectors.dense.detector import DenseDetector
-from kdcli.detectors.dense.recipes import FCOS, RETINANET, Recipe, with_distribution
+from kdcli.detectors.dense.recipes import FCOS, RETINANET, Recipe, with_options
 from kdcli.detectors.neck import NeckSpec
 from kdcli.detectors.two_stage.detector import TwoStageDetector
 from kdcli.detectors.two_stage.recipes import FASTER_RCNN, MMDET_POOLING, TwoStageRecipe
@@ -78,6 +78,5 @@ def build_torchvision(spec: ModelSpec) -> DenseDetector | TwoStageDetector:
     recipe = TORCHVISION[spec.detector]
     if isinstance(recipe, TwoStageRecipe):
         return TwoStageDetector(spec, recipe)
-    if spec.box == "distribution":
-        recipe = with_distribution(recipe)
+    recipe = with_options(recipe, spec)
     return TorchvisionFcos(spec, recipe) if spec.detector == TV_FCOS.name else DenseDetector(spec, recipe)

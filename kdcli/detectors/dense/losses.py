@@ -6,6 +6,7 @@ are part of the graph. Normalisers are over the global batch (``world_mean``), s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ QFL_BETA = 2.0
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 GIOU_WEIGHT, DFL_WEIGHT = 2.0, 0.25
 DFL_MARGIN = 0.1  # a distance target stays this far below the last bin, so that a right-hand bin exists
+Overlap = Callable[[Tensor, Tensor], Tensor]  # of box pairs [M, 4], predicted and true: what loss_bbox is 1 minus of
 RETINANET_STDS = (1.0, 1.0, 1.0, 1.0)
 ATSS_STDS = (0.1, 0.1, 0.2, 0.2)
 
@@ -96,9 +98,10 @@ def distribution_focal(distribution: Tensor, distance: Tensor) -> Tensor:
 
 
 def gfl_loss(
-    cls_logits: Tensor, box_distribution: Tensor, targets: Targets, grid: Grid, *, eps: float | None = None
-) -> dict[str, Tensor]:
-    """GFL's loss_cls (QFL), loss_bbox (GIoU, x2) and loss_dfl (x0.25), scalars; arXiv 2006.04388.
+    cls_logits: Tensor, box_distribution: Tensor, targets: Targets, grid: Grid, *, eps: float | None = None,
+    overlap: Overlap = aligned_giou,
+) -> dict[str, Tensor]:  # fmt: skip
+    """GFL's loss_cls (QFL), loss_bbox (GIoU or another ``overlap``, x2) and loss_dfl (x0.25), scalars; arXiv 2006.04388.
 
     ``cls_logits`` [B, N, K], ``box_distribution`` [B, N, 4, E]. Box terms are weighted by the positive's best score
     and divided by the sum of those weights: clamped at 1 as in mmdet, or plus ``eps`` as in the repositories of LD
@@ -117,7 +120,7 @@ def gfl_loss(
     total = world_mean(weight.sum(), least=1) if eps is None else world_mean(weight.sum()) + eps
     last = rows.shape[-1] - 1
     distance = encode_distances(center, goal).clamp(0, last - DFL_MARGIN)
-    loss_bbox = ((1 - aligned_giou(boxes, goal)) * weight).sum() / total
+    loss_bbox = ((1 - overlap(boxes, goal)) * weight).sum() / total
     loss_dfl = (distribution_focal(rows, distance).mean(dim=-1) * weight).sum() / total
     return {"loss_cls": loss_cls, "loss_bbox": GIOU_WEIGHT * loss_bbox, "loss_dfl": DFL_WEIGHT * loss_dfl}
 
@@ -130,10 +133,12 @@ def _focal_cls(logits: Tensor, found: Positives, average: Tensor) -> Tensor:
     return (loss * found.counted).sum() / average
 
 
-def retinanet_loss(cls_logits: Tensor, box: Tensor, targets: Targets, grid: Grid) -> dict[str, Tensor]:
+def retinanet_loss(
+    cls_logits: Tensor, box: Tensor, targets: Targets, grid: Grid, *, overlap: Overlap = aligned_giou
+) -> dict[str, Tensor]:
     """RetinaNet's loss_cls (focal) and loss_bbox (L1 of the deltas), scalars; arXiv 1708.02002.
 
-    ``cls_logits`` [B, N, K], ``box`` [B, N, 4] deltas. With edge logits [B, N, 4, E], loss_bbox is the GIoU (x2) of the
+    ``cls_logits`` [B, N, K], ``box`` [B, N, 4] deltas. With edge logits [B, N, 4, E], loss_bbox is the ``overlap`` (x2) of the
     decoded boxes, without weights, divided by the positives: LD's repository (arXiv 2102.12252).
     """
     found = gather_positives(targets)
@@ -141,7 +146,7 @@ def retinanet_loss(cls_logits: Tensor, box: Tensor, targets: Targets, grid: Grid
     loss_cls = _focal_cls(precise(cls_logits), found, found.average)
     if rows.ndim == 3:
         boxes, goal, _ = _in_strides(rows, found, targets, grid)
-        return {"loss_cls": loss_cls, "loss_bbox": GIOU_WEIGHT * (1 - aligned_giou(boxes, goal)).sum() / found.average}
+        return {"loss_cls": loss_cls, "loss_bbox": GIOU_WEIGHT * (1 - overlap(boxes, goal)).sum() / found.average}
     anchors = grid.anchors(targets.canvas, torch.float32, cls_logits.device)[found.anchor]
     error = (rows - encode_deltas(anchors, found.boxes, RETINANET_STDS)).abs()
     return {"loss_cls": loss_cls, "loss_bbox": error.sum() / found.average}
@@ -164,8 +169,16 @@ def _centerness(logits: Tensor, found: Positives, targets: Targets, grid: Grid) 
     return goal, F.binary_cross_entropy_with_logits(rows, goal, reduction="sum")
 
 
-def atss_loss(cls_logits: Tensor, box: Tensor, centerness: Tensor, targets: Targets, grid: Grid) -> dict[str, Tensor]:
-    """ATSS's loss_cls (focal), loss_bbox (GIoU, x2, weighted by centerness) and loss_centerness, scalars.
+def atss_loss(
+    cls_logits: Tensor,
+    box: Tensor,
+    centerness: Tensor,
+    targets: Targets,
+    grid: Grid,
+    *,
+    overlap: Overlap = aligned_giou,
+) -> dict[str, Tensor]:
+    """ATSS's loss_cls (focal), loss_bbox (1 - ``overlap``, x2, weighted by centerness) and loss_centerness, scalars.
 
     ``cls_logits`` [B, N, K], ``box`` [B, N, 4] deltas (stds .1 .1 .2 .2) or [B, N, 4, E] edge logits, ``centerness``
     [B, N, 1] logits; arXiv 1912.02424.
@@ -178,7 +191,7 @@ def atss_loss(cls_logits: Tensor, box: Tensor, centerness: Tensor, targets: Targ
     else:
         anchors = grid.anchors(targets.canvas, torch.float32, cls_logits.device)[found.anchor]
         boxes = decode_deltas(anchors, rows, ATSS_STDS)
-    loss_bbox = ((1 - aligned_giou(boxes, true)) * goal).sum() / world_mean(goal.sum(), least=1)
+    loss_bbox = ((1 - overlap(boxes, true)) * goal).sum() / world_mean(goal.sum(), least=1)
     return {
         "loss_cls": _focal_cls(precise(cls_logits), found, found.average),
         "loss_bbox": GIOU_WEIGHT * loss_bbox,
@@ -187,19 +200,20 @@ def atss_loss(cls_logits: Tensor, box: Tensor, centerness: Tensor, targets: Targ
 
 
 def fcos_loss(
-    cls_logits: Tensor, box: Tensor, centerness: Tensor, targets: Targets, grid: Grid, *, log_iou: bool = False
-) -> dict[str, Tensor]:
+    cls_logits: Tensor, box: Tensor, centerness: Tensor, targets: Targets, grid: Grid, *, log_iou: bool = False,
+    overlap: Overlap = aligned_giou,
+) -> dict[str, Tensor]:  # fmt: skip
     """FCOS's loss_cls (focal), loss_bbox (weighted by centerness) and loss_centerness, scalars; arXiv 1904.01355.
 
     ``cls_logits`` [B, N, K], ``box`` [B, N, 4] distances in strides or [B, N, 4, E] edge logits, ``centerness``
-    [B, N, 1] logits. loss_bbox is the GIoU; with ``log_iou`` -log IoU, as in the paper. Divided by the positives of the
+    [B, N, 1] logits. loss_bbox is 1 - ``overlap``; with ``log_iou`` -log IoU, as in the paper. Divided by the positives of the
     whole batch, at least 1, where the anchor heads count 1 for each image without.
     """
     found = gather_positives(targets)
     average = world_mean(found.counted.new_tensor(float(len(found.anchor))), least=1)
     goal, entropy = _centerness(centerness, found, targets, grid)
     boxes, true, _ = _in_strides(precise(box[found.image, found.anchor]), found, targets, grid)
-    error = -aligned_iou(boxes, true).clamp(min=EPS).log() if log_iou else 1 - aligned_giou(boxes, true)
+    error = -aligned_iou(boxes, true).clamp(min=EPS).log() if log_iou else 1 - overlap(boxes, true)
     return {
         "loss_cls": _focal_cls(precise(cls_logits), found, average),
         "loss_bbox": (error * goal).sum() / world_mean(goal.sum(), least=EPS),

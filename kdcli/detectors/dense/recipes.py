@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from kdcli.detectors.base import ModelSpec
 from kdcli.detectors.dense.head import Activation, Norm, Tower
-from kdcli.detectors.dense.losses import ATSS_STDS, atss_loss, fcos_loss, gfl_loss, retinanet_loss
+from kdcli.detectors.dense.losses import ATSS_STDS, Overlap, atss_loss, fcos_loss, gfl_loss, retinanet_loss
 from kdcli.detectors.neck import NeckSpec
+from kdcli.errors import OptionError
 from kdcli.geometry.assign import AssignerSpec
+from kdcli.geometry.boxes import aligned_ciou, aligned_giou
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec
 from kdcli.structures import Targets
@@ -31,8 +34,9 @@ class Recipe:
     """grid, assigner, regions: see geometry. box: ``distribution`` = [4, E] edge logits in strides; ``delta`` = offsets
     from the anchor in the coding of R-CNN, divided by ``box_stds``; ``distance`` = left, top, right, bottom in strides
     from the cell's centre. loss: outputs, targets, grid -> weighted terms. norm, tower_bias, activation, centerness: see
-    DenseHead. scaled: a learnt factor per level on the box prediction. nms_iou: class-aware NMS. family: whose defaults
-    the methods take; ``replace`` keeps it; empty: the recipe's own name.
+    DenseHead. scaled: a learnt factor per level on the box prediction. nms_iou: class-aware NMS. giou: loss_bbox is 1 -
+    GIoU, and ``loss`` takes another ``overlap`` in its place. family: whose defaults the methods take; ``replace`` keeps
+    it; empty: the recipe's own name.
     """
 
     name: str
@@ -49,33 +53,57 @@ class Recipe:
     activation: Activation = "none"
     centerness: Tower | None = None
     box_stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    giou: bool = False
     family: str = ""
 
 
 def with_distribution(recipe: Recipe) -> Recipe:
     """``recipe`` with edge logits for its box branch, as LD's repository has it, and nothing else changed: its losses
     decode either form. GFL is itself."""
-    return replace(recipe, box="distribution", activation="none")
+    return replace(recipe, box="distribution", activation="none", giou=recipe.giou or recipe.box == "delta")
+
+
+def with_ciou(recipe: Recipe) -> Recipe:
+    """``recipe`` with CIoU (arXiv 1911.08287) where its loss_bbox has GIoU, as LD's configurations for PASCAL VOC have it.
+
+    Raises OptionError on a recipe whose box loss is no overlap: RetinaNet's L1, the -log IoU of the first FCOS.
+    """
+    if not recipe.giou:
+        raise OptionError(
+            f"model.box_loss = 'ciou': the box loss of {recipe.name} is no GIoU that it could replace; leave it out"
+        )
+    loss: Any = recipe.loss  # one with ``giou`` takes an overlap
+    return replace(recipe, loss=partial(loss, overlap=aligned_ciou))
+
+
+def with_options(recipe: Recipe, spec: ModelSpec) -> Recipe:
+    """``recipe`` with the box branch and the box loss of ``spec``. Raises OptionError where they do not go together."""
+    if spec.box == "distribution":
+        recipe = with_distribution(recipe)
+    return with_ciou(recipe) if spec.box_loss == "ciou" else recipe
 
 
 def _box(outputs: Tensors) -> Tensor:
     return outputs[BOX_DISTRIBUTION] if BOX_DISTRIBUTION in outputs else outputs[BOX_REGRESSION]
 
 
-def _gfl(outputs: Tensors, targets: Targets, grid: Grid) -> dict[str, Tensor]:
-    return gfl_loss(outputs[CLS_LOGITS], outputs[BOX_DISTRIBUTION], targets, grid)
+def _gfl(outputs: Tensors, targets: Targets, grid: Grid, *, overlap: Overlap = aligned_giou) -> dict[str, Tensor]:
+    return gfl_loss(outputs[CLS_LOGITS], outputs[BOX_DISTRIBUTION], targets, grid, overlap=overlap)
 
 
-def _retinanet(outputs: Tensors, targets: Targets, grid: Grid) -> dict[str, Tensor]:
-    return retinanet_loss(outputs[CLS_LOGITS], _box(outputs), targets, grid)
+def _retinanet(outputs: Tensors, targets: Targets, grid: Grid, *, overlap: Overlap = aligned_giou) -> dict[str, Tensor]:
+    return retinanet_loss(outputs[CLS_LOGITS], _box(outputs), targets, grid, overlap=overlap)
 
 
-def _atss(outputs: Tensors, targets: Targets, grid: Grid) -> dict[str, Tensor]:
-    return atss_loss(outputs[CLS_LOGITS], _box(outputs), outputs[CENTERNESS], targets, grid)
+def _atss(outputs: Tensors, targets: Targets, grid: Grid, *, overlap: Overlap = aligned_giou) -> dict[str, Tensor]:
+    return atss_loss(outputs[CLS_LOGITS], _box(outputs), outputs[CENTERNESS], targets, grid, overlap=overlap)
 
 
-def _fcos(outputs: Tensors, targets: Targets, grid: Grid, *, log_iou: bool = False) -> dict[str, Tensor]:
-    return fcos_loss(outputs[CLS_LOGITS], _box(outputs), outputs[CENTERNESS], targets, grid, log_iou=log_iou)
+def _fcos(
+    outputs: Tensors, targets: Targets, grid: Grid, *, log_iou: bool = False, overlap: Overlap = aligned_giou
+) -> dict[str, Tensor]:
+    cls_logits, centerness = outputs[CLS_LOGITS], outputs[CENTERNESS]
+    return fcos_loss(cls_logits, _box(outputs), centerness, targets, grid, log_iou=log_iou, overlap=overlap)
 
 
 # Generalized Focal Loss, arXiv 2006.04388.
@@ -86,6 +114,7 @@ GFL = Recipe(
     assigner=AssignerSpec(kind="atss", topk=9),
     box="distribution",
     loss=_gfl,
+    giou=True,
     norm="group",
     neck=NeckSpec(p6_from="p5"),
     nms_iou=0.6,
@@ -119,6 +148,7 @@ FCOS = Recipe(
     assigner=AssignerSpec(kind="fcos", center_radius=1.5),
     box="distance",
     loss=_fcos,
+    giou=True,
     norm="group",
     neck=NeckSpec(p6_from="p5", relu_before_p7=True),
     nms_iou=0.6,
@@ -134,6 +164,7 @@ FCOS_PLAIN = replace(
     FCOS,
     assigner=AssignerSpec(kind="fcos"),
     loss=partial(_fcos, log_iou=True),
+    giou=False,
     nms_iou=0.5,
     tower_bias=False,
     activation="exp",

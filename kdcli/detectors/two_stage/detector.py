@@ -54,7 +54,7 @@ class TwoStageDetector(Detector):
 
     ``spec.head_channels`` is the width of the RoI head's linear layers, 1024 when it is None (14 million parameters
     with 256 channels: small students set it); ``spec.tower_convs`` and ``spec.reg_max`` are not used. Raises OptionError
-    on a ``spec.box`` other than the default.
+    on a ``spec.box`` or ``spec.box_loss`` other than the default.
     """
 
     mean: Tensor
@@ -65,6 +65,8 @@ class TwoStageDetector(Detector):
         assert spec.bn != "auto"
         if spec.box != "default":
             raise OptionError(f"model.box = '{spec.box}': {spec.name} has no dense box branch; leave it out")
+        if spec.box_loss != "default":
+            raise OptionError(f"model.box_loss = '{spec.box_loss}': {spec.name} has no dense box branch; leave it out")
         self.spec = spec
         self.recipe = recipe
         self.grid = recipe.grid

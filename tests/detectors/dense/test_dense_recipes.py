@@ -176,6 +176,30 @@ def test_with_distribution_changes_the_box_branch_alone() -> None:
     assert recipe_of(ModelSpec("gfl", "resnet18", 3, box="distribution")) == GFL
 
 
+@pytest.mark.parametrize("form", ["gfl", "atss", "atss distribution", "fcos", "retinanet distribution"])
+def test_ciou_takes_the_place_of_giou(form: str) -> None:
+    detector, other = small(form).eval(), small(form, box_loss="ciou").eval()
+    outputs, targets = detector(torch.rand(1, 3, *CANVAS.size)), targets_of(detector, CANVAS, [BOXES])
+    terms, changed = detector.loss(outputs, targets), other.loss(outputs, targets)
+    assert {name for name in terms if not torch.equal(terms[name], changed[name])} == {"loss_bbox"}
+    assert changed["loss_bbox"] > terms["loss_bbox"] * 0.5
+    assert ModelSpec.from_json(other.spec.to_json()) == other.spec
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"detector": "retinanet"}, "the box loss of retinanet is no GIoU"),
+        ({"detector": "fcos", "fcos": "plain"}, "the box loss of fcos is no GIoU"),
+        ({"detector": "fcos", "fcos": "plain", "box": "distribution"}, "the box loss of fcos is no GIoU"),
+        ({"detector": "faster_rcnn"}, "faster_rcnn_resnet18 has no dense box branch"),
+    ],
+)
+def test_ciou_where_there_is_no_giou(form: dict[str, str], message: str) -> None:
+    with pytest.raises(OptionError, match=f"model.box_loss = 'ciou': {message}"):
+        build_detector(ModelSpec(backbone="resnet18", num_classes=3, box_loss="ciou", **form))
+
+
 def test_names_do_not_change_with_the_form() -> None:
     assert recipe_of(ModelSpec("fcos", "resnet18", 3)) is DETECTORS["fcos"] is FCOS
     spec = ModelSpec("fcos", "resnet18", 3, fcos="plain", box="distribution")

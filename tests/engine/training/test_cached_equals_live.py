@@ -16,6 +16,7 @@ from kdcli.engine.training.step import TrainStep
 from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
 from tests.support.selection import matrix
+from tests.support.small_runs import cache_options, write
 from tests.support.traces import run_setup, trace
 
 STEPS = 20
@@ -35,6 +36,18 @@ def test_lossless_store_equals_the_live_teacher(
     assert live[1].keys() == cached[1].keys()
     for name, value in live[1].items():
         assert torch.equal(value, cached[1][name]), name
+
+
+def test_sizes_of_a_store_equal_those_of_a_live_teacher(shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    """Crops and sizes are rows like any other, among them some whose padding the losses must not read."""
+    views = "scale-2,identity,crop-1"
+    options = cache_options(shapes, teacher, encoding="lossless", views=views)
+    store = write(options, tmp_path / "store")
+    live = trace(run_setup(shapes, "ld,rm,pfi", teacher=str(teacher), views=views), tmp_path / "live", STEPS)
+    cached = trace(run_setup(shapes, "ld,rm,pfi", cache=str(store)), tmp_path / "cached", STEPS)
+    assert run_setup(shapes, "ld,rm,pfi", cache=str(store)).options.views == views
+    assert live[0] == cached[0]
+    assert all(torch.equal(value, cached[1][name]) for name, value in live[1].items())
 
 
 @pytest.mark.parametrize("method", METHODS)
