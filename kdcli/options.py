@@ -20,6 +20,8 @@ from kdcli.errors import MissingPathError, OptionError, did_you_mean
 
 T = TypeVar("T")
 
+RULES = 2  # of training and methods, see kdcli/engine/training/old_runs.py: which edition a new run begins under
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -33,7 +35,7 @@ class ModelOptions:
     box: Literal["default", "distribution"] = "default"  # distribution: edge logits, which LD needs, on any dense head
     box_loss: Literal["default", "ciou"] = "default"  # ciou: CIoU where the dense head has GIoU
     fcos: Literal["normalised", "plain"] = "normalised"  # fcos only; plain: without the later improvements
-    bn: Literal["auto", "train", "frozen", "sync"] = "auto"  # auto: trained from scratch, frozen when pretrained
+    bn: Literal["auto", "train", "norm_eval", "frozen", "sync"] = "auto"  # auto: train; pretrained: norm_eval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,8 @@ class OptimOptions:
     lr: float = 0.01  # for 16 images a step; scaled linearly with the global batch
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    schedule: Literal["step", "cosine"] = "step"  # step: x0.1 after 2/3 and 11/12 of the epochs
+    schedule: Literal["step", "cosine"] = "step"
+    steps: tuple[int, ...] | None = None  # epochs after which lr is x0.1; None: after 2/3 and 11/12 of them; (): never
     warmup_steps: int | None = None  # None: min(500, 10 % of all steps)
     clip: float = 35.0  # largest gradient norm; 0: no clipping
     ema: bool = False
@@ -56,6 +59,13 @@ class OptimOptions:
         _require(self, "ema_decay", lambda v: 0 <= v < 1, "at least 0 and below 1")
         for name in ("weight_decay", "warmup_steps", "clip"):  # a negative clip would turn the gradient round
             _require(self, name, lambda v: 0 <= v < math.inf, "at least 0")
+        if self.steps is not None:
+            if self.schedule != "step":
+                raise OptionError(
+                    f"steps = {list(self.steps)}: schedule is '{self.schedule}', which has none; leave one out"
+                )
+            if self.steps != tuple(sorted(set(self.steps))) or min(self.steps, default=1) < 1:
+                raise OptionError(f"steps = {list(self.steps)}: must be epochs, ascending, from 1 on, e.g. [8, 11]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +91,7 @@ class TrainOptions:
     skip_bad: bool = False
     skip_empty: bool = False  # train on no image without a box to train on, as mmdet does
     deterministic: bool = False
+    gradient_limit: float = 100.0  # distill: a term's first gradient over detection's, at most; 0: no limit
     shuffle: Literal["full", "shards"] = "full"  # shards: among the rows of a few shards at a time; needs a store
     method: str = ""  # distill: comma list
     cache: str | None = None  # distill: the store ...
@@ -90,11 +101,19 @@ class TrainOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options of each method, resolved
+    rules: int = RULES  # the edition that these numbers are meant under; a run's config.toml without it is of edition 1
 
     def __post_init__(self) -> None:
+        _require(self, "rules", lambda v: 1 <= v <= RULES, f"from 1 to {RULES}; a newer kdcli wrote more")
         _require_positive(self, "epochs", "batch", "eval_every", "save_steps", "micro_batch", "threads")
         for name in ("seed", "workers"):
             _require(self, name, lambda v: v >= 0, "at least 0")
+        _require(self, "gradient_limit", lambda v: 0 <= v < math.inf, "at least 0; 0 is no limit")
+        if self.optim.steps and self.optim.steps[-1] >= self.epochs:
+            raise OptionError(
+                f"optim.steps = {list(self.optim.steps)}: a run of {self.epochs} epochs has none to train after epoch "
+                f"{self.optim.steps[-1]}; name epochs below {self.epochs}"
+            )
         if self.shuffle == "shards" and self.cache is None:
             raise OptionError("shuffle = 'shards': follows the shards of a store; add --cache STORE, or leave it out")
 
@@ -193,12 +212,12 @@ def layer(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_plain(options: Any) -> dict[str, Any]:
-    """A dataclass as nested dicts without None (TOML has no null): the inverse of ``build``."""
+    """A dataclass as nested dicts and lists without None (TOML has no null): the inverse of ``build``."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: clean(v) for k, v in value.items() if v is not None}
-        return value
+        return list(value) if isinstance(value, tuple) else value
 
     result: dict[str, Any] = clean(dataclasses.asdict(options))
     return result
@@ -225,7 +244,8 @@ def _literal(text: str) -> Any:
 
 
 def convert(label: str, value: Any, hint: Any) -> Any:
-    """Read ``value`` (from a flag or a TOML file) as ``hint``: bool, int, float, str, Literal or one of them or None.
+    """Read ``value`` (from a flag or a TOML file) as ``hint``: bool, int, float, str, Literal, a tuple of whole numbers, or
+    one of them or None.
 
     Raises OptionError naming ``label``.
     """
@@ -240,6 +260,8 @@ def convert(label: str, value: Any, hint: Any) -> Any:
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
         return convert(label, value, inner[0])
+    if origin is tuple and isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+        return tuple(value)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -249,5 +271,5 @@ def convert(label: str, value: Any, hint: Any) -> Any:
     if hint is str and isinstance(value, str):
         return value
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: f'text, in quotes: "{value}"'}
-    wanted = kinds.get(hint, str(hint))
+    wanted = "whole numbers in brackets, e.g. [8, 11]" if origin is tuple else kinds.get(hint, str(hint))
     raise OptionError(f"{label} = {value!r}: must be {wanted}")

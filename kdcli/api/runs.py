@@ -39,12 +39,14 @@ class RunSettings(TypedDict, total=False):
     skip_empty: bool
     deterministic: bool
     optim: Mapping[str, Any]  # table [optim]
+    rules: int  # the edition that numbers of a config.toml are meant under (docs/training.md)
 
 
 class DistillSettings(RunSettings, total=False):
     """What ``distill`` takes beside them."""
 
     shuffle: Literal["full", "shards"]
+    gradient_limit: float
     method: str | Sequence[str]  # 'ld,pfi' or ['ld', 'pfi']
     cache: str | Path | None
     teacher: str | Path | None

@@ -31,6 +31,12 @@ Shuffle = Annotated[str | None, typer.Option(help="full, or shards: for slow dis
 EvalEvery = Annotated[int | None, typer.Option(min=1, help="Evaluate each N epochs (default 1).")]
 SkipBad = Annotated[bool | None, typer.Option("--skip-bad", help="Leave faulty images out, and list them.")]
 Deterministic = Annotated[bool | None, typer.Option("--deterministic", help="No TF32, deterministic algorithms.")]
+GradientLimit = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Stop a run whose term has a first gradient over N times detection's (default 100; 0: never)."
+    ),
+]
 Config = Annotated[Path | None, typer.Option(help="TOML file with the same fields; flags win.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="TABLE.KEY=VALUE, e.g. ld.temperature=8; repeatable.")]
 OutRun = Annotated[Path | None, typer.Option("--out", help="Run folder to make.")]

@@ -44,7 +44,8 @@ def distill(
     seed: f.Seed = None, seeds: f.Seeds = None, batch: f.BatchSize = None, views: f.Views = None,
     backbone_weights: f.BackboneWeights = None, init_from: f.InitFrom = None, device: f.Device = None,
     amp: f.Amp = None, workers: f.Workers = None, threads: f.Threads = None, eval_every: f.EvalEvery = None,
-    shuffle: f.Shuffle = None, skip_bad: f.SkipBad = None, deterministic: f.Deterministic = None,
+    shuffle: f.Shuffle = None, gradient_limit: f.GradientLimit = None, skip_bad: f.SkipBad = None,
+    deterministic: f.Deterministic = None,
     config: f.Config = None, set_: f.Set = None, out: f.OutRun = None, resume: f.Resume = None,
     overwrite: f.Overwrite = False, json: f.Json = False,
 ) -> int:  # fmt: skip
@@ -55,7 +56,8 @@ def distill(
     given = f.collect(
         data=data, cache=cache, teacher=teacher, method=method, canvas=canvas, epochs=epochs, seed=seed, batch=batch,
         views=views, backbone_weights=backbone_weights, init_from=init_from, device=device, amp=amp, workers=workers,
-        threads=threads, eval_every=eval_every, shuffle=shuffle, skip_bad=skip_bad, deterministic=deterministic,
+        threads=threads, eval_every=eval_every, shuffle=shuffle, gradient_limit=gradient_limit, skip_bad=skip_bad,
+        deterministic=deterministic,
     )  # fmt: skip
     return _launch("distill", given, model, config, set_, seeds, out, resume, overwrite, json)
 
@@ -66,12 +68,12 @@ def _launch(
 ) -> int:  # fmt: skip
     from kdcli.cli.json_output import print_json
     from kdcli.engine.runtime import distributed
-    from kdcli.engine.training import launch, run_config
-    from kdcli.options import parse_assignments, read_toml
+    from kdcli.engine.training import launch, run_config, run_folder
+    from kdcli.options import parse_assignments
     from kdcli.report.progress import reporting
     from kdcli.report.text import MARK
 
-    fields = read_toml(config) if config else {}
+    fields = run_folder.read_fields(config) if config else {}
     request = run_config.from_flags(command, fields, given, model, parse_assignments(assignments or []))
     with (
         contextlib.redirect_stdout(sys.stderr),  # torch.hub prints what it downloads; stdout is for --json alone

@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
+from kdcli.detectors.base import BatchNormMode
 from kdcli.errors import MissingPathError, OptionError, did_you_mean
 from kdcli.files import load_torch
 
@@ -57,18 +58,20 @@ BACKBONES: dict[str, Layout] = {
 class Backbone(nn.Module):
     """``name`` of BACKBONES with random weights (torchvision's initialisation).
 
-    frozen: every batch norm stays in eval mode with fixed scale and shift, and the layers up to stride 4 (stem and,
-    where it has one, first stage) get no gradient: mmdet's rule for pretrained backbones. stride_in_1x1: see ModelSpec; no
+    bn: with ``norm_eval`` every batch norm stays in eval mode, so that its statistics are fixed while its scale and shift
+    are trained, and the layers up to stride 4 (stem and, where it has one, first stage) get no gradient: mmdet 3.3.0's
+    ResNet with ``norm_eval=True, frozen_stages=1`` and ``requires_grad=True`` in its norm_cfg. With ``frozen`` no batch
+    norm gets a gradient either (``requires_grad=False``). Other modes fix nothing. stride_in_1x1: see ModelSpec; no
     other than a ResNet with bottlenecks. ``channels``: of C3, C4, C5;
     ``stage_channels``: of C2 too.
     """
 
-    def __init__(self, name: str, *, frozen: bool = False, stride_in_1x1: bool = False) -> None:
+    def __init__(self, name: str, *, bn: BatchNormMode = "train", stride_in_1x1: bool = False) -> None:
         super().__init__()
         if name not in BACKBONES:
             raise OptionError(f"backbone '{name}': unknown{did_you_mean(name, BACKBONES)}")
         self.name = name
-        self.frozen = False
+        self.norm_eval = bn in ("norm_eval", "frozen")
         self._runs = BACKBONES[name].runs
         model = torchvision.models.get_model(name, weights=None)
         if stride_in_1x1:
@@ -84,8 +87,9 @@ class Backbone(nn.Module):
         self.classifier_keys = frozenset(whole - set(self.state_dict()))  # in a classifier's file, not in a backbone
         self.stage_channels = self._probe_channels()
         self.channels = self.stage_channels[1:]
-        if frozen:
-            self.freeze()
+        if self.norm_eval:
+            self._fix(scales=bn == "frozen")
+            self.train()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """C3, C4, C5 of normalised ``images`` [B, 3, H, W]: [B, channels[k], ceil(H / stride), ceil(W / stride)]."""
@@ -102,19 +106,18 @@ class Backbone(nn.Module):
             maps.append(x)
         return maps
 
-    def freeze(self) -> None:
-        """Fix the batch norms and the layers up to stride 4."""
-        self.frozen = True
+    def _fix(self, *, scales: bool) -> None:
+        """No gradient for the layers up to stride 4 nor, with ``scales``, for any batch norm."""
         fixed = [self.get_submodule(path) for path in self._runs[0]]
-        fixed += [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        if scales:
+            fixed += [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
         for module in fixed:
             module.requires_grad_(False)
-        self.train(self.training)
 
     def train(self, mode: bool = True) -> Backbone:
-        """As ``nn.Module.train``, but frozen batch norms stay in eval mode."""
+        """As ``nn.Module.train``, but with fixed statistics the batch norms stay in eval mode."""
         super().train(mode)
-        if self.frozen:
+        if self.norm_eval:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()

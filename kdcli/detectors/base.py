@@ -20,7 +20,7 @@ from kdcli.geometry.spec import JsonSpec
 from kdcli.structures import Canvas, Detections, Targets
 from kdcli.tensors import Tensors, TensorSpec
 
-BatchNormMode = Literal["auto", "train", "frozen", "sync"]
+BatchNormMode = Literal["auto", "train", "norm_eval", "frozen", "sync"]
 BoxBranch = Literal["default", "distribution"]
 BoxLoss = Literal["default", "ciou"]
 FcosVariant = Literal["normalised", "plain"]
@@ -37,9 +37,10 @@ class ModelSpec(JsonSpec):
     fpn_channels: C of the neck. tower_convs: 3x3 convs of each of the head's two towers. head_channels: their channels,
     None for fpn_channels (of Faster R-CNN's two linear layers: None for 1024). reg_max: E - 1 of a box distribution. bn:
     backbone batch norm: ``train`` (and nothing frozen), ``sync`` (train, with the statistics of all processes),
-    ``frozen`` (eval mode, stem and first stage fixed), ``auto`` = frozen with pretrained weights, else train; a built
-    detector never says ``auto``. box: ``distribution`` gives any
-    dense detector the edge logits that LD needs. box_loss: ``ciou`` puts CIoU in the place of a dense detector's GIoU.
+    ``norm_eval`` (statistics fixed everywhere, stem and first stage whole: mmdet's ``norm_eval=True, frozen_stages=1``),
+    ``frozen`` (norm_eval, with scale and shift fixed too), ``auto`` = norm_eval with pretrained weights, else train; a
+    built detector never says ``auto``. box: ``distribution`` gives any dense detector the edge logits that LD needs.
+    box_loss: ``ciou`` puts CIoU in the place of a dense detector's GIoU.
     fcos: which of the two FCOS recipes; other detectors take the default alone. image_mean, stride_in_1x1: of converted
     weights that were trained otherwise: the mean of RGB in 0..1 that is taken off an image; the stride of a bottleneck in
     its first conv (Caffe's ResNets), not in its second.

@@ -86,12 +86,12 @@ def build_detector(spec: ModelSpec, backbone_weights: str = "none") -> Detector:
     """The detector of ``spec`` in train mode, on the CPU, with random weights from torch's global generator.
 
     backbone_weights: ``none``, ``imagenet`` (downloaded by torchvision) or the path of a torchvision state dict.
-    ``spec.bn`` of ``auto`` becomes ``train`` without and ``frozen`` with pretrained weights. Raises OptionError on
+    ``spec.bn`` of ``auto`` becomes ``train`` without and ``norm_eval`` with pretrained weights. Raises OptionError on
     unknown names and weights of another backbone, MissingPathError on weights that are not there.
     A user's class is built as ``cls(spec)``.
     """
     if spec.bn == "auto":
-        spec = replace(spec, bn="train" if backbone_weights == "none" else "frozen")
+        spec = replace(spec, bn="train" if backbone_weights == "none" else "norm_eval")
     detector = _build(spec)
     if backbone_weights != "none":
         backbone = getattr(detector, "backbone", None)

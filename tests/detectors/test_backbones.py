@@ -10,7 +10,10 @@ import torchvision
 from torch import Tensor, nn
 
 from kdcli.detectors.backbones import BACKBONES, Backbone, load_backbone_weights
+from kdcli.detectors.base import BatchNormMode
+from kdcli.engine.training.optim import make_optimizer
 from kdcli.errors import MissingPathError, OptionError
+from kdcli.options import OptimOptions
 from tests.support.selection import matrix
 
 CHANNELS = {
@@ -197,7 +200,7 @@ def test_failed_download_is_one_line(
 )
 def test_frozen_backbone_keeps_norms_and_stem(name: str, stem: tuple[str, ...]) -> None:
     torch.manual_seed(0)
-    backbone = Backbone(name, frozen=True)
+    backbone = Backbone(name, bn="frozen")
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     backbone.train()
     assert backbone.training
@@ -210,6 +213,69 @@ def test_frozen_backbone_keeps_norms_and_stem(name: str, stem: tuple[str, ...]) 
         k for k in convs if not k.startswith(stem)
     }
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+def resnet50_names(stages: dict[int, int]) -> tuple[set[str], set[str]]:
+    """(convolutions, scales and shifts) of bottleneck stages, e.g. {2: 4} for the four blocks of layer2, as torchvision
+    names them: three pairs a block, and one more where the first block's shortcut changes the shape."""
+    convs, norms = set(), set()
+    for stage, blocks in stages.items():
+        for block in range(blocks):
+            pairs = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]
+            pairs += [("downsample.0", "downsample.1")] if block == 0 else []
+            for conv, norm in pairs:
+                convs.add(f"layer{stage}.{block}.{conv}.weight")
+                norms |= {f"layer{stage}.{block}.{norm}.{kind}" for kind in ("weight", "bias")}
+    return convs, norms
+
+
+@pytest.mark.parametrize("bn", ["norm_eval", "frozen", "train"])
+def test_which_parameters_of_a_resnet50_get_a_gradient(bn: BatchNormMode) -> None:
+    """mmdet's frozen_stages=1, norm_eval=True; requires_grad of its norm_cfg is True for norm_eval, False for frozen."""
+    torch.manual_seed(0)
+    backbone = Backbone("resnet50", bn=bn).train()
+    sum(m.square().mean() for m in backbone(torch.randn(2, 3, 64, 64))).backward()
+    found = {k: p.numel() for k, p in backbone.named_parameters() if p.grad is not None}
+    convs, norms = resnet50_names({2: 4, 3: 6, 4: 3})
+    assert len(norms) == 2 * 42
+    if bn == "norm_eval":
+        assert set(found) == convs | norms
+        # 2 * (4 * (128 + 128 + 512) + 512  +  6 * (256 + 256 + 1024) + 1024  +  3 * (512 + 512 + 2048) + 2048)
+        assert sum(found[name] for name in norms) == 50_176
+    elif bn == "frozen":
+        assert set(found) == convs
+    else:
+        stem = {"conv1.weight", "bn1.weight", "bn1.bias"}
+        assert set(found) == convs | norms | stem | set.union(*resnet50_names({1: 3}))
+    assert set(found) == {k for k, p in backbone.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", matrix(BACKBONES, lambda name: "resne" not in name or name == "resnet18"))
+def test_norm_eval_trains_scales_and_no_statistics(name: str) -> None:
+    """Three steps of SGD with weight decay: what moves, and the first step of a scale by hand."""
+    torch.manual_seed(0)
+    backbone = Backbone(name, bn="norm_eval").train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    stem = {k for path in backbone._runs[0] for k in before if k.startswith(f"{path}.")}
+    norms = {n for n, m in backbone.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    statistics = {k for k in before if k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert len(statistics) == 3 * len(norms)
+    optimizer = make_optimizer(backbone, OptimOptions(lr=0.1, weight_decay=0.01), batch=16)
+    scale = next(k for k in sorted(before) if k.rsplit(".", 1)[0] in norms and k.endswith(".weight") and k not in stem)
+    for step in range(3):
+        optimizer.zero_grad()
+        sum(m.square().mean() for m in backbone(torch.randn(2, 3, 64, 64))).backward()
+        if step == 0:
+            gradient = backbone.get_parameter(scale).grad
+            assert gradient is not None
+            expected = before[scale] - 0.1 * (gradient + 0.01 * before[scale])  # decay on scales too, as mmdet's SGD
+        optimizer.step()
+        if step == 0:
+            torch.testing.assert_close(backbone.get_parameter(scale).detach(), expected)
+    after = backbone.state_dict()
+    moved = {k for k in after if not torch.equal(after[k], before[k])}
+    assert moved == set(before) - stem - statistics
+    assert not any(m.training for m in backbone.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def test_trained_backbone_moves_its_statistics() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.detectors.backbones import BACKBONES
-from kdcli.detectors.base import ModelSpec, count_parameters
+from kdcli.detectors.base import BatchNormMode, ModelSpec, count_parameters
 from kdcli.detectors.build import DETECTORS, NAMES, build_detector, model_names, parse_model_name
 from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.dense.recipes import GFL, RETINANET, Recipe
@@ -199,6 +199,19 @@ def test_frozen_detector_survives_train_and_a_step() -> None:
     assert all(torch.equal(after[k], before[k]) for k in fixed)
     assert not torch.equal(after["stage4.0.branch1.2.weight"], before["stage4.0.branch1.2.weight"])
     assert 0 < count_parameters(detector, trainable=True) < count_parameters(detector)
+
+
+@pytest.mark.parametrize("bn", ["norm_eval", "frozen"])
+def test_batch_norms_outside_the_backbone_are_trained(bn: BatchNormMode) -> None:
+    """torchvision's Faster R-CNN v2 has some in its neck and RoI head: model.bn is of the backbone alone."""
+    spec = ModelSpec("tv_faster_rcnn_v2", "shufflenet_v2_x0_5", 3, fpn_channels=32, head_channels=32, bn=bn)
+    detector = build_detector(spec).train()
+    norms = {n: m for n, m in detector.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    outside = {n: m for n, m in norms.items() if not n.startswith("backbone.")}
+    assert len([n for n in outside if n.startswith("neck.")]) == 8  # two for each of four levels
+    assert len([n for n in outside if n.startswith("roi.")]) == 4
+    assert all(m.training and m.weight.requires_grad for m in outside.values())
+    assert not any(m.training for n, m in norms.items() if n not in outside)
 
 
 def test_bn_auto_becomes_train_without_weights() -> None:

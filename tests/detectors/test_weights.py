@@ -66,15 +66,15 @@ def test_run_folder_means_its_last_weights(content: dict[str, Any], tmp_path: Pa
         load_detector(tmp_path / "gone.pt")
 
 
-def test_frozen_and_channels_last_survive(tmp_path: Path) -> None:
+def test_bn_auto_and_channels_last_survive(tmp_path: Path) -> None:
     path = tmp_path / "resnet18.pth"
     torch.save(torchvision.models.shufflenet_v2_x0_5(weights=None).state_dict(), path)
     detector = build_detector(SPEC, str(path))
-    assert detector.spec.bn == "frozen"
+    assert detector.spec.bn == "norm_eval"
     detector = detector.to(memory_format=torch.channels_last)
     atomic_save(export(detector, CLASSES, "64", {}), tmp_path / "a.pt")
     loaded, meta = load_detector(tmp_path / "a.pt")
-    assert loaded.spec.bn == "frozen"
+    assert loaded.spec.bn == "norm_eval"
     assert {k for k, p in loaded.named_parameters() if p.requires_grad} == {
         k for k, p in detector.named_parameters() if p.requires_grad
     }

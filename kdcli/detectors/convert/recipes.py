@@ -71,7 +71,7 @@ class TorchvisionFcos(DenseDetector):
 
 
 def build_torchvision(spec: ModelSpec) -> DenseDetector | TwoStageDetector:
-    """The detector of ``spec``, whose ``detector`` is a name of TORCHVISION and ``bn`` is ``train`` or ``frozen``, with
+    """The detector of ``spec``, whose ``detector`` is a name of TORCHVISION and ``bn`` is not ``auto``, with
     random weights. Raises OptionError on another name."""
     if spec.detector not in TORCHVISION:
         raise OptionError(f"detector '{spec.detector}': unknown{did_you_mean(spec.detector, TORCHVISION)}")

@@ -35,7 +35,7 @@ STAGES = BACKBONE[1:]  # C3, C4, C5, on the grid's three finest levels
 
 
 class DenseDetector(Detector):
-    """``spec`` built by ``recipe`` with random weights; ``spec.bn`` is ``train`` or ``frozen`` here."""
+    """``spec`` built by ``recipe`` with random weights; ``spec.bn`` is not ``auto`` here."""
 
     mean: Tensor
     std: Tensor
@@ -51,7 +51,7 @@ class DenseDetector(Detector):
         self.box_dims = (4, spec.reg_max + 1) if recipe.box == "distribution" else (4,)
         self.register_buffer("mean", torch.tensor(spec.image_mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).reshape(3, 1, 1), persistent=False)
-        self.backbone = Backbone(spec.backbone, frozen=spec.bn == "frozen", stride_in_1x1=spec.stride_in_1x1)
+        self.backbone = Backbone(spec.backbone, bn=spec.bn, stride_in_1x1=spec.stride_in_1x1)
         self.neck = FPN(self.backbone.channels, spec.fpn_channels, recipe.neck)
         self.head = DenseHead(
             spec.fpn_channels,

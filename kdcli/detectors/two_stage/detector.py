@@ -50,7 +50,7 @@ RPN_DELTAS = "rpn_deltas"  # [B, N, 4] offsets from the anchors
 
 
 class TwoStageDetector(Detector):
-    """``spec`` built by ``recipe`` with random weights; ``spec.bn`` is ``train`` or ``frozen`` here.
+    """``spec`` built by ``recipe`` with random weights; ``spec.bn`` is not ``auto`` here.
 
     ``spec.head_channels`` is the width of the RoI head's linear layers, 1024 when it is None (14 million parameters
     with 256 channels: small students set it); ``spec.tower_convs`` and ``spec.reg_max`` are not used. Raises OptionError
@@ -74,7 +74,7 @@ class TwoStageDetector(Detector):
         self.region_defaults = RegionSpec()
         self.register_buffer("mean", torch.tensor(spec.image_mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).reshape(3, 1, 1), persistent=False)
-        self.backbone = Backbone(spec.backbone, frozen=spec.bn == "frozen", stride_in_1x1=spec.stride_in_1x1)
+        self.backbone = Backbone(spec.backbone, bn=spec.bn, stride_in_1x1=spec.stride_in_1x1)
         norm = nn.BatchNorm2d if recipe.neck_norm else None
         channels = spec.fpn_channels
         self.neck = FeaturePyramidNetwork(

@@ -97,7 +97,7 @@ def share_batch_norm(student: nn.Module, mode: str, device: torch.device) -> Non
     if mode != "sync" or world_size() == 1:
         return
     if device.type != "cuda":
-        raise OptionError("model.bn=sync needs GPUs: on several CPU processes use --set model.bn=train or frozen")
+        raise OptionError("model.bn=sync needs GPUs: on several CPU processes use --set model.bn=train or norm_eval")
     nn.SyncBatchNorm.convert_sync_batchnorm(student)
 
 

@@ -83,6 +83,27 @@ def inherit_regions(
     }
 
 
+def written_otherwise(
+    resolved: Mapping[str, Mapping[str, Any]], methods: Mapping[str, type[Method]], reader: StoreReader,
+    given: Mapping[str, Mapping[str, Any]],
+) -> list[str]:  # fmt: skip
+    """A line for each method whose options the user left to default and that a store's manifest has otherwise.
+
+    By another default of its day, or by ``cache-teacher --set``. What a store holds does not depend on the rules that the
+    student is trained by, so the run takes none over but region options: see ``inherit_regions``.
+    """
+    lines = []
+    for name, values in resolved.items():
+        stored = reader.manifest.method_options.get(name, {})
+        left = [o for o in values if o not in given.get(name, {}) and o not in methods[name].region_options]
+        other = [
+            f"{o} = {values[o]} (the store says {stored[o]})" for o in left if o in stored and stored[o] != values[o]
+        ]
+        if other:
+            lines.append(f"{name}: the run takes {', '.join(other)}; of a store it takes over regions alone")
+    return lines
+
+
 def bind_teacher(
     side: TeacherSide, student: Detector, methods: Mapping[str, type[Method]], options: TrainOptions,
     source: SampleSource, positions: NDArray[np.int64], views: Sequence[str], device: torch.device,

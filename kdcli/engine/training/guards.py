@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from kdcli.errors import GateError
+from kdcli.options import TrainOptions
 
+RATIO_RANGE = (0.01, 10.0)  # of a term's first value to the detection loss's: outside, the weight deserves a look
 ZERO_STEPS = 50  # a term may be exactly 0 for so many active steps in a row
-GRADIENT_LIMIT = 100.0  # times the detection loss's gradient norm
 
 
 def require_finite(terms: Mapping[str, float], step: int) -> None:
@@ -37,17 +38,45 @@ def gradient_norms(parameters: list[nn.Parameter], terms: Mapping[str, Tensor]) 
     return norms
 
 
-def require_sane_gradients(norms: Mapping[str, float], detection: float, options: Mapping[str, str]) -> None:
-    """Raises GateError when a term's first gradient would drown the detection loss: it ruins students silently.
+def require_sane_gradients(
+    norms: Mapping[str, float], detection: float, options: Mapping[str, str], limit: float
+) -> list[str]:
+    """Warnings for terms whose first gradient norm is more than the usual limit times the detection loss's, ``detection``.
 
-    ``options``: the ``--set`` key that scales each term.
+    Raises GateError for one above ``limit`` times it, unless that is 0: it ruins students silently. ``options``: the
+    ``--set`` key that scales each term.
     """
+    warnings = []
     for name, norm in norms.items():
-        if norm > GRADIENT_LIMIT * detection:
+        found = (
+            f"{name}: its first gradient norm is {norm:.3g}, {norm / max(detection, 1e-12):.0f} times that of the "
+            f"detection loss ({detection:.3g})"
+        )
+        if limit and norm > limit * detection:
             raise GateError(
-                f"{name}: its first gradient norm is {norm:.3g}, {norm / max(detection, 1e-12):.0f} times that of the "
-                f"detection loss ({detection:.3g}); lower its weight (--set {options[name]}=...)"
+                f"{found}, the limit is {limit:g}; lower its weight (--set {options[name]}=...), or allow it with "
+                "--gradient-limit 0 (published weights can need it on a student trained from scratch)"
             )
+        if norm > TrainOptions.gradient_limit * detection:
+            warnings.append(f"warning: {found}; --gradient-limit {limit:g} allows it")
+    return warnings
+
+
+def unusual_values(values: Mapping[str, float], detection: float, dense: Collection[str]) -> list[str]:
+    """Warnings for terms whose first value lies outside RATIO_RANGE times the detection loss, ``detection``.
+
+    ``dense``: the terms that may be too small as well; sparse ones start small by design (LD weighs by the student's own
+    score).
+    """
+    warnings = []
+    for name, value in values.items():
+        ratio = value / max(detection, 1e-12)
+        if not (RATIO_RANGE[0] if name in dense else 0.0) <= ratio <= RATIO_RANGE[1]:
+            warnings.append(
+                f"warning: {name} starts at {value:.3g}, {ratio:.2g} times the detection loss ({detection:.3g}); usual is "
+                f"{RATIO_RANGE[0]} to {RATIO_RANGE[1]}"
+            )
+    return warnings
 
 
 class ZeroGuard:

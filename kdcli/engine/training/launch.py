@@ -11,11 +11,12 @@ from kdcli.engine.runtime import distributed
 from kdcli.engine.runtime.memory import reset_peak_memory
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.training import run_folder
-from kdcli.engine.training.run_config import CONTENT_FIELDS, RunRequest, resolved_fields
+from kdcli.engine.training.old_runs import refuse_resume
+from kdcli.engine.training.run_config import CONTENT_FIELDS, FREE_FIELDS, RunRequest, resolved_fields
 from kdcli.engine.training.setup import RunSetup, prepare
 from kdcli.engine.training.trainer import Trainer
 from kdcli.errors import OptionError
-from kdcli.options import TrainOptions, build, layer, to_plain
+from kdcli.options import RULES, TrainOptions, build, layer, to_plain
 
 
 def start(
@@ -34,19 +35,22 @@ def start(
 def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[Path, dict[str, Any]]:
     """Continue ``run``; a finished one just gives its metrics. Raises OptionError when a setting would change.
 
-    Data set, store and teacher may have moved: what is in them is compared, not where they are.
+    Data set, store and teacher may have moved: what is in them is compared, not where they are. The limit of a term's first
+    gradient may change: a run that it stopped goes on with another. A run of an earlier edition of the rules keeps its own.
     """
     stored = began = run_folder.read_config(run)
     if stored.command != request.command:
         raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
     fields = resolved_fields(request.fields, stored)
     moved = {name: fields[name] for name in CONTENT_FIELDS if fields.get(name) and getattr(began, name)}
-    stored = build(TrainOptions, layer(to_plain(began), moved))
+    free = {name: fields[name] for name in FREE_FIELDS if name in fields}
+    stored = build(TrainOptions, layer(to_plain(began), moved, free))
     run_folder.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))
     metrics = run_folder.read_metrics(run)
     if metrics is not None:
         reporter.message(f"{run} is finished")
         return run, metrics
+    refuse_resume(run, stored)
     setup = prepare(stored, frozenset(to_plain(stored)), reporter)
     before, now = run_folder.read_env(run), _environment(setup)
     changed = [k for k in ("data_sha256", "store", "teacher_sha256") if before.get(k) != now.get(k)]
@@ -72,6 +76,12 @@ def queue(
         if distributed.from_main((run / "config.toml").is_file()) and not overwrite:
             finished.append(resume(run, mine, reporter))
         else:
+            earlier = [str(done) for done, _ in finished if run_folder.read_config(done).rules < RULES]
+            if earlier:
+                reporter.message(
+                    f"warning: {run} begins under today's rules, {earlier[0]} began under earlier ones: `kdcli compare` shows "
+                    "them apart; for one group of seeds choose another --out"
+                )
             finished.append(start(mine, run, reporter, overwrite=overwrite))
     return finished
 

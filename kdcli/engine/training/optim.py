@@ -56,8 +56,9 @@ def lr_factor(options: OptimOptions, step: int, steps_per_epoch: int, epochs: in
     if options.schedule == "cosine":
         factor = 0.5 * (1 + cos(pi * step / total))
     else:
-        epoch = step // steps_per_epoch
-        factor = 0.1 ** sum(epoch >= round(epochs * f) for f in STEP_FRACTIONS)
+        epoch = step // steps_per_epoch  # epochs that are over
+        steps = [round(epochs * f) for f in STEP_FRACTIONS] if options.steps is None else options.steps
+        factor = 0.1 ** sum(epoch >= last for last in steps)
     if step < warmup:
         factor *= WARMUP_START + (1 - WARMUP_START) * step / warmup
     return factor

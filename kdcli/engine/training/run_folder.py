@@ -25,9 +25,11 @@ import torch
 from kdcli import __version__
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.files import atomic_write_text
-from kdcli.options import TrainOptions, build, to_plain
+from kdcli.options import TrainOptions, build, read_toml, to_plain
 
 PACKAGES = ("torch", "torchvision", "zarr", "numpy", "pycocotools", "pillow")
+
+FIRST_EDITION = {"rules": 1}  # of a run's config.toml that names none
 
 
 def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -61,7 +63,14 @@ def read_config(run: Path) -> TrainOptions:
     path = run / "config.toml"
     if not path.is_file():
         raise MissingPathError(f"'{run}' is not a run folder: it has no config.toml")
-    return build(TrainOptions, tomllib.loads(path.read_text()))
+    return build(TrainOptions, {**FIRST_EDITION, **tomllib.loads(path.read_text())})
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a ``--config`` file; of a run's config.toml, with the rules that it began under. Raises as read_toml."""
+    fields = read_toml(path)
+    of_a_run = path.name == "config.toml" and (path.parent / "env.json").is_file()
+    return {**FIRST_EDITION, **fields} if of_a_run else fields
 
 
 def read_env(run: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from kdcli.engine.loading.selection import usable, with_boxes
 from kdcli.engine.runtime.device import make_deterministic, pick_amp, pick_device
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import pick_workers, set_threads
-from kdcli.engine.teacher.binding import BoundTeacher, bind_teacher, inherit_regions, open_teacher
+from kdcli.engine.teacher.binding import BoundTeacher, bind_teacher, inherit_regions, open_teacher, written_otherwise
+from kdcli.engine.training.old_runs import to_today
 from kdcli.engine.training.run_config import absolute_path, absolute_weights
 from kdcli.errors import DataError, OptionError, UsageError
 from kdcli.methods.base import Method
@@ -77,9 +78,12 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     val_bad = frozenset(range(val.num_images)) - frozenset(usable(val, options.skip_bad, reporter).tolist())
     torch.manual_seed(options.seed)
     student = make_student(options, len(train.classes))
+    options = to_today(options, student, reporter)
     resolved = resolve_all(methods, default_keys(student.spec.detector), options.methods, student.region_defaults)
     if side and side.reader:
         resolved = inherit_regions(resolved, methods, side.reader, options.methods)
+        for line in written_otherwise(resolved, methods, side.reader, options.methods):
+            reporter.message(line)
     view_seed = side.reader.manifest.view_seed if side and side.reader else 0
     source = SampleSource.for_training(train, canvas, student, view_seed=view_seed)
     options = replace(

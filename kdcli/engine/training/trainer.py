@@ -24,15 +24,19 @@ from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.teacher.approximations import approximations
 from kdcli.engine.training import run_folder
 from kdcli.engine.training.checkpoint import STATE_FILE, TrainingState, load_state, save_state
-from kdcli.engine.training.guards import ZeroGuard, gradient_norms, require_finite, require_sane_gradients
+from kdcli.engine.training.guards import (
+    ZeroGuard,
+    gradient_norms,
+    require_finite,
+    require_sane_gradients,
+    unusual_values,
+)
 from kdcli.engine.training.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
 from kdcli.engine.training.setup import RunSetup
 from kdcli.engine.training.step import TrainStep
 from kdcli.files import atomic_save, remove_leftovers
 from kdcli.structures import Batch
 from kdcli.tensors import world_mean, world_size
-
-RATIO_RANGE = (0.01, 10.0)  # of a term's first value to the detection loss's: outside, the weight deserves a look
 
 
 class Trainer:
@@ -167,18 +171,13 @@ class Trainer:
         first = [n for n in distillation if norms[n] > 0 and n not in self.state.checked]
         if first:
             options = {n: self.step.weight_option(n) for n in first}
-            require_sane_gradients({n: norms[n] for n in first}, norms["detection"], options)
+            limit = self.options.gradient_limit
+            found = require_sane_gradients({n: norms[n] for n in first}, norms["detection"], options, limit)
             self.state.checked += first
-            base = sum(values[n] for n in detection)
-            for name in first:
-                ratio = values[name] / max(base, 1e-12)
-                # sparse terms start small by design (LD weighs by the student's own score); a dense one should not
-                low = RATIO_RANGE[0] if any(n.dense for n in self.step.owner(name)[1].needs) else 0.0
-                if not low <= ratio <= RATIO_RANGE[1]:
-                    self.reporter.message(
-                        f"warning: {name} starts at {values[name]:.3g}, {ratio:.2g} times the detection loss "
-                        f"({base:.3g}); usual is {RATIO_RANGE[0]} to {RATIO_RANGE[1]}"
-                    )
+            dense = {n for n in first if any(need.dense for need in self.step.owner(n)[1].needs)}
+            found += unusual_values({n: values[n] for n in first}, sum(values[n] for n in detection), dense)
+            for message in found:
+                self.reporter.message(message)
         total = sum(norms.values()) or 1.0
         self.state.shares = {f"grad_share_{name}": norm / total for name, norm in norms.items()}
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kdcli.cli import main
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training import launch
 from kdcli.engine.training.checkpoint import STATE_FILE
-from kdcli.engine.training.guards import ZERO_STEPS, ZeroGuard, gradient_norms, require_finite
+from kdcli.engine.training.guards import (
+    ZERO_STEPS,
+    ZeroGuard,
+    gradient_norms,
+    require_finite,
+    require_sane_gradients,
+)
 from kdcli.engine.training.optim import check_ownership
 from kdcli.engine.training.setup import prepare
 from kdcli.errors import GateError, NoSpaceError, OptionError
@@ -20,7 +29,7 @@ from kdcli.files import atomic_save
 from kdcli.geometry.grid import Grid
 from kdcli.methods import LD
 from kdcli.methods.base import Pair
-from kdcli.options import TrainOptions, build
+from kdcli.options import TrainOptions, build, read_toml
 from kdcli.structures import Canvas
 from kdcli.tensors import TensorSpec
 from tests.support.small_runs import run_request
@@ -77,6 +86,55 @@ def test_a_huge_gradient_stops_at_the_first_step(shapes: Path, lossless_store: P
     with pytest.raises(GateError, match=r"mine_mse: its first gradient norm is .* times that of the detection loss"):
         run(shapes, lossless_store, mine, tmp_path / "run", factor=1e6)
     assert not (tmp_path / "run" / STATE_FILE).exists()
+
+
+class Listening(NullReporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def test_a_huge_gradient_can_be_allowed(shapes: Path, lossless_store: Path, mine: str, tmp_path: Path) -> None:
+    """The stopped run goes on with another limit, to the weights of one that was begun with it; said once, recorded."""
+    wanted = {"cache": str(lossless_store), "method": mine, "methods": {"mine": {"factor": 1e4}}}
+    refused = run_request("distill", shapes, **wanted)
+    with pytest.raises(
+        GateError, match=r"the limit is 100; lower .*--set mine.weight=.*allow it with --gradient-limit 0"
+    ):
+        launch.start(refused, tmp_path / "run", NullReporter(), overwrite=False)
+    assert main.run(["distill", "--resume", str(tmp_path / "run")]) == 6
+    assert main.run(["distill", "--resume", str(tmp_path / "run"), "--gradient-limit", "0"]) == 0
+    assert read_toml(tmp_path / "run" / "config.toml")["gradient_limit"] == 0.0
+    heard = Listening()
+    begun = run_request("distill", shapes, **wanted, gradient_limit=0.0)
+    _, metrics = launch.start(begun, tmp_path / "begun", heard, overwrite=False)
+    said = [m for m in heard.messages if "first gradient norm" in m]
+    assert len(said) == 1
+    assert re.match(
+        r"warning: mine_mse: .* times that of the detection loss \(.*\); --gradient-limit 0 allows it", said[0]
+    )
+    resumed = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert resumed["weights_sha256"] == metrics["weights_sha256"]
+
+
+def test_the_gradient_limit() -> None:
+    """100 times detection's unless said otherwise; a lower one stops earlier, a higher one warns."""
+    assert TrainOptions().gradient_limit == 100.0
+    norms, option = {"ld_kd": 290.0}, {"ld_kd": "ld.kd_weight"}
+    assert require_sane_gradients(norms, 2.9, option, 100.0) == []
+    with pytest.raises(GateError, match=r"ld_kd: its first gradient norm is 290, 290 times .* \(1\), the limit is 100"):
+        require_sane_gradients(norms, 1.0, option, 100.0)
+    with pytest.raises(GateError, match="the limit is 99; lower its weight"):
+        require_sane_gradients(norms, 2.9, option, 99.0)
+    (said,) = require_sane_gradients(norms, 1.0, option, 300.0)
+    assert said.endswith("290 times that of the detection loss (1); --gradient-limit 300 allows it")
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(OptionError, match=r"gradient_limit = .*: must be at least 0; 0 is no limit"):
+            build(TrainOptions, {"gradient_limit": wrong})
 
 
 def test_a_silent_zero_stops_the_run(shapes: Path, lossless_store: Path, mine: str, tmp_path: Path) -> None:
