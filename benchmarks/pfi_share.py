@@ -82,7 +82,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for classes in CLASSES:
             data = with_classes(args.data, args.out, classes)
             common = {
-                "data": data, "canvas": args.canvas, "batch": 8, "optim": {"lr": 0.02}, "workers": 0, "eval_every": TEACHER_EPOCHS,
+                "data": data, "canvas": args.canvas, "batch": 8, "optim": {"lr": 0.02}, "workers": 0,
+                "eval_every": TEACHER_EPOCHS,
             }  # fmt: skip
             folder = args.out / f"{detector}-{classes}"
             weights = args.weights / "mobilenet_v2_imagenet.pth"

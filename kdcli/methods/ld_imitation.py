@@ -28,7 +28,7 @@ READS: dict[Imitation, tuple[Need, ...]] = {
     "inside_gt": (INSIDE,),
     "main": (Need(FEATURES, Region.MAIN),),
     "fine_grained": (Need(FEATURES, Region.FINE_GRAINED),),
-    "defeat": (EVERYWHERE, INSIDE),  # the latter for its entries: a store does not hold it twice
+    "defeat": (EVERYWHERE, INSIDE),  # a store does not hold the latter a second time
     "gi": GENERAL,
 }
 OUTSIDE_WEIGHT = 2.0  # of ``defeat``, beside 1 inside
@@ -82,7 +82,7 @@ def imitation_loss(
     ``gate``: see ``level_mean_square``.
     """
     if kind == "defeat":
-        return _inside_and_outside(adapter(student[EVERYWHERE.key]), teacher[EVERYWHERE.key], batch, grid, gate)
+        return _inside_and_outside(adapter, student, teacher, batch, grid, gate)
     if kind in ("fitnet", "gi"):
         images, cells, level = (
             _valid_cells(batch, grid) if kind == "fitnet" else _instances(student, teacher, batch, grid)
@@ -107,24 +107,25 @@ def _valid_cells(batch: Batch, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     return images, cells, level_of(cells * grid.num_anchors, grid, batch)
 
 
-def _inside_and_outside(ours: Tensor, theirs: Tensor, batch: Batch, grid: Grid, gate: Tensor) -> Tensor:
-    """``defeat``: the cells inside the boxes, and the other valid ones, each by their own count; [B, P, C] twice.
+def _inside_and_outside(
+    adapter: nn.Module, student: Tensors, teacher: Tensors, batch: Batch, grid: Grid, gate: Tensor
+) -> Tensor:
+    """``defeat``: the cells inside the boxes, and the other valid ones, each by their own count.
 
-    A level without a cell inside gives nothing, as there. Its outside compares with the teacher's features of the inside,
-    whose number differs, so that it cannot run; ours compares like with like.
+    A level without a cell inside gives nothing, as in LD's repository. There the outside is compared with the teacher's
+    features of the inside, of another number, so that it cannot run; here like is compared with like.
     """
     assert batch.entries is not None
     chosen = batch.entries.select(Region.INSIDE)
-    inside = torch.zeros_like(batch.targets.valid)
-    inside[batch.entries.image[chosen], batch.entries.index[chosen] // grid.num_anchors] = True
-    images, cells, level = _valid_cells(batch, grid)
-    within = inside[images, cells]
-    gate = gate & levels_with_positives(level[within], len(gate))
-    loss = ours.new_zeros((), dtype=torch.float32)
-    for part, weight in ((within, 1.0), (~within, OUTSIDE_WEIGHT)):
-        place = images[part], cells[part]
-        loss = loss + weight * level_mean_square(ours[place], theirs[place], level[part], gate)
-    return loss
+    index, level = batch.entries.index[chosen], level_of(batch.entries.index[chosen], grid, batch)
+    gate = gate & levels_with_positives(level, len(gate))
+    inner = level_mean_square(adapter(student[INSIDE.key]), teacher[INSIDE.key], level, gate)
+    outside = batch.targets.valid.clone()
+    outside[batch.entries.image[chosen], index // grid.num_anchors] = False
+    place = torch.nonzero(outside, as_tuple=True)
+    ours, theirs = (side[EVERYWHERE.key][place] for side in (student, teacher))
+    outer = level_mean_square(adapter(ours), theirs, level_of(place[1] * grid.num_anchors, grid, batch), gate)
+    return inner + OUTSIDE_WEIGHT * outer
 
 
 def _instances(student: Tensors, teacher: Tensors, batch: Batch, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:

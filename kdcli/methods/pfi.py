@@ -7,7 +7,8 @@ docs/methods/rm_pfi.md tells which open point was settled how.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +58,16 @@ class PFI(Method):
         self.weight, self.form, self.detach_pdif = weight, form, detach_pdif
         self.pred_space = pred_space
         self.adapter = make_adapter(*channels(pair))
+
+    @classmethod
+    def warning(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
+        """A weight that was meant for the mean over a cell's outputs would now be far too large."""
+        if options["form"] != "squared" or options["pred_space"] != "prob" or options["weight"] < 1:
+            return None
+        return (
+            f"weight {options['weight']:g} is {options['weight'] / WEIGHT:.0f} times the default, {WEIGHT:.3g}: P is the sum "
+            "over a cell's class outputs, for whose mean 1.5 was the weight of re-implementations"
+        )
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
         """``loss``, unless its weight is 0."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdcli.methods.base import Method
 from kdcli.methods.pfi import CLASSES, MAPS, PFI, WEIGHT, Form, imitation_loss, prediction_difference
+from kdcli.methods.resolve import resolve_options
 from kdcli.methods.rm import RANKS, RM, rank_loss
 from kdcli.structures import Batch
 from kdcli.tensors import Tensors
@@ -270,3 +271,15 @@ def test_the_adapter_maps_student_channels_to_the_teachers() -> None:
     (weight,) = wide.parameters()
     assert weight.shape == (32, 64)  # a 1x1 convolution, no bias
     assert weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({}, False), ({"weight": 1.5}, True), ({"weight": 0.9}, False), ({"weight": 1.5, "form": "linear"}, False),
+     ({"weight": 1.5, "pred_space": "logit"}, False)],
+)  # fmt: skip
+def test_a_weight_for_the_mean_is_noticed(options: dict[str, Any], said: bool) -> None:
+    warning = PFI.warning("gfl", resolve_options("pfi", PFI, "gfl", options), 3)
+    assert (warning is not None) == said
+    if warning is not None:
+        assert "weight 1.5 is 9 times the default, 0.167" in warning
