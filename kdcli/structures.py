@@ -15,18 +15,20 @@ from kdcli.tensors import Region, Tensors
 BACKGROUND = -1  # of Targets.assigned: a negative
 IGNORED = -2  # of Targets.assigned: outside the valid area, or between two IoU thresholds: no loss reads it
 
-# Bits of Entries.flag. The last three mark cells, by the first anchor of the cell.
+# Bits of Entries.flag. The last four mark cells, by the first anchor of the cell.
 MAIN = 1  # positives of the assigner
 VLR = 2  # valuable localization region
 FINE_GRAINED = 4  # anchors near a box: LD's feature imitation
 OBJECT = 8  # DeFeat's foreground cells
 SAMPLE = 16  # a random share of DeFeat's background cells
+INSIDE = 32  # cells whose centre lies in a box: LD's feature imitation
 FLAGS: dict[str, int] = {
     Region.MAIN: MAIN,
     Region.VLR: VLR,
     Region.FINE_GRAINED: FINE_GRAINED,
     Region.OBJECT: OBJECT,
     Region.SAMPLE: SAMPLE,
+    Region.INSIDE: INSIDE,
 }
 
 

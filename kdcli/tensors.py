@@ -44,6 +44,7 @@ class Region(StrEnum):
     FINE_GRAINED = "fine_grained"  # anchors near a box
     OBJECT = "object"  # DeFeat's foreground cells
     SAMPLE = "sample"  # a random share of DeFeat's background cells
+    INSIDE = "inside"  # cells whose centre lies in a box
     GT = "gt"  # a row for each ground-truth box
     PROPOSALS = "proposals"  # a row for each proposal of the teacher
 

@@ -2,9 +2,10 @@
 
 ``main`` are the positives of the student's assigner. ``vlr``, the valuable localization region of LD (arXiv
 2102.12252), are anchors that overlap a box, though less than a positive does. ``fine_grained`` (arXiv 1906.03609, as LD's
-repository uses it) are cells with an anchor that overlaps a box at least half as much as the best anchor does. ``object``
-and ``sample`` are DeFeat's foreground cells and a random share of its background (arXiv 2103.14475). Computed in float64
-on the CPU; the index that a store holds is what distillation reads, guarded by ``guard``.
+repository uses it) are cells with an anchor that overlaps a box at least half as much as the best anchor does, ``inside``
+those whose centre lies in a box. ``object`` and ``sample`` are DeFeat's foreground cells and a random share of its
+background (arXiv 2103.14475). Computed in float64 on the CPU; the index that a store holds is what distillation reads,
+guarded by ``guard``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kdcli.geometry.boxes import EPS, pairwise_iou
 from kdcli.geometry.defeat_mask import defeat_cells
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.spec import JsonSpec
-from kdcli.structures import FINE_GRAINED, FLAGS, MAIN, OBJECT, SAMPLE, VLR, Canvas, Entries
+from kdcli.structures import FINE_GRAINED, FLAGS, INSIDE, MAIN, OBJECT, SAMPLE, VLR, Canvas, Entries
 from kdcli.tensors import Region
 
 FINE_GRAINED_SHARE = 0.5  # of a box's highest IoU
@@ -67,7 +68,8 @@ def vlr_weights(spec: RegionSpec, grid: Grid, canvas: Canvas, boxes: Tensor, con
     boxes = boxes.double()
     valid = grid.valid_anchors(canvas, content)
     if spec.vlr_metric == "inside":
-        return weights.masked_fill(_inside(grid, canvas, boxes) & valid, 1.0)
+        within = inside_cells(grid, canvas, boxes).repeat_interleave(grid.num_anchors)
+        return weights.masked_fill(within & valid, 1.0)
     if spec.vlr_alpha is None:
         alpha = atss_candidates(grid, canvas, boxes, content, spec.vlr_topk).threshold
     else:
@@ -109,15 +111,15 @@ def vlr_metric(
     return first - (dx * dx + dy * dy) / (hull_w * hull_w + hull_h * hull_h + EPS), iou
 
 
-def _inside(grid: Grid, canvas: Canvas, boxes: Tensor) -> Tensor:
-    """Anchors [N] whose centre lies strictly inside one of the boxes [G, 4]."""
+def inside_cells(grid: Grid, canvas: Canvas, boxes: Tensor) -> Tensor:
+    """Cells [P] bool whose centre, which is that of their anchors, lies strictly inside one of the boxes [G, 4]."""
     centers = grid.centers(canvas)
     found = torch.zeros(len(centers), dtype=torch.bool)
     size = max(1, CHUNK // len(centers))
     for start in range(0, len(boxes), size):
         part = boxes[start : start + size, None]
         found |= ((centers > part[..., :2]) & (centers < part[..., 2:])).all(dim=-1).any(dim=0)
-    return found.repeat_interleave(grid.num_anchors)
+    return found
 
 
 def fine_grained_cells(grid: Grid, canvas: Canvas, boxes: Tensor, content: tuple[int, int]) -> Tensor:
@@ -174,6 +176,9 @@ def compute_entries(
         flag |= (weight > 0).to(torch.uint8) * VLR
     if Region.FINE_GRAINED in regions:
         flag |= _at_first_anchor(fine_grained_cells(grid, canvas, boxes, content), grid) * FINE_GRAINED
+    if Region.INSIDE in regions:
+        within = inside_cells(grid, canvas, boxes.double()) & grid.valid(canvas, content)
+        flag |= _at_first_anchor(within, grid) * INSIDE
     if Region.OBJECT in regions or Region.SAMPLE in regions:
         valid = grid.valid(canvas, content)
         inside = defeat_cells(boxes, grid, canvas) & valid

@@ -8,7 +8,7 @@ store. Numbers are those of the official code (TinyTigerPan/BCKD); where paper a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,12 @@ BOX = Need(BOXES, Region.ALL)
 
 Overlap = Literal["giou", "iou", "log_iou"]
 RELEASED_ON = "gfl"  # the one detector that the authors' configurations give weights for
+# elsewhere those of CrossKD (arXiv 2306.11369), whose class loss is the same
+CROSSKD = {
+    "retinanet": {"cls_weight": 1.0, "loc_weight": 1.0},
+    "atss": {"cls_weight": 1.0, "loc_weight": 1.0},
+    "fcos": {"cls_weight": 0.4, "loc_weight": 0.75},
+}
 
 
 class BCKD(Method):
@@ -37,9 +43,10 @@ class BCKD(Method):
     """
 
     title = "Bridging Cross-task Protocol Inconsistency (BCKD), ICCV 2023, arXiv 2308.14286"
-    evidence = "paper's abstract, official code; weights off GFL are ours"
+    evidence = "paper's abstract, official code; weights off GFL are CrossKD's"
     offline = "exact, dense"
     needs = (CLASSES, BOX)
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = CROSSKD
 
     def __init__(
         self,
@@ -61,13 +68,15 @@ class BCKD(Method):
 
     @classmethod
     def warning(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
-        """Off GFL the default weights are untried by the authors."""
+        """Off GFL the authors released no weights."""
         weights = {name: options[name] for name in ("cls_weight", "loc_weight")}
-        if detector == RELEASED_ON or weights != {n: method_options(cls)[n].default for n in weights}:
+        general = {name: method_options(cls)[name].default for name in weights}
+        if detector == RELEASED_ON or weights != CROSSKD.get(detector, general):
             return None
+        source = f"those of CrossKD for {detector}" if detector in CROSSKD else f"those for {RELEASED_ON}"
         return (
-            f"its weights {weights['cls_weight']:g} and {weights['loc_weight']:g} were published for GFL only, none for "
-            f"{detector}; if it trains badly, lower bckd.loc_weight"
+            f"its authors released weights for {RELEASED_ON} only; cls_weight {weights['cls_weight']:g} and loc_weight "
+            f"{weights['loc_weight']:g} are {source}. If it trains badly, lower bckd.loc_weight"
         )
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:

@@ -20,6 +20,9 @@ from kdcli.structures import Batch, Canvas
 from kdcli.tensors import Tensors, precise
 
 TWO_STAGE = {"fg_weight": 5e-5, "bg_weight": 2.5e-5, "attention_weight": 5e-5, "relation_weight": 5e-7}
+TWO_STAGE_LEVELS = (
+    4  # P2..P5: the official two-stage configurations read the four convolutions of the neck, not its pooled P6
+)
 # the official FCOS configuration, the only dense one that differs
 FCOS = {"fg_weight": 1.6e-3, "bg_weight": 8e-4, "attention_weight": 8e-4, "relation_weight": 8e-6, "temperature": 0.8}
 
@@ -28,8 +31,9 @@ class FGD(Method):
     """Foreground, background, attention and global relation.
 
     Options: ``fg_weight``, ``bg_weight``, ``attention_weight``, ``relation_weight`` (alpha, beta, gamma, lambda of the
-    paper); ``temperature`` of both attentions. Sums over cells and channels, divided by the images of the global batch.
-    When the channels differ, a 1x1 convolution for each level maps the student's to the teacher's.
+    paper); ``temperature`` of both attentions. On Faster R-CNN the levels P2 to P5 are read, elsewhere all. Sums over
+    cells and channels, divided by the images of the global batch. When the channels differ, a 1x1 convolution for each
+    level maps the student's to the teacher's.
     """
 
     title = "Focal and Global Knowledge Distillation for Detectors, CVPR 2022, arXiv 2111.11837"
@@ -54,7 +58,7 @@ class FGD(Method):
         weights = {"fg": fg_weight, "bg": bg_weight, "attention": attention_weight, "relation": relation_weight}
         self.weights = {name: weight for name, weight in weights.items() if weight}
         ours, theirs = channels(pair)
-        levels = range(len(pair.grid.strides))
+        levels = range(TWO_STAGE_LEVELS if pair.detector == "faster_rcnn" else len(pair.grid.strides))
         self.adapters = nn.ModuleList([nn.Identity() if ours == theirs else nn.Linear(ours, theirs) for _ in levels])
         # without its term a module would have no gradient, which DDP refuses
         blocks = levels if relation_weight else range(0)
@@ -68,8 +72,8 @@ class FGD(Method):
         totals: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         maps = (precise(student[MAPS.key]), precise(teacher[MAPS.key].detach()), batch.targets.valid)
         levels = zip(*(self.grid.split_levels(v, batch.targets.canvas) for v in maps), strict=True)
-        for i, (s, t, valid) in enumerate(levels):
-            s = precise(self.adapters[i](s))
+        for i, (adapter, (s, t, valid)) in enumerate(zip(self.adapters, levels, strict=False)):
+            s = precise(adapter(s))
             foreground = foreground_mask(batch.targets.boxes, valid, self.grid, batch.targets.canvas, i)
             found = focal_losses(s, t, foreground, valid, self.temperature)
             if "relation" in self.weights:

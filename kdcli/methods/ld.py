@@ -15,40 +15,37 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import OptionError
-from kdcli.geometry.grid import Grid
 from kdcli.methods.base import Method, Pair, method_options
 from kdcli.methods.divergence import kl_rows
-from kdcli.methods.ld_imitation import general_instances, level_mean_square, levels_with_positives
+from kdcli.methods.ld_imitation import READS, Imitation, imitation_loss, level_of, levels_with_positives
 from kdcli.methods.maps import mean_images
 from kdcli.structures import Batch, Entries
-from kdcli.tensors import BOX_DISTRIBUTION, BOXES, CLS_LOGITS, FEATURES, MAIN_OR_VLR, Need, Region, Tensors, world_mean
+from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS, FEATURES, MAIN_OR_VLR, Need, Region, Tensors, world_mean
 
 EDGES = Need(BOX_DISTRIBUTION, MAIN_OR_VLR)
 CLASSES = Need(CLS_LOGITS, Region.MAIN)
+VLR_CLASSES = Need(CLS_LOGITS, Region.VLR)
 STUDENT_SCORES = Need(CLS_LOGITS, MAIN_OR_VLR)  # what the VLR is weighed by on FCOS
-FINE = Need(FEATURES, Region.FINE_GRAINED)
-GENERAL = (Need(FEATURES, Region.ALL), Need(CLS_LOGITS, Region.ALL), Need(BOXES, Region.ALL))
 
 PUBLISHED_CLASSES = 80  # COCO, for which the weights were chosen
 MAIN_DIVISOR = 4.0  # the code's avg_factor on the positives: the four edges
 VLR_DIVISOR = 16.0  # and on the VLR
 VLR_MASK_DIVISOR = 64.0  # with 0/1 weights instead of the IoU, whose mean is about 0.25: the same scale
 
-Imitation = Literal["none", "fine_grained", "gi"]
-
 
 class LD(Method):
-    """Main LD, VLR LD, class KD and, optionally, feature imitation.
+    """Main LD, VLR LD, class KD and, optionally, class KD on the VLR and feature imitation.
 
     Options: ``weight``, ``temperature`` of both LD terms; ``vlr`` scales the VLR term (0 = main only); ``kd_weight``,
-    ``kd_temperature`` of the class term; ``vlr_weight`` = ``iou`` (the code), ``mask`` (the paper) or ``score`` (the
-    student's own, the code on FCOS); ``joint`` takes one softmax over the four edges' bins together, as the code does on
-    RetinaNet (its weight is 5 then); ``batch_ref``: the official loss is a plain sum over the images of a process, tuned
-    for 2 (3 for R18/R34): ours is scaled by batch_ref / images, so that the batch size does not change it.
+    ``kd_temperature`` of the class term; ``vlr_kd_weight`` of the same term on the VLR; ``vlr_weight`` = ``iou`` (the
+    code), ``mask`` (the paper) or ``score`` (the student's own, the code on FCOS); ``joint`` takes one softmax over the
+    four edges' bins together, as the code does on RetinaNet (its weight is 5 then); ``batch_ref``: the official loss is a
+    plain sum over the images of a process, tuned for 2 (3 for R18/R34): ours is scaled by batch_ref / images, so that the
+    batch size does not change it.
     ``vlr_metric``, ``vlr_gamma``, ``vlr_alpha`` define the region: ``diou`` (the paper), ``official`` (the code's overlap
     / anchor area) or ``inside`` (background inside a box: FCOS has no anchors), between gamma * alpha and alpha, where
-    alpha is ATSS's mean + std unless a number is given. ``imitation``: ``fine_grained`` or ``gi`` (general instances,
-    which the student chooses: it needs a dense store), with ``imitation_weight``.
+    alpha is ATSS's mean + std unless a number is given. ``imitation``: where features are imitated (``ld_imitation.py``),
+    with ``imitation_weight``; ``gi``, ``fitnet`` and ``defeat`` need a dense store.
     """
 
     title = "Localization Distillation for Dense Object Detection, CVPR 2022, arXiv 2102.12252"
@@ -75,6 +72,7 @@ class LD(Method):
         vlr_weight: Literal["iou", "mask", "score"] = "iou",
         kd_weight: float = 10.0,
         kd_temperature: float = 2.0,
+        vlr_kd_weight: float = 0.0,
         joint: bool = False,
         batch_ref: float = 2.0,
         vlr_metric: Literal["diou", "official", "inside"] = "diou",
@@ -84,7 +82,7 @@ class LD(Method):
         imitation_weight: float = 2.0,
     ) -> None:
         super().__init__()
-        if not (weight or kd_weight or (imitation_weight and imitation != "none")):
+        if not (weight or kd_weight or vlr_kd_weight or (imitation_weight and imitation != "none")):
             raise OptionError("method 'ld' has no term: weight and kd_weight are 0; leave it out, or set one")
         if vlr_metric == "inside" and vlr_weight == "iou":
             raise OptionError("ld.vlr_metric=inside has no IoU to weigh by: set ld.vlr_weight to score or mask")
@@ -92,11 +90,12 @@ class LD(Method):
         self.weight, self.temperature, self.joint = weight, temperature, joint
         self.vlr, self.vlr_weight = vlr, vlr_weight
         # a softmax over one class is constant: nothing to distil
-        self.kd_weight = kd_weight if pair.student[CLS_LOGITS].dims[0] > 1 else 0.0
+        several = pair.student[CLS_LOGITS].dims[0] > 1
+        self.kd_weight, self.vlr_kd_weight = (kd_weight, vlr_kd_weight) if several else (0.0, 0.0)
         self.kd_temperature = kd_temperature
         self.batch_ref = batch_ref
         self.imitation, self.imitation_weight = imitation, imitation_weight
-        self.needs = self.reads({"imitation": imitation})
+        self.needs = self.reads({"imitation": imitation, "vlr_kd_weight": vlr_kd_weight})
         self.student_needs = (*self.needs, STUDENT_SCORES) if vlr_weight == "score" else self.needs
         self.adapter: nn.Module = nn.Identity()
         if imitation != "none" and imitation_weight and pair.student[FEATURES].dims != pair.teacher[FEATURES].dims:
@@ -104,8 +103,9 @@ class LD(Method):
 
     @classmethod
     def reads(cls, options: Mapping[str, Any]) -> tuple[Need, ...]:
-        """Edges and class logits, and what the imitation reads."""
-        return (*cls.needs, *{"none": (), "fine_grained": (FINE,), "gi": GENERAL}[options["imitation"]])
+        """Edges and class logits, those of the VLR where they are distilled, and what the imitation reads."""
+        classes = (VLR_CLASSES,) if options["vlr_kd_weight"] else ()
+        return (*cls.needs, *classes, *READS[options["imitation"]])
 
     @classmethod
     def warning(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
@@ -120,7 +120,7 @@ class LD(Method):
         )
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
-        """``main``, ``vlr``, ``kd`` and ``imitation``, without those whose weight is 0."""
+        """``main``, ``vlr``, ``kd``, ``vlr_kd`` and ``imitation``, without those whose weight is 0."""
         entries = batch.entries
         assert entries is not None
         union = entries.select(MAIN_OR_VLR)
@@ -144,9 +144,15 @@ class LD(Method):
         if self.kd_weight:
             classes = (student[CLASSES.key], teacher[CLASSES.key])
             terms["kd"] = self.kd_weight * class_kd(*classes, level, len(self.grid.strides), self.kd_temperature)
+        if self.vlr_kd_weight:
+            vlr_level = level_of(entries.index[entries.select(Region.VLR)], self.grid, batch)
+            classes = (student[VLR_CLASSES.key], teacher[VLR_CLASSES.key])
+            rows = class_kd(*classes, vlr_level, len(self.grid.strides), self.kd_temperature)
+            terms["vlr_kd"] = self.vlr_kd_weight * rows
         if self.imitation != "none" and self.imitation_weight:
             gate = levels_with_positives(level, len(self.grid.strides))
-            terms["imitation"] = self.imitation_weight * self._imitation(student, teacher, batch, gate)
+            loss = imitation_loss(self.imitation, self.adapter, student, teacher, batch, self.grid, gate)
+            terms["imitation"] = self.imitation_weight * loss
         return terms
 
     def _vlr_weights(self, student: Tensors, entries: Entries, union: Tensor) -> Tensor:
@@ -156,37 +162,14 @@ class LD(Method):
             return mask * student[STUDENT_SCORES.key].detach().sigmoid().amax(dim=-1)
         return mask if self.vlr_weight == "mask" else entries.weight[union]
 
-    def _imitation(self, student: Tensors, teacher: Tensors, batch: Batch, gate: Tensor) -> Tensor:
-        if self.imitation == "fine_grained":
-            assert batch.entries is not None
-            level = level_of(batch.entries.index[batch.entries.select(Region.FINE_GRAINED)], self.grid, batch)
-            return level_mean_square(self.adapter(student[FINE.key]), teacher[FINE.key], level, gate)
-        features, logits, boxes = (need.key for need in GENERAL)
-        images, cells, levels = [], [], []
-        sizes = self.grid.level_sizes(batch.targets.canvas)
-        valid = batch.targets.valid.repeat_interleave(self.grid.num_anchors, dim=1)
-        for i in range(len(batch.keys)):
-            start = 0
-            for k, size in enumerate(sizes):
-                anchors = start + torch.nonzero(valid[i, start : start + size]).squeeze(1)
-                scores = student[logits][i, anchors].sigmoid(), teacher[logits][i, anchors].sigmoid()
-                kept = anchors[general_instances(*scores, student[boxes][i, anchors], teacher[boxes][i, anchors])]
-                images.append(torch.full_like(kept, i))
-                levels.append(torch.full_like(kept, k))
-                cells.append(kept // self.grid.num_anchors)
-                start += size
-        place, level = (torch.cat(images), torch.cat(cells)), torch.cat(levels)
-        return level_mean_square(self.adapter(student[features][place]), teacher[features][place], level, gate)
-
     def active(self, batch: Batch, part: str) -> bool:
-        """``vlr`` needs a VLR, the others positives."""
-        return batch.entries is not None and bool(
-            batch.entries.select(Region.VLR if part == "vlr" else Region.MAIN).any()
-        )
+        """``vlr`` and ``vlr_kd`` need a VLR, the others positives."""
+        region = Region.VLR if part.startswith("vlr") else Region.MAIN
+        return batch.entries is not None and bool(batch.entries.select(region).any())
 
     def weight_option(self, part: str) -> str:
-        """``kd`` and ``imitation`` have a weight of their own."""
-        return {"kd": "kd_weight", "imitation": "imitation_weight"}.get(part, "weight")
+        """The terms of LD share one, the others have their own."""
+        return "weight" if part in ("main", "vlr") else f"{part}_weight"
 
 
 def weighted_sum(edge_loss: Tensor, weight: Tensor, divisor: float) -> Tensor:
@@ -207,9 +190,3 @@ def class_kd(student: Tensor, teacher: Tensor, level: Tensor, num_levels: int, t
     total = rows.new_zeros(num_levels).index_add(0, level, rows)
     count = rows.new_zeros(num_levels).index_add(0, level, torch.ones_like(rows))
     return (total / world_mean(count).clamp(min=1e-12)).sum()
-
-
-def level_of(index: Tensor, grid: Grid, batch: Batch) -> Tensor:
-    """Level [M] (0 = finest) of each anchor index [M]."""
-    ends = torch.tensor(grid.level_sizes(batch.targets.canvas), device=index.device).cumsum(0)
-    return torch.bucketize(index, ends, right=True)

@@ -7,7 +7,8 @@ docs/methods/rm_pfi.md tells which open point was settled how.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,18 +23,23 @@ CLASSES = Need(CLS_LOGITS, Region.ALL)
 
 Space = Literal["prob", "logit"]
 Form = Literal["squared", "linear", "norm"]
+# A re-implementation's 1.5 on the squared mean over a cell's outputs, as it was tried with 3 classes (docs/results/bccd.md):
+# 1.5 * (sum / 3)^2. On the mean itself the term goes as 1 / (A*K)^2: with RetinaNet's 720 outputs of COCO it was 5e-5 at
+# the first step (decision 25).
+WEIGHT = 1.5 / 3**2
 
 
 class PFI(Method):
     """Feature imitation weighted by the difference of the predictions.
 
-    Options: ``weight``; ``pred_space``: differences of probabilities (default) or of logits; ``form``: ``squared`` (the
-    paper's), ``linear`` or ``norm``; ``detach_pdif`` stops the gradient through the weight. When the channels differ, a
-    1x1 convolution without bias maps student features to the teacher's; it is trained, and left behind at export.
+    Options: ``weight``, chosen for the default form; ``pred_space``: differences of probabilities (default) or of logits;
+    ``form``: ``squared`` (the paper's), ``linear`` or ``norm``; ``detach_pdif`` stops the gradient through the weight. When
+    the channels differ, a 1x1 convolution without bias maps student features to the teacher's; it is trained, and left
+    behind at export.
     """
 
     title = "Prediction-guided Feature Imitation, AAAI 2022, arXiv 2112.04840"
-    evidence = "paper's abstract, re-implementations; probabilities instead of logits are ours"
+    evidence = "paper's abstract, re-implementations; probabilities, their sum over outputs and its weight are ours"
     offline = "exact, dense"
     needs = (MAPS, CLASSES)
     reads_targets = False
@@ -42,7 +48,7 @@ class PFI(Method):
         self,
         pair: Pair,
         *,
-        weight: float = 1.5,
+        weight: float = WEIGHT,
         pred_space: Space = "prob",
         form: Form = "squared",
         detach_pdif: bool = False,
@@ -52,6 +58,16 @@ class PFI(Method):
         self.weight, self.form, self.detach_pdif = weight, form, detach_pdif
         self.pred_space = pred_space
         self.adapter = make_adapter(*channels(pair))
+
+    @classmethod
+    def warning(cls, detector: str, options: Mapping[str, Any], num_classes: int) -> str | None:
+        """A weight that was meant for the mean over a cell's outputs would now be far too large."""
+        if options["form"] != "squared" or options["pred_space"] != "prob" or options["weight"] < 1:
+            return None
+        return (
+            f"weight {options['weight']:g} is {options['weight'] / WEIGHT:.0f} times the default, {WEIGHT:.3g}: P is the sum "
+            "over a cell's class outputs, for whose mean 1.5 was the weight of re-implementations"
+        )
 
     def forward(self, student: Tensors, teacher: Tensors, batch: Batch) -> dict[str, Tensor]:
         """``loss``, unless its weight is 0."""
@@ -71,14 +87,15 @@ class PFI(Method):
 
 
 def prediction_difference(student: Tensor, teacher: Tensor, num_cells: int, *, space: Space = "prob") -> Tensor:
-    """P_dif [B, P]: mean over a cell's A*K outputs of the squared difference of predictions.
+    """P_dif [B, P]: sum over a cell's A*K outputs of the squared difference of predictions.
 
-    ``student``, ``teacher``: class logits [B, N, K].
+    ``student``, ``teacher``: class logits [B, N, K]. A sum, so that a class more, which both nets are sure is not there,
+    changes nothing.
     """
     teacher = teacher.detach()
     if space == "prob":
         student, teacher = student.sigmoid(), teacher.sigmoid()
-    return (student - teacher).square().reshape(student.shape[0], num_cells, -1).mean(dim=-1)
+    return (student - teacher).square().reshape(student.shape[0], num_cells, -1).sum(dim=-1)
 
 
 def imitation_loss(

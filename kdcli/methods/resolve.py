@@ -94,6 +94,11 @@ def all_needs(methods: Mapping[str, type[Method]], options: Mapping[str, Mapping
     return tuple(sorted({need for name, method in methods.items() for need in method.reads(options[name])}))
 
 
+def completed(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that an earlier kdcli resolved, with those that have come since: their defaults leave everything as it was."""
+    return {**{name: p.default for name, p in method_options(method).items()}, **options}
+
+
 def resolve_options(
     name: str, method: type[Method], detector: str | tuple[str, ...], given: Mapping[str, Any],
     regions: RegionSpec | None = None,

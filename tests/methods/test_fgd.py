@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.support.feature_case import (
     ONE,
     TWO,
     check_common,
+    grad,
     make_batch,
     make_pair,
     maps,
@@ -160,3 +162,16 @@ def test_weights_by_detector() -> None:
     assert resolve_options("fgd", FGD, "gfl", {})["attention_weight"] == 5e-4
     assert resolve_options("fgd", FGD, "fcos", {})["temperature"] == 0.8
     assert FGD(make_pair()).weight_option("bg") == "bg_weight"
+
+
+def test_faster_rcnn_has_four_levels() -> None:
+    """The official two-stage configurations name neck.fpn_convs.0 to 3: P2 to P5, not the pooled P6."""
+    pair = replace(make_pair(8, 16), detector="faster_rcnn")
+    method = FGD(pair, **resolve_options("fgd", FGD, "faster_rcnn", {}))
+    assert [len(part) for part in (method.adapters, method.student, method.teacher)] == [4, 4, 4]
+    batch, ours, theirs = make_batch([TWO, ONE]), maps(2, 8, seed=1), maps(2, 16, seed=2)
+    torch.stack(list(run(method, ours, theirs, batch).values())).sum().backward()
+    reached = [bool(level.any()) for level in GRID.split_levels(grad(ours), CANVAS)]
+    assert reached == [True, True, True, True, False]
+    assert all(p.grad is not None for p in method.parameters())
+    assert len(FGD(make_pair()).adapters) == 5

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kdcli.methods.divergence import kl_rows
 from kdcli.methods.ld import (
@@ -21,11 +22,15 @@ from kdcli.methods.ld import (
 )
 from kdcli.methods.resolve import resolve_options
 from kdcli.structures import Batch
-from kdcli.tensors import Tensors
+from kdcli.tensors import Region, Tensors
 from tests.support.method_case import (
+    CANVAS,
     NONE,
     ONE,
     TWO,
+    K,
+    both_sides,
+    build,
     detector_of,
     inputs,
     make_batch,
@@ -213,3 +218,70 @@ def test_the_published_class_weight_belongs_to_80_classes(classes: int, given: d
     warning = LD.warning("gfl", resolve_options("ld", LD, "gfl", given), classes)
     assert (warning or "").endswith(says and f"--set ld.kd_weight={says}")
     assert bool(warning) == bool(says)
+
+
+def rows_of(method: str, boxes: list[Tensor], **options: Any) -> tuple[dict[str, Tensor], Batch, Tensors, Tensors]:
+    """The terms of a variant of LD on GFL, the batch, and what the two nets gave it."""
+    batch = make_batch(GFL, boxes)
+    ld = build(method, "gfl", **options)
+    ours, theirs = both_sides(ld, GFL, make_outputs(GFL, len(boxes), 1), GFL, make_outputs(GFL, len(boxes), 2), batch)
+    return ld(ours, theirs, batch), batch, ours, theirs
+
+
+def test_class_kd_on_the_vlr_by_loops() -> None:
+    """LD's repository, whose factor 0 is ours to set: KL of the class logits, mean over a level's VLR, sum over levels."""
+    terms, batch, ours, theirs = rows_of("ld", [TWO, ONE], vlr_kd_weight=3.0, kd_temperature=2.0)
+    assert batch.entries is not None
+    entries = batch.entries
+    level = level_of(entries.index[entries.select(Region.VLR)], GFL.grid, batch)
+    student, teacher = ours["cls_logits@vlr"], theirs["cls_logits@vlr"]
+    expected = 0.0
+    for k in level.unique():
+        rows = [i for i in range(len(level)) if level[i] == k]
+        losses = []
+        for i in rows:
+            p, q = (teacher[i].detach() / 2).softmax(0), (student[i].detach() / 2).softmax(0)
+            losses.append(4 * float((p * (p / q).log()).sum()) / K)
+        expected += sum(losses) / len(losses)
+    assert len(level.unique()) > 1
+    assert float(terms["vlr_kd"].detach()) == pytest.approx(3 * expected, rel=1e-5)
+    assert "vlr_kd" not in rows_of("ld", [TWO])[0]
+    assert float(rows_of("ld", [NONE], vlr_kd_weight=3.0)[0]["vlr_kd"].detach()) == 0
+
+
+def test_one_class_has_no_class_term() -> None:
+    net = detector_of("gfl", classes=1)
+    ld = LD(pair_of(net, net), vlr_kd_weight=1.0)
+    assert (ld.kd_weight, ld.vlr_kd_weight) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["fitnet", "inside_gt", "main", "defeat"])
+def test_imitation_by_loops_over_cells(kind: str) -> None:
+    """Means over a level's chosen cells and channels, summed over the levels that have a positive, times the weight 2."""
+    boxes = [TWO, ONE, NONE]
+    terms, batch, _, _ = rows_of(f"ld:{kind}", boxes)
+    ours, theirs = (make_outputs(GFL, 3, seed)["features"].detach() for seed in (1, 2))
+    start, expected = 0, 0.0
+    for (rows, columns), stride in zip(GFL.grid.level_shapes(CANVAS), GFL.grid.strides, strict=True):
+        chosen: dict[bool, list[float]] = {True: [], False: []}
+        positives = 0
+        for image in range(3):
+            for y in range(rows):
+                for x in range(columns):
+                    cell = start + y * columns + x
+                    if not batch.targets.valid[image, cell]:
+                        continue
+                    error = float((ours[image, cell] - theirs[image, cell]).square().mean())
+                    positive = bool(batch.targets.assigned[image, cell] >= 0)
+                    positives += positive
+                    within = any(b[0] < x * stride < b[2] and b[1] < y * stride < b[3] for b in boxes[image].tolist())
+                    inside = {"fitnet": True, "main": positive}.get(kind, within)
+                    chosen[inside].append(error)
+        start += rows * columns
+        if not positives or not chosen[True]:
+            continue
+        expected += sum(chosen[True]) / len(chosen[True])
+        if kind == "defeat":
+            expected += 2 * sum(chosen[False]) / len(chosen[False])
+    assert float(terms["imitation"].detach()) == pytest.approx(2 * expected, rel=1e-5)
+    assert expected > 0

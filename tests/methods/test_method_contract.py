@@ -79,13 +79,16 @@ def scaled_by(method: Method, part: str) -> set[str]:
     return {method.weight_option(part)} | neck
 
 
+LD_VARIANTS = ("fine_grained", "gi", "fitnet", "inside_gt", "main", "defeat", "joint", "vlr_kd")
+
+
 def test_which_methods_work_where() -> None:
     ld = {"gfl", "retinanet+distribution", "atss+distribution", "fcos+distribution"}
     anywhere = {"defeat", "drkd", "drkd_lite", "cwd", "pkd", "fgd", "defeat_thin"}
     expected = {("ld", d) for d in ld} | {(m, d) for m in ("rm", "pfi", "bckd") for d in DENSE}
     expected |= {(m, d) for m in anywhere for d in DENSE | {"faster_rcnn"} if d in NAMES}
     assert set(CASES) == expected
-    variants = {(f"ld:{v}", d) for v in ("fine_grained", "gi", "joint") for d in ld}
+    variants = {(f"ld:{v}", d) for v in LD_VARIANTS for d in ld}
     variants |= {("defeat:backbone", d) for d in NAMES} | {("defeat:proposals", "faster_rcnn")}
     assert set(VARIANT_CASES) == variants
 

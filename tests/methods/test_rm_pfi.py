@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kdcli.methods.base import Method
-from kdcli.methods.pfi import CLASSES, MAPS, PFI, Form, imitation_loss, prediction_difference
+from kdcli.methods.pfi import CLASSES, MAPS, PFI, WEIGHT, Form, imitation_loss, prediction_difference
+from kdcli.methods.resolve import resolve_options
 from kdcli.methods.rm import RANKS, RM, rank_loss
 from kdcli.structures import Batch
 from kdcli.tensors import Tensors
@@ -159,19 +161,20 @@ VALID = torch.ones(1, 2, dtype=torch.bool)
 
 
 def test_prediction_difference_values() -> None:
-    assert prediction_difference(Z_S, Z_T, 2, space="logit").tolist() == [[2.0, 1.0]]
+    assert prediction_difference(Z_S, Z_T, 2, space="logit").tolist() == [[4.0, 2.0]]
     prob = prediction_difference(Z_S, Z_T, 2)[0]
-    assert prob.tolist() == pytest.approx([0.0725032, 0.0533881], rel=1e-5)
+    assert prob.tolist() == pytest.approx([2 * 0.0725032, 2 * 0.0533881], rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("space", "form", "expected"),
     [
-        ("logit", "squared", 4.0555556),
-        ("logit", "linear", 1.8333333),
-        ("prob", "squared", 0.0060977785),
-        ("prob", "linear", 0.0750295049),
-        ("prob", "norm", 0.0552167477),
+        # of two outputs, so that a sum is twice their mean
+        ("logit", "squared", 2**2 * 4.0555556),
+        ("logit", "linear", 2 * 1.8333333),
+        ("prob", "squared", 2**2 * 0.0060977785),
+        ("prob", "linear", 2 * 0.0750295049),
+        ("prob", "norm", 2 * 0.0552167477),
     ],
 )
 def test_imitation_loss_values(space: Any, form: Form, expected: float) -> None:
@@ -204,8 +207,35 @@ def test_several_anchors_share_a_cell() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 6 * 9, 3), torch.randn(2, 6 * 9, 3)
     found = prediction_difference(student, teacher, 6)
-    by_hand = (student.sigmoid() - teacher.sigmoid()).square().reshape(2, 6, 27).mean(dim=-1)
+    by_hand = (student.sigmoid() - teacher.sigmoid()).square().reshape(2, 6, 27).sum(dim=-1)
     torch.testing.assert_close(found, by_hand)
+
+
+@pytest.mark.parametrize("anchors", [1, 9])
+@pytest.mark.parametrize("classes", [1, 3, 20, 80])
+def test_the_scale_of_pfi_at_every_number_of_outputs(classes: int, anchors: int) -> None:
+    """The loss cell by cell in numpy. At 3 classes and one anchor it is that of the mean with the weight 1.5; a class that
+    neither net believes in changes nothing, where the mean made the loss of ten times the outputs a hundredth."""
+    draw = np.random.default_rng(classes * anchors)
+    student, teacher = draw.normal(-1, 2, (2, 1, 4 * anchors, classes))
+    features = draw.random((1, 4))
+    p, q = (1 / (1 + np.exp(-z)) for z in (student, teacher))
+    total = np.zeros(4)
+    for cell in range(4):
+        for a in range(anchors):
+            total[cell] += sum((p[0, cell * anchors + a, c] - q[0, cell * anchors + a, c]) ** 2 for c in range(classes))
+    expected = sum((total[cell] * features[0, cell]) ** 2 for cell in range(4)) / 4
+
+    def loss(extra: int) -> float:
+        sides = [np.concatenate([z, np.full((1, 4 * anchors, extra), -40.0)], axis=2) for z in (student, teacher)]
+        p_dif = prediction_difference(*(torch.from_numpy(z) for z in sides), 4)
+        valid = torch.ones(1, 4, dtype=torch.bool)
+        return float(imitation_loss(p_dif, torch.from_numpy(features), valid, [4]))
+
+    assert loss(0) == pytest.approx(expected, rel=1e-12)
+    assert loss(9 * classes) == pytest.approx(expected, rel=1e-12)
+    outputs = anchors * classes
+    assert WEIGHT * loss(0) == pytest.approx(1.5 * expected / outputs**2 * (outputs / 3) ** 2, rel=1e-12)
 
 
 def pfi(**options: Any) -> PFI:
@@ -221,7 +251,7 @@ def test_pfi_is_its_parts(space: Any, form: Form) -> None:
     p_dif = prediction_difference(ours[CLASSES.key], theirs[CLASSES.key], cells, space=space)
     f_dif = (ours[MAPS.key] - theirs[MAPS.key]).square().mean(dim=-1)
     sizes = GFL.grid.level_sizes(batch.targets.canvas)
-    expected = 1.5 * imitation_loss(p_dif, f_dif, batch.targets.valid, sizes, form=form).mean()
+    expected = 1.5 / 9 * imitation_loss(p_dif, f_dif, batch.targets.valid, sizes, form=form).mean()
     terms = pfi(pred_space=space, form=form)(ours, theirs, batch)
     assert list(terms) == ["loss"]
     torch.testing.assert_close(terms["loss"], expected)
@@ -241,3 +271,15 @@ def test_the_adapter_maps_student_channels_to_the_teachers() -> None:
     (weight,) = wide.parameters()
     assert weight.shape == (32, 64)  # a 1x1 convolution, no bias
     assert weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({}, False), ({"weight": 1.5}, True), ({"weight": 0.9}, False), ({"weight": 1.5, "form": "linear"}, False),
+     ({"weight": 1.5, "pred_space": "logit"}, False)],
+)  # fmt: skip
+def test_a_weight_for_the_mean_is_noticed(options: dict[str, Any], said: bool) -> None:
+    warning = PFI.warning("gfl", resolve_options("pfi", PFI, "gfl", options), 3)
+    assert (warning is not None) == said
+    if warning is not None:
+        assert "weight 1.5 is 9 times the default, 0.167" in warning

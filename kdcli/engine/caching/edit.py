@@ -16,7 +16,7 @@ from kdcli.engine.caching.verify import plan_of_store
 from kdcli.engine.caching.write import write_store
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import OptionError, StoreError
-from kdcli.methods.resolve import absolute_methods, all_needs, find_methods
+from kdcli.methods.resolve import absolute_methods, all_needs, completed, find_methods
 from kdcli.store.arrays import StoredTensor
 from kdcli.store.image_codec import PIXELS
 from kdcli.store.maintenance import copy_rows, drop_tensors, merge_overlay, record_errors, unreferenced_arrays
@@ -175,7 +175,7 @@ def prune_tensors(store: Where, keys: Sequence[str], reporter: ProgressReporter)
             text: name
             for text in reader.manifest.methods
             for name, method in find_methods(text).items()
-            if set(method.reads(options[name])) <= have
+            if set(method.reads(completed(method, options[name]))) <= have
         }
         reporter.stage("prune", reader.schema.num_shards)
         dense = {t.need.name for t in keep if t.need.dense}
@@ -264,7 +264,7 @@ def needs_of(store: Where, methods: str) -> tuple[Need, ...]:
     unknown = [name for name in found if name not in options]
     if unknown:
         raise OptionError(f"store '{store}' was not written for {', '.join(unknown)}; it has {', '.join(options)}")
-    return all_needs(found, options)
+    return all_needs(found, {name: completed(method, options[name]) for name, method in found.items()})
 
 
 def _copy(

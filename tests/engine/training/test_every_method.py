@@ -33,12 +33,22 @@ Options = dict[str, dict[str, Any]]
 OPTIONS: Options = {
     "pkd": {"weight": 1e-3},
     "cwd": {"weight": 1e-3},
+    "pfi": {"weight": 1e-4},  # this teacher is sure of a class at every anchor, nine of a cell on RetinaNet
     "drkd": {"ins_weight": 1e-3},
     "drkd_lite": {"ins_weight": 1e-3},
     "defeat": {"backbone_weight": 1.0},
     "ld": {"imitation": "gi", "imitation_weight": 0.2},
 }
-OTHER: Options = {"ld": {"imitation": "fine_grained", "imitation_weight": 0.2, "joint": True, "vlr_weight": "mask"}}
+OTHER: Options = {
+    "ld": {
+        "imitation": "fine_grained",
+        "imitation_weight": 0.2,
+        "joint": True,
+        "vlr_weight": "mask",
+        "vlr_kd_weight": 5.0,
+    }
+}
+REGIONS = ("inside_gt", "main", "defeat")  # of LD's imitation; fitnet reads what gi reads
 PROPOSALS = {"obj_cls_weight": 2.0, "bg_cls_weight": 2.0}
 # of a term, default encodings. PFI goes with the fourth power of a score, so that few cells carry it
 LOSSY, LOSSY_PFI = 1e-3, 1e-2
@@ -65,6 +75,8 @@ def cases() -> dict[str, Case]:
         found[detector] = Case(detector, names, options)
         if "ld" in names:
             found[f"{detector}/ld"] = Case(detector, ("ld",), OTHER)
+    for region in REGIONS:
+        found[f"gfl/ld/{region}"] = Case("gfl", ("ld",), {"ld": {"imitation": region, "imitation_weight": 0.2}})
     return found
 
 
@@ -157,7 +169,7 @@ def test_default_encodings_stay_close(sides: Sides, monkeypatch: pytest.MonkeyPa
     and its features have nothing to do with those of the one it replaces. What is encoded is compared at fixed anchors;
     that a lossless store chooses as the live teacher does is tested above.
     """
-    monkeypatch.setattr("kdcli.methods.ld.general_instances", evenly)
+    monkeypatch.setattr("kdcli.methods.ld_imitation.general_instances", evenly)
     shown = {"canvas": str(LARGE), "views": "identity", "batch": 9}
     live, cached = sides.run(teacher=str(sides.teacher), **shown), sides.run(cache=str(sides.default), **shown)
     assert live.teacher is not None
@@ -182,7 +194,7 @@ def test_nothing_is_stored_twice(shapes: Path, tmp_path: Path) -> None:
 
 def test_bf16_trains_from_a_store_and_stays_close(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 terms and finite gradients, those of the live teacher, and near those of float32."""
-    monkeypatch.setattr("kdcli.methods.ld.general_instances", evenly)  # bf16 scores dispute other anchors
+    monkeypatch.setattr("kdcli.methods.ld_imitation.general_instances", evenly)  # bf16 scores dispute other anchors
     live, cached = sides.run(teacher=str(sides.teacher), amp="bf16"), sides.run(cache=str(sides.lossless), amp="bf16")
     assert live.teacher is not None
     assert cached.teacher is not None
