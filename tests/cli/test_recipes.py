@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from kdcli.cli import main as command_line
 from kdcli.cli.main import app, run
-from kdcli.detectors.build import ModelSpec, build_detector, parse_model_name
+from kdcli.detectors.build import ModelSpec, build_detector, default_lr, parse_model_name
 from kdcli.detectors.convert.coco import COCO_CLASSES
 from kdcli.detectors.weights import export
 from kdcli.files import atomic_save
@@ -156,7 +156,8 @@ def test_recipe_is_valid(file: Path) -> None:
     assert options.amp == "fp32"
     assert options.backbone_weights == "imagenet"
     detector, backbone = parse_model_name(options.model.name)
-    assert options.optim.lr == (0.02 if detector.endswith("faster_rcnn") else 0.01)
+    assert detector != "faster_rcnn"  # torchvision's: the papers have mmdet's
+    assert options.optim.lr == default_lr(detector) == (0.02 if detector == "mm_faster_rcnn" else 0.01)
     assert options.optim.clip == (35.0 if file.stem.startswith("defeat") else 0.0)
     assert options.model.bn == ("frozen" if detector == "fcos" else "train" if "mobilenet" in backbone else "auto")
     assert (options.epochs, options.optim.steps) in (
@@ -215,7 +216,7 @@ def test_recipe_builds_its_own_backbone(file: Path) -> None:
     assert built.backbone.stage_channels == CHANNELS[backbone]
     laterals = [m for m in built.neck.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1)]
     assert tuple(conv.in_channels for conv in laterals) == CHANNELS[backbone][-len(laterals) :]
-    assert len(laterals) == (4 if detector == "faster_rcnn" else 3)
+    assert len(laterals) == (4 if detector == "mm_faster_rcnn" else 3)
     assert outputs[FEATURES].shape == (1, built.grid.num_cells(Canvas(HEIGHT, WIDTH)), 256)
 
 

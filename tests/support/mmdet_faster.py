@@ -35,6 +35,7 @@ BOXES = (
     (
         (1.3, 0.4, 99.2, 69.1),  # its best anchors are centred in the padding
         (70.3, 40.2, 99.6, 69.7),
+        (20.1, 6.9, 62.5, 59.8),  # around several anchors: one IoU but for rounding
     ),
     (),
 )

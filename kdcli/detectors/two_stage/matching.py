@@ -1,8 +1,8 @@
 """Which ground-truth box an anchor or a proposal is trained for, and the random sample of them that the losses read.
 
-torchvision's rules or mmdet's, with two differences. Anchors of cells outside the valid area are read by no loss. Boxes that
-overlap several anchors equally take all of them within a tolerance, where both compare float32 numbers for
-equality and so take those that happen to be rounded alike.
+torchvision's rules or mmdet's. Anchors of cells outside the valid area are read by no loss, as in mmdet. Under torchvision's
+rules a box that overlaps several anchors equally takes all of them within a tolerance, where torchvision compares float32
+numbers for equality and so takes those that happen to be rounded alike.
 
 The sample depends on ``Targets.draws`` alone, a seed for each image, so that 1 and N processes draw alike.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdcli.detectors.two_stage.recipes import TORCHVISION_LOW_QUALITY, LowQuality
-from kdcli.geometry.assign import CHUNK, TIE
+from kdcli.geometry.assign import CHUNK
 from kdcli.geometry.boxes import pairwise_iou
 from kdcli.structures import BACKGROUND, IGNORED, Targets
 
@@ -53,7 +53,7 @@ def match_anchors(anchors: Tensor, boxes: Tensor, rule: LowQuality = TORCHVISION
         owner = torch.where(highest > best, index + start, owner)
         best = torch.maximum(best, highest)
         peak = iou.amax(dim=1, keepdim=True)
-        tops = (iou >= peak - TIE) & (peak > 0) & (peak >= rule.min_iou)
+        tops = (iou >= peak - rule.tie) & (peak > 0) & (peak >= rule.min_iou)
         numbers = torch.arange(start, start + len(iou), device=iou.device)[:, None]
         claimant = torch.maximum(claimant, torch.where(tops, numbers, BACKGROUND).amax(dim=0))
     found = torch.where(best >= RPN_POSITIVE, owner, IGNORED).masked_fill(best < RPN_NEGATIVE, BACKGROUND)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from kdcli.geometry.assign import AssignerSpec
+from kdcli.geometry.assign import TIE, AssignerSpec
 from kdcli.geometry.grid import Grid
 
 STRIDES = (4, 8, 16, 32, 64)  # P2..P6
@@ -55,15 +55,18 @@ class LowQuality:
     """The anchors that a box gets though they overlap it less than 0.7: those whose IoU with it is its highest.
 
     min_iou: none for a box whose highest IoU is below it; mmdet's min_pos_iou. claimed: they train for this box (the last
-    one in a conflict), as in mmdet; otherwise for the box that they overlap most, as in torchvision.
+    one in a conflict), as in mmdet; otherwise for the box that they overlap most, as in torchvision. tie: IoUs this close to
+    the highest are as high. 0: where a box's IoU with several anchors is one number but for rounding, as inside or around
+    them, rounding chooses some of them, as in mmdet.
     """
 
     min_iou: float
     claimed: bool
+    tie: float
 
 
-TORCHVISION_LOW_QUALITY = LowQuality(min_iou=0.0, claimed=False)
-MMDET_LOW_QUALITY = LowQuality(min_iou=0.3, claimed=True)
+TORCHVISION_LOW_QUALITY = LowQuality(min_iou=0.0, claimed=False, tie=TIE)
+MMDET_LOW_QUALITY = LowQuality(min_iou=0.3, claimed=True, tie=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,16 @@ def test_boxes_of_low_quality() -> None:
     assert [(int(mmdets[k]), int(torchvisions[k])) for k in changed] == [(7, 6), (5, 3)]
 
 
+def test_rounding_chooses_among_equal_overlaps_as_in_mmdet() -> None:
+    """The last box of the second image lies around several anchors. Decision 24 has what a tolerance would do."""
+    rule, box = MM_FASTER_RCNN.low_quality, given.boxes()[1][2:]
+    anchors = GRID.anchors(given.CANVAS, torch.float32)
+    mmdets = match_anchors(anchors, box, rule) == 0
+    all_in_the_tie = match_anchors(anchors, box, replace(rule, tie=1e-6)) == 0
+    assert (mmdets <= all_in_the_tie).all()
+    assert (int(mmdets.sum()), int(all_in_the_tie.sum())) == (4, 8)
+
+
 @pytest.mark.parametrize(("name", "rule"), [("train", MM_FASTER_RCNN.training), ("test", TESTING)])
 def test_proposals_are_mmdets(name: str, rule: Any) -> None:
     logits, deltas = given.rpn_outputs()
