@@ -24,7 +24,7 @@ def test_plain_training_refuses_what_it_would_not_read(field: dict[str, str]) ->
 
 
 def prepared(shapes: Path, detector: str, optim: dict[str, Any]) -> TrainOptions:
-    model = {"name": f"{detector}_shufflenet_v2_x0_5", "fpn_channels": 16, "tower_convs": 1, "head_channels": 16}
+    model = {"name": f"{detector}_shufflenet_v2_x0_5", "fpn_channels": 16, "tower_convs": 1, "head_channels": 32}
     request = run_request("train", shapes, model=model)
     request = from_flags("train", {**request.fields, "optim": optim}, {}, None, {})
     return prepare(request.options(), frozenset(request.fields), NullReporter()).options
@@ -36,5 +36,5 @@ def test_a_learning_rate_left_out_is_the_detectors_own(detector: str, lr: float,
         options = prepared(shapes, detector, given)
         assert to_plain(options)["optim"]["lr"] == lr  # config.toml has the number
         for again in given, {"lr": lr}:  # the same flags beside --resume change nothing
-            assert resolved_fields({"optim": again}, options)["optim"] == {key: lr for key in again}
+            assert resolved_fields({"optim": again}, options)["optim"] == dict.fromkeys(again, lr)
     assert prepared(shapes, detector, {"lr": 0.003}).optim.lr == 0.003
