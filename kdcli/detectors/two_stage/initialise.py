@@ -1,7 +1,7 @@
 """How mmdet 3.3.0 starts a Faster R-CNN's neck and RoI head; its RPN starts as torchvision's: N(0, 0.01), biases 0.
 
 torchvision draws the neck's weights by their inputs alone, which differs at the lateral convolutions, and leaves the RoI
-head to PyTorch's linear layers, which begin with a hundred times the deltas.
+head to PyTorch's linear layers, whose last one begins with 18 times the deltas at a width of 1024.
 """
 
 from __future__ import annotations

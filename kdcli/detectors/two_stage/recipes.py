@@ -52,7 +52,7 @@ MMDET_POOLING = RoIPooling(samples=0, aligned=True, levels="finest")
 
 @dataclass(frozen=True)
 class LowQuality:
-    """The anchors that a box gets though they overlap it less than 0.7: those whose IoU with it is its highest.
+    """The anchors that a box gets whatever their IoU with it: those that no other anchor exceeds.
 
     min_iou: none for a box whose highest IoU is below it; mmdet's min_pos_iou. claimed: they train for this box (the last
     one in a conflict), as in mmdet; otherwise for the box that they overlap most, as in torchvision. tie: IoUs this close to
