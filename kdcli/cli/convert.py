@@ -33,7 +33,7 @@ def convert(
 ) -> int:  # fmt: skip
     """Make a checkpoint of a detector that mmdet or torchvision trained. Downloads nothing, runs no code of the file.
 
-    mmdet: GFL, ATSS, FCOS, RetinaNet, Faster R-CNN on ResNet-18 to 152 and ResNeXt-101 64x4d, all with an FPN.
+    mmdet: GFL, ATSS, FCOS, RetinaNet, Faster R-CNN on ResNet-18 to 152 and ResNeXt-101 32x4d, 64x4d, all with an FPN.
     torchvision: a state dict of retinanet_resnet50_fpn (v1, v2), fcos_resnet50_fpn or fasterrcnn_resnet50_fpn (v1, v2).
 
     Example: kdcli convert gfl_r101.pth --from mmdet --classes coco --out teacher.pt

@@ -33,6 +33,7 @@ _BACKBONES = {
     (True, 1, (3, 4, 6, 3)): "resnet50",
     (True, 1, (3, 4, 23, 3)): "resnet101",
     (True, 1, (3, 8, 36, 3)): "resnet152",
+    (True, 32, (3, 4, 23, 3)): "resnext101_32x4d",
     (True, 64, (3, 4, 23, 3)): "resnext101_64x4d",
 }
 
