@@ -17,7 +17,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from kdcli.detectors.base import BatchNormMode
+from kdcli.detectors.base import BatchNormMode, Dcn
+from kdcli.detectors.deformable import use_deformable
 from kdcli.errors import MissingPathError, OptionError, did_you_mean
 from kdcli.files import load_torch
 
@@ -90,12 +91,14 @@ class Backbone(nn.Module):
     bn: with ``norm_eval`` every batch norm stays in eval mode, so that its statistics are fixed while its scale and shift
     are trained, and the layers up to stride 4 (stem and, where it has one, first stage) get no gradient: mmdet 3.3.0's
     ResNet with ``norm_eval=True, frozen_stages=1`` and ``requires_grad=True`` in its norm_cfg. With ``frozen`` no batch
-    norm gets a gradient either (``requires_grad=False``). Other modes fix nothing. stride_in_1x1: see ModelSpec; no
-    other than a ResNet with bottlenecks. ``channels``: of C3, C4, C5;
+    norm gets a gradient either (``requires_grad=False``). Other modes fix nothing. stride_in_1x1, dcn: see
+    ModelSpec; no other than a ResNet with bottlenecks. ``channels``: of C3, C4, C5;
     ``stage_channels``: of C2 too.
     """
 
-    def __init__(self, name: str, *, bn: BatchNormMode = "train", stride_in_1x1: bool = False) -> None:
+    def __init__(
+        self, name: str, *, bn: BatchNormMode = "train", stride_in_1x1: bool = False, dcn: Dcn = "none"
+    ) -> None:
         super().__init__()
         if name not in BACKBONES:
             raise OptionError(f"backbone '{name}': unknown{did_you_mean(name, BACKBONES)}")
@@ -106,6 +109,8 @@ class Backbone(nn.Module):
         model = torchvision.models.get_model(name, weights=None) if layout.make is None else layout.make()
         if stride_in_1x1:
             _move_strides(model, name)
+        if dcn != "none":
+            use_deformable(model, name, dcn)
         whole = set(model.state_dict())
         for child, module in _used_children(model, self._runs):
             self.add_module(child, module)
@@ -171,8 +176,11 @@ def load_backbone_weights(backbone: Backbone, source: str) -> None:
     state = _imagenet(backbone.name) if source == "imagenet" else _state_dict(Path(source))
     own = backbone.state_dict()
     found, expected = set(state), set(own)
-    # Files older than PyTorch 0.4.1 have no batch counters; batch norm fills them in by itself.
-    missing = [k for k in sorted(expected - found) if not k.endswith("num_batches_tracked")]
+    # Files older than PyTorch 0.4.1 have no batch counters, and batch norm fills them in by itself; a classifier has no
+    # deformable convolutions, and its file leaves their offsets at 0, as mmdet's configs start from it.
+    missing = [
+        k for k in sorted(expected - found) if not k.endswith("num_batches_tracked") and ".conv_offset." not in k
+    ]
     surplus = sorted(found - expected - backbone.classifier_keys)
     shapes = [k for k in sorted(found & expected) if state[k].shape != own[k].shape]
     problems = [

@@ -24,6 +24,7 @@ BatchNormMode = Literal["auto", "train", "norm_eval", "frozen", "sync"]
 BoxBranch = Literal["default", "distribution"]
 BoxLoss = Literal["default", "ciou"]
 FcosVariant = Literal["normalised", "plain"]
+Dcn = Literal["none", "v1", "v2"]
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1: what every torchvision backbone was trained with
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -41,7 +42,8 @@ class ModelSpec(JsonSpec):
     ``frozen`` (norm_eval, with scale and shift fixed too), ``auto`` = norm_eval with pretrained weights, else train; a
     built detector never says ``auto``. box: ``distribution`` gives any dense detector the edge logits that LD needs.
     box_loss: ``ciou`` puts CIoU in the place of a dense detector's GIoU.
-    fcos: which of the two FCOS recipes; other detectors take the default alone. image_mean, stride_in_1x1: of converted
+    fcos: which of the two FCOS recipes; other detectors take the default alone. dcn: deformable convolutions in the
+    bottlenecks of a ResNet behind C2, ``v2`` with a mask: mmdet's DCN and DCNv2. image_mean, stride_in_1x1: of converted
     weights that were trained otherwise: the mean of RGB in 0..1 that is taken off an image; the stride of a bottleneck in
     its first conv (Caffe's ResNets), not in its second.
     """
@@ -57,6 +59,7 @@ class ModelSpec(JsonSpec):
     box: BoxBranch = "default"
     box_loss: BoxLoss = "default"
     fcos: FcosVariant = "normalised"
+    dcn: Dcn = "none"
     image_mean: tuple[float, ...] = IMAGE_MEAN
     stride_in_1x1: bool = False
 
@@ -76,6 +79,7 @@ class ModelSpec(JsonSpec):
             ("box", BoxBranch),
             ("box_loss", BoxLoss),
             ("fcos", FcosVariant),
+            ("dcn", Dcn),
         ):
             value, choices = getattr(self, name), get_args(hint)
             if value not in choices:
