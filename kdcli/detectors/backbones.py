@@ -48,12 +48,13 @@ def _features(*ends: int, make: Callable[[], nn.Module] | None = None, weights_o
 
 def _resnext101_32x4d() -> nn.Module:
     """ResNeXt-101 with 32 groups of 4 channels (arXiv 1611.05431), which mmdet's configs use and torchvision lacks."""
-    return ResNet(Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4)
+    model: nn.Module = ResNet(Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4)
+    return model
 
 
 def _leaky_mobilenet_v2() -> nn.Module:
     """MobileNetV2 (arXiv 1801.04381) with a leaky relu, of slope 0.1 below 0, wherever it has a relu6."""
-    model = torchvision.models.mobilenet_v2()
+    model: nn.Module = torchvision.models.mobilenet_v2()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU6):

@@ -16,11 +16,12 @@ from kdcli.errors import OptionError
 from kdcli.tensors import precise
 
 STAGES = ("layer2", "layer3", "layer4")
+POINTS = 9  # of a 3x3 kernel
 PER_POINT = {"v1": 2, "v2": 3}  # numbers that conv_offset gives for a point of the kernel: (y, x), and with v2 a mask
 
 
 class DeformableConv(nn.Module):
-    """``conv``, a convolution without a bias, whose points are shifted by what ``conv_offset`` reads of the input.
+    """``conv``, of 3x3 with padding 1 and without a bias, whose points are shifted by what ``conv_offset`` reads of the input.
 
     conv_offset's channels: y and x of each point of the kernel in turn, in cells of the input, row by row; v2: then a
     mask of each, before its sigmoid (mmcv 2.1.0's DeformConv2dPack and ModulatedDeformConv2dPack). It starts at 0, so
@@ -29,14 +30,10 @@ class DeformableConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, version: Dcn) -> None:
         super().__init__()
-        assert conv.bias is None
-        self.points = conv.kernel_size[0] * conv.kernel_size[1]
-        self.place = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        assert (conv.kernel_size, conv.padding, conv.dilation, conv.bias) == ((3, 3), (1, 1), (1, 1), None)
+        self.stride = conv.stride[0]
         self.weight = conv.weight
-        self.conv_offset = nn.Conv2d(
-            conv.in_channels, PER_POINT[version] * self.points, conv.kernel_size, conv.stride,
-            conv.padding, conv.dilation,
-        )  # fmt: skip
+        self.conv_offset = nn.Conv2d(conv.in_channels, PER_POINT[version] * POINTS, 3, self.stride, 1)
         nn.init.zeros_(self.conv_offset.weight)
         assert self.conv_offset.bias is not None
         nn.init.zeros_(self.conv_offset.bias)
@@ -48,9 +45,9 @@ class DeformableConv(nn.Module):
         with torch.autocast(device, enabled=False):
             x = precise(x)
             found = self.conv_offset(x)
-            offset, mask = found[:, : 2 * self.points], found[:, 2 * self.points :]
+            offset, mask = found[:, : 2 * POINTS], found[:, 2 * POINTS :]
             weights = mask.sigmoid() if mask.shape[1] else None
-            out: Tensor = deform_conv2d(x, offset, self.weight, mask=weights, **self.place)
+            out: Tensor = deform_conv2d(x, offset, self.weight, stride=self.stride, padding=1, mask=weights)
         return out
 
 
