@@ -96,8 +96,8 @@ class ModelSpec(JsonSpec):
         if self.fcos != "normalised" and self.detector != "fcos":
             raise OptionError(f"model.fcos = {self.fcos!r}: the model is {self.detector}; leave it out or take fcos_*")
         if (self.neck == "default") is (self.detector == MM_FEATURES):
-            needed = " must be named" if self.neck == "default" else f" of {MM_FEATURES} alone"
-            raise OptionError(f"model.neck = {self.neck!r}: the model is {self.detector}; it is{needed}")
+            fix = "name another one" if self.neck == "default" else f"it is of {MM_FEATURES} alone, leave it out"
+            raise OptionError(f"model.neck = {self.neck!r}: the model is {self.detector}; {fix}")
 
     @property
     def name(self) -> str:
