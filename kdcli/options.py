@@ -44,7 +44,7 @@ class OptimOptions:
     """Table ``[optim]``."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.01  # for 16 images a step; scaled linearly with the global batch
+    lr: float | None = None  # for 16 images a step; scaled linearly with the global batch. None: the detector's own
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: Literal["step", "cosine"] = "step"

@@ -3,21 +3,22 @@
 #
 #   examples/bccd/methods.sh DETECTOR DATA WEIGHTS OUT
 #
-# DETECTOR: gfl, retinanet, retinanet_distribution (its box branch predicts distributions, as LD needs) or faster_rcnn.
+# DETECTOR: gfl, retinanet, retinanet_distribution (its box branch predicts distributions, as LD needs), faster_rcnn
+# (torchvision's) or mm_faster_rcnn (mmdet's).
 # DATA, WEIGHTS, OUT: as for run.sh. One seed of everything comes first, then the next. Run the same command again to go on
 # after an interruption: finished runs are kept, begun ones resumed. From the environment: SEEDS="0 1 2", METHODS="ld bckd",
-# EPOCHS=12, CANVAS=256x320 (192x256 for faster_rcnn), and JOBS=2 for two students at once (on two cores that is 1.6 times as many an hour).
+# EPOCHS=12, CANVAS=256x320 (192x256 for both Faster R-CNNs), and JOBS=2 for two students at once (on two cores that is 1.6 times as many an hour).
 set -euo pipefail
 detector=$1 data=$2 weights=$3 out=$4/$1
 case $detector in
   gfl) methods="ld rm pfi defeat defeat_thin bckd drkd drkd_lite cwd pkd fgd ld,pfi ld,rm,pfi" ;;
   retinanet) methods="rm pfi defeat defeat_thin bckd drkd drkd_lite cwd pkd fgd" ;;
   retinanet_distribution) methods="ld" ;;
-  faster_rcnn) methods="defeat drkd" ;;
-  *) echo "DETECTOR is gfl, retinanet, retinanet_distribution or faster_rcnn" >&2 && exit 2 ;;
+  faster_rcnn | mm_faster_rcnn) methods="defeat drkd" ;;
+  *) echo "DETECTOR is gfl, retinanet, retinanet_distribution, faster_rcnn or mm_faster_rcnn" >&2 && exit 2 ;;
 esac
 methods=${METHODS:-$methods} jobs=${JOBS:-1} canvas=256x320
-if [ "$detector" = faster_rcnn ]; then canvas=192x256; fi # at 256x320 an epoch of its teacher takes a core 115 s
+if [[ $detector = *faster_rcnn ]]; then canvas=192x256; fi # at 256x320 an epoch of its teacher takes a core 115 s
 common=(--data "$data" --canvas "${CANVAS:-$canvas}" --batch 8 --amp bf16 --eval-every 4
   --set optim.lr=0.02 --set optim.clip=35 --set model.bn=train)
 student=(--epochs "${EPOCHS:-12}" --model "${detector%_distribution}_shufflenet_v2_x0_5" --set model.fpn_channels=64
@@ -25,7 +26,7 @@ student=(--epochs "${EPOCHS:-12}" --model "${detector%_distribution}_shufflenet_
 teacher=(--epochs 24 --model "${detector%_distribution}_mobilenet_v2" --set model.fpn_channels=128
   --backbone-weights "$weights/mobilenet_v2_imagenet.pth")
 case $detector in
-  faster_rcnn) student+=(--set model.head_channels=128) && teacher+=(--set model.head_channels=256) ;;
+  *faster_rcnn) student+=(--set model.head_channels=128) && teacher+=(--set model.head_channels=256) ;;
   *_distribution) common+=(--set model.box=distribution) ;;
 esac
 students=$out/students

@@ -10,17 +10,7 @@ from torch import Tensor
 
 from tests.support.golden.case import Arrays, Case, load
 from tests.support.golden.checks import CHECKS
-
-
-def kind_of(name: str) -> tuple[str, str]:
-    """(kind, batch) of a file's name: the longest known kind it starts with, and what follows.
-
-    Raises KeyError for a name of no known kind.
-    """
-    for kind in sorted(CHECKS, key=len, reverse=True):
-        if name == kind or name.startswith(f"{kind}_"):
-            return kind, name[len(kind) + 1 :].removesuffix("_lowscore").removeprefix("lowscore")
-    raise KeyError(name)
+from tests.support.golden.whole import check, kind_of
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -34,17 +24,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_file(golden_file: Path) -> None:
     try:
-        kind, batch = kind_of(golden_file.stem)
+        kind, rest = kind_of(golden_file.stem)
     except KeyError:
         pytest.fail(f"{golden_file.name}: no check for this kind of file; known kinds: {', '.join(CHECKS)}")
-    check(kind, Case(golden_file.parent, golden_file.stem, batch, Arrays(load(golden_file))))
-
-
-def check(kind: str, case: Case) -> None:
-    """Check a file, and that no array of it went unread."""
-    CHECKS[kind](case)
-    if unseen := case.arrays.unseen():
-        pytest.fail(f"{case.name}.npz: no check for {', '.join(unseen)}")
+    check(kind, Case(golden_file.parent, golden_file.stem, rest, Arrays(load(golden_file))))
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from kdcli.methods.ld import (
     VLR_DIVISOR,
     VLR_MASK_DIVISOR,
     class_kd,
-    level_of,
     weighted_sum,
 )
+from kdcli.methods.ld_imitation import level_of
 from kdcli.methods.resolve import resolve_options
 from kdcli.structures import Batch
 from kdcli.tensors import Region, Tensors

@@ -19,7 +19,13 @@ from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.dense.recipes import FCOS, RETINANET, Recipe, with_options
 from kdcli.detectors.neck import NeckSpec
 from kdcli.detectors.two_stage.detector import TwoStageDetector
-from kdcli.detectors.two_stage.recipes import FASTER_RCNN, MMDET_POOLING, TwoStageRecipe
+from kdcli.detectors.two_stage.recipes import (
+    FASTER_RCNN,
+    MMDET_LOW_QUALITY,
+    MMDET_POOLING,
+    MMDET_TRAINING,
+    TwoStageRecipe,
+)
 from kdcli.errors import OptionError, did_you_mean
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Canvas, Detections
@@ -49,8 +55,20 @@ TORCHVISION: dict[str, Recipe | TwoStageRecipe] = {
     recipe.name: recipe for recipe in (TV_RETINANET, TV_RETINANET_V2, TV_FCOS, TV_FASTER_RCNN, TV_FASTER_RCNN_V2)
 }
 
-# mmdet's Faster R-CNN differs from ours, which is torchvision's, in how the features of a proposal are sampled.
-MM_FASTER_RCNN = replace(FASTER_RCNN, name="mm_faster_rcnn", pooling=MMDET_POOLING)
+MM_FASTER_RCNN = replace(  # mmdet 3.3.0's faster-rcnn_r50_fpn_1x_coco; docs/decisions/0024-mmdet-faster-rcnn.md
+    FASTER_RCNN,
+    name="mm_faster_rcnn",
+    pooling=MMDET_POOLING,
+    training=MMDET_TRAINING,
+    low_quality=MMDET_LOW_QUALITY,
+    smooth_l1_beta=0.0,
+    count_missing=True,
+    own_boxes=True,
+    proposal_side=0.0,
+    detection_side=0.0,
+    mmdet_init=True,
+    lr=0.02,
+)
 
 
 class TorchvisionFcos(DenseDetector):

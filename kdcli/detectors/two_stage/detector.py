@@ -17,14 +17,14 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from kdcli.detectors.backbones import Backbone
 from kdcli.detectors.base import IMAGE_STD, Detector, ModelSpec
+from kdcli.detectors.two_stage.initialise import initialise
 from kdcli.detectors.two_stage.losses import roi_loss, rpn_loss
-from kdcli.detectors.two_stage.matching import DISTILLATION_SAMPLE, ROI_SAMPLE, sample_proposals
+from kdcli.detectors.two_stage.matching import DISTILLATION_SAMPLE, ROI_SAMPLE, SampleRule, sample_proposals
 from kdcli.detectors.two_stage.proposals import find_proposals
 from kdcli.detectors.two_stage.recipes import (
     DISTILLATION,
     ROI_WIDTH,
     TESTING,
-    TRAINING,
     ProposalRule,
     TwoStageRecipe,
 )
@@ -82,6 +82,8 @@ class TwoStageDetector(Detector):
         )
         self.rpn = RPNHead(channels, recipe.grid.num_anchors, conv_depth=recipe.rpn_convs)
         self.roi = RoIHead(channels, spec.head_channels or ROI_WIDTH, spec.num_classes, recipe.roi_convs)
+        if recipe.mmdet_init:
+            initialise(self.neck, self.roi)
 
     def forward(self, images: Tensor) -> Tensors:
         """See Detector.forward."""
@@ -104,25 +106,29 @@ class TwoStageDetector(Detector):
         listed = [
             torch.cat([found, boxes])
             for found, boxes in zip(
-                self._proposals(outputs, targets.content, targets.canvas, TRAINING), targets.boxes, strict=True
+                self._proposals(outputs, targets.content, targets.canvas, self.recipe.training),
+                targets.boxes,
+                strict=True,
             )
         ]
-        indices, labels, goals = sample_proposals(listed, targets, self.spec.num_classes, ROI_SAMPLE)
+        indices, labels, goals = self._sample(listed, targets, ROI_SAMPLE)
         chosen = [boxes[index] for boxes, index in zip(listed, indices, strict=True)]
         logits, deltas = self.roi_outputs(outputs, chosen, targets.canvas)
         return {
-            **rpn_loss(outputs[RPN_LOGITS], outputs[RPN_DELTAS], targets, self.grid),
-            **roi_loss(logits, deltas, torch.cat(chosen), torch.cat(labels), torch.cat(goals)),
+            **rpn_loss(outputs[RPN_LOGITS], outputs[RPN_DELTAS], targets, self.recipe),
+            **roi_loss(
+                logits, deltas, torch.cat(chosen), torch.cat(labels), torch.cat(goals), self.recipe.smooth_l1_beta
+            ),
         }
 
     @torch.no_grad()
     def decode(self, outputs: Tensors, content: Tensor, canvas: Canvas) -> list[Detections]:
-        """See Detector.decode. torchvision's rule: 1000 proposals, score > 0.05, NMS 0.5, 100 an image."""
+        """See Detector.decode. torchvision's and mmdet's rule: 1000 proposals, score > 0.05, NMS 0.5, 100 an image."""
         proposals = self._proposals(outputs, content, canvas, TESTING)
         counts = [len(boxes) for boxes in proposals]
         logits, deltas = self.roi_outputs(outputs, proposals, canvas)
         parts = zip(torch.split(logits, counts), torch.split(deltas, counts), proposals, content, strict=True)
-        return [detect(*part) for part in parts]
+        return [detect(*part, self.recipe.detection_side) for part in parts]
 
     def proposals(self, outputs: Tensors, content: Tensor, canvas: Canvas) -> list[Tensor]:
         """See Detector.proposals. At most 1000 an image, [R, 4] float32, clipped to ``content`` [B, 2]: what DeFeat
@@ -141,7 +147,7 @@ class TwoStageDetector(Detector):
 
     def sample_proposals(self, boxes: list[Tensor], targets: Targets) -> tuple[list[Tensor], Tensor]:
         """See Detector.sample_proposals. 512 an image, at most 25 % of them positives (IoU >= 0.5)."""
-        indices, labels, _ = sample_proposals(boxes, targets, self.spec.num_classes, DISTILLATION_SAMPLE)
+        indices, labels, _ = self._sample(boxes, targets, DISTILLATION_SAMPLE)
         return indices, torch.cat(labels)
 
     @property
@@ -169,8 +175,13 @@ class TwoStageDetector(Detector):
             PROPOSAL_LOGITS: TensorSpec(Per.PROPOSAL, (classes + 1,)),
         }
 
+    def _sample(
+        self, listed: list[Tensor], targets: Targets, rule: SampleRule
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return sample_proposals(listed, targets, self.spec.num_classes, rule, own_boxes=self.recipe.own_boxes)
+
     def _proposals(self, outputs: Tensors, content: Tensor, canvas: Canvas, rule: ProposalRule) -> list[Tensor]:
-        return find_proposals(outputs[RPN_LOGITS], outputs[RPN_DELTAS], self.grid, content, canvas, rule)
+        return find_proposals(outputs[RPN_LOGITS], outputs[RPN_DELTAS], self.recipe, content, canvas, rule)
 
     def _no_dense_boxes(self) -> NoReturn:
         raise OptionError(

@@ -1,8 +1,8 @@
 """Which ground-truth box an anchor or a proposal is trained for, and the random sample of them that the losses read.
 
-torchvision's rules, with two differences. Anchors of cells outside the valid area are read by no loss. Boxes that
-overlap several anchors equally take all of them within a tolerance, where torchvision compares float32 numbers for
-equality and so takes those that happen to be rounded alike.
+torchvision's rules or mmdet's. Anchors of cells outside the valid area are read by no loss, as in mmdet. Under torchvision's
+rules a box that overlaps several anchors equally takes all of them within a tolerance, where torchvision compares float32
+numbers for equality and so takes those that happen to be rounded alike.
 
 The sample depends on ``Targets.draws`` alone, a seed for each image, so that 1 and N processes draw alike.
 """
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdcli.geometry.assign import CHUNK, TIE
+from kdcli.detectors.two_stage.recipes import TORCHVISION_LOW_QUALITY, LowQuality
+from kdcli.geometry.assign import CHUNK
 from kdcli.geometry.boxes import pairwise_iou
 from kdcli.structures import BACKGROUND, IGNORED, Targets
 
@@ -36,15 +37,15 @@ ROI_SAMPLE = SampleRule(512, 0.25, use=2)
 DISTILLATION_SAMPLE = SampleRule(512, 0.25, use=3)  # DeFeat: of the teacher's proposals
 
 
-def match_anchors(anchors: Tensor, boxes: Tensor) -> Tensor:
+def match_anchors(anchors: Tensor, boxes: Tensor, rule: LowQuality = TORCHVISION_LOW_QUALITY) -> Tensor:
     """For each anchor [N, 4] the index of its box ([G, 4], xyxy canvas pixels), BACKGROUND or IGNORED: [N] int64.
 
-    Positive: IoU >= 0.7, or none of the box's IoUs is higher (several anchors in a tie), which then takes part with
-    the box that the anchor itself overlaps most. Background: IoU < 0.3. torchvision's Matcher with low-quality matches.
+    Positive: IoU >= 0.7, or none of the box's IoUs is higher (several anchors in a tie), where ``rule`` says for which
+    box. Background: IoU < 0.3. torchvision's Matcher with low-quality matches; mmdet 3.3.0, as its MaxIoUAssigner does.
     """
     best = anchors.new_zeros(len(anchors))
     owner = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-    tops = torch.zeros_like(owner, dtype=torch.bool)
+    claimant = torch.full_like(owner, BACKGROUND)  # the last box that has no higher IoU
     size = max(1, CHUNK // len(anchors))
     for start in range(0, len(boxes), size):
         iou = pairwise_iou(boxes[start : start + size], anchors)
@@ -52,9 +53,11 @@ def match_anchors(anchors: Tensor, boxes: Tensor) -> Tensor:
         owner = torch.where(highest > best, index + start, owner)
         best = torch.maximum(best, highest)
         peak = iou.amax(dim=1, keepdim=True)
-        tops |= ((iou >= peak - TIE) & (peak > 0)).any(dim=0)
+        tops = (iou >= peak - rule.tie) & (peak > 0) & (peak >= rule.min_iou)
+        numbers = torch.arange(start, start + len(iou), device=iou.device)[:, None]
+        claimant = torch.maximum(claimant, torch.where(tops, numbers, BACKGROUND).amax(dim=0))
     found = torch.where(best >= RPN_POSITIVE, owner, IGNORED).masked_fill(best < RPN_NEGATIVE, BACKGROUND)
-    return torch.where(tops, owner, found)
+    return torch.where(claimant == BACKGROUND, found, claimant if rule.claimed else owner)
 
 
 def match_proposals(proposals: Tensor, boxes: Tensor) -> Tensor:
@@ -86,9 +89,10 @@ def seeds(targets: Targets) -> list[int]:
 
 
 def sample_proposals(
-    proposals: list[Tensor], targets: Targets, num_classes: int, rule: SampleRule
+    proposals: list[Tensor], targets: Targets, num_classes: int, rule: SampleRule, *, own_boxes: bool = False
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Match and sample the ``proposals`` of each image ([R, 4], ground-truth boxes included by the caller).
+    """Match and sample the ``proposals`` of each image ([R, 4], whose last rows are its ground-truth boxes).
+    ``own_boxes``: see TwoStageRecipe.
 
     Returns for each image the indices into its list [S], their labels [S] (``num_classes`` = background) and their
     ground-truth boxes [S, 4] (zeros for background).
@@ -96,6 +100,8 @@ def sample_proposals(
     indices, labels, goals = [], [], []
     for listed, boxes, classes, seed in zip(proposals, targets.boxes, targets.labels, seeds(targets), strict=True):
         owner = match_proposals(listed, boxes)
+        if own_boxes:
+            owner[len(owner) - len(boxes) :] = torch.arange(len(boxes), device=owner.device)
         index = sample(owner, rule, seed)
         owner = owner[index]  # BACKGROUND, -1, reads the row that is put behind the boxes
         indices.append(index)

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from kdcli.detectors.two_stage.recipes import RPN_STDS, ProposalRule
+from kdcli.detectors.two_stage.recipes import RPN_STDS, ProposalRule, TwoStageRecipe
 from kdcli.geometry.boxes import decode_deltas
-from kdcli.geometry.grid import Grid
 from kdcli.structures import Canvas
 
 NMS_IOU = 0.7
-MIN_SIDE = 1e-3  # pixels, after clipping
 
 
 def clip(boxes: Tensor, content: Tensor) -> Tensor:
@@ -22,13 +20,14 @@ def clip(boxes: Tensor, content: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_proposals(
-    logits: Tensor, deltas: Tensor, grid: Grid, content: Tensor, canvas: Canvas, rule: ProposalRule
+    logits: Tensor, deltas: Tensor, recipe: TwoStageRecipe, content: Tensor, canvas: Canvas, rule: ProposalRule
 ) -> list[Tensor]:
     """Proposals [R <= rule.after, 4] of each image, best first, xyxy canvas pixels clipped to the content; no gradient.
 
     ``logits`` [B, N, 1], ``deltas`` [B, N, 4], ``content`` [B, 2] (height, width). NMS runs within each level, as in
-    torchvision; anchors outside the valid area take part.
+    torchvision and mmdet; anchors outside the valid area take part, as those of padding do there.
     """
+    grid = recipe.grid
     logits, deltas = logits.float().squeeze(-1), deltas.float()
     anchors = grid.anchors(canvas, torch.float32, logits.device)
     picked, levels, start = [], [], 0
@@ -42,7 +41,8 @@ def find_proposals(
     for image, chosen in enumerate(index):
         boxes = clip(decode_deltas(anchors[chosen], deltas[image, chosen], RPN_STDS), content[image])
         scores = logits[image, chosen].sigmoid()
-        real = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        real = ((sides >= recipe.proposal_side) & (sides > 0)).all(dim=1)
         boxes, scores, of_level = boxes[real], scores[real], level_of[real]
         found.append(boxes[batched_nms(boxes, scores, of_level, NMS_IOU)[: rule.after]])
     return found

@@ -18,11 +18,11 @@ SIZE = 7  # cells of a proposal's features, each way
 POOLED_LEVELS = 4  # P2..P5
 CANONICAL_SIDE = 224  # pixels: a proposal of this side is read from P4, the third level (arXiv 1612.03144, eq. 1)
 CANONICAL_LEVEL = 2
+FINEST_SIDE = 56  # pixels: what mmdet counts the levels from, P2
 
 SCORE_THRESHOLD = 0.05
 NMS_IOU = 0.5
 MAX_PER_IMAGE = 100
-MIN_SIDE = 1e-2  # pixels
 
 
 class RoIHead(nn.Module):
@@ -48,10 +48,14 @@ class RoIHead(nn.Module):
         return self.cls(x), self.box(x).reshape(-1, self.num_classes, 4)
 
 
-def levels_of(boxes: Tensor) -> Tensor:
-    """The level, 0..3, that each of ``boxes`` [R, 4] is read from: [R] int64. arXiv 1612.03144, eq. 1."""
+def levels_of(boxes: Tensor, rule: RoIPooling = TORCHVISION_POOLING) -> Tensor:
+    """The level, 0..3, that each of ``boxes`` [R, 4] is read from: [R] int64. arXiv 1612.03144, eq. 1; mmdet 3.3.0, as its
+    SingleRoIExtractor does."""
     side = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt()
-    level = torch.floor(CANONICAL_LEVEL + torch.log2(side / CANONICAL_SIDE) + 1e-6)
+    if rule.levels == "finest":
+        level = torch.floor(torch.log2(side / FINEST_SIDE + 1e-6))
+    else:
+        level = torch.floor(CANONICAL_LEVEL + torch.log2(side / CANONICAL_SIDE) + 1e-6)
     return level.clamp(0, POOLED_LEVELS - 1).long()
 
 
@@ -64,7 +68,7 @@ def pool(
     """
     image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
     rois = torch.cat([image, torch.cat(boxes)], dim=1)
-    level = levels_of(rois[:, 1:])
+    level = levels_of(rois[:, 1:], rule)
     places, parts = [], []
     maps = grid.level_maps(precise(features), canvas, POOLED_LEVELS)
     rois = rois.to(maps[0])
@@ -81,16 +85,17 @@ def pool(
 
 
 @torch.no_grad()
-def detect(logits: Tensor, deltas: Tensor, proposals: Tensor, content: Tensor) -> Detections:
-    """Detections of one image, best first, clipped to ``content`` [2] (height, width): torchvision's rule.
+def detect(logits: Tensor, deltas: Tensor, proposals: Tensor, content: Tensor, least_side: float) -> Detections:
+    """Detections of one image, best first, clipped to ``content`` [2] (height, width): torchvision's and mmdet's rule.
 
-    ``logits`` [R, K + 1], background last, ``deltas`` [R, K, 4], ``proposals`` [R, 4] xyxy canvas pixels.
+    ``logits`` [R, K + 1], background last, ``deltas`` [R, K, 4], ``proposals`` [R, 4] xyxy canvas pixels. ``least_side``:
+    a detection's, in pixels; 0: no matter.
     """
     scores = precise(logits).softmax(dim=-1)[:, :-1]
     proposal, label = torch.nonzero(scores > SCORE_THRESHOLD, as_tuple=True)
     boxes = clip(decode_deltas(proposals[proposal], precise(deltas)[proposal, label], BOX_STDS), content)
     score = scores[proposal, label]
-    real = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1)
+    real = ((boxes[:, 2:] - boxes[:, :2]) >= least_side).all(dim=1)
     boxes, score, label = boxes[real], score[real], label[real]
     keep = batched_nms(boxes, score, label, NMS_IOU)[:MAX_PER_IMAGE]
     return Detections(boxes[keep], score[keep], label[keep])

@@ -40,7 +40,8 @@ def check_ownership(module: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 def scaled_lr(options: OptimOptions, batch: int) -> float:
-    """The linear scaling rule (arXiv 1706.02677)."""
+    """The linear scaling rule (arXiv 1706.02677). ``options.lr`` is resolved: a number."""
+    assert options.lr is not None
     return options.lr * batch / REFERENCE_BATCH
 
 

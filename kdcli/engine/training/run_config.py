@@ -94,4 +94,6 @@ def resolved_fields(fields: Mapping[str, Any], stored: TrainOptions) -> dict[str
         resolved["methods"] = {**resolved["methods"], name: kept}
     if resolved.get("model", {}).get("bn") == "auto":
         resolved["model"] = {**resolved["model"], "bn": stored.model.bn}
+    if resolved.get("optim", {}).get("lr", 0) in (None, "none"):
+        resolved["optim"] = {**resolved["optim"], "lr": stored.optim.lr}
     return resolved

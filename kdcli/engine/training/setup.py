@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kdcli.data.coco import Dataset, open_split
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.base import Detector, ModelSpec
-from kdcli.detectors.build import build_detector, default_keys, family_of, parse_model_name
+from kdcli.detectors.build import build_detector, default_keys, default_lr, family_of, parse_model_name
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.loading.samples import SampleSource
 from kdcli.engine.loading.selection import usable, with_boxes
@@ -91,6 +91,9 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
         canvas=str(canvas), views=format_views(views), methods=resolved, threads=threads,
         data=str(Path(options.data).resolve()),
         model=replace(options.model, bn=student.spec.bn, head_channels=student.spec.head_channels),
+        optim=replace(
+            options.optim, lr=default_lr(student.spec.detector) if options.optim.lr is None else options.optim.lr
+        ),
         cache=None if options.cache is None else absolute(options.cache),
         teacher=absolute_path(options.teacher), init_from=absolute_path(options.init_from),
         backbone_weights=absolute_weights(options.backbone_weights), method=absolute_methods(options.method),

@@ -71,7 +71,7 @@ def test_a_batch_is_its_images_together(detector: TwoStageDetector) -> None:
         part = replace(part, labels=targets.labels[i : i + 1])
         single.append(detector.loss({k: v[i : i + 1] for k, v in found.items()}, part))
     logits, deltas = found[RPN_LOGITS], found[RPN_DELTAS]
-    proposals = find_proposals(logits, deltas, detector.grid, targets.content, CANVAS, TRAINING)
+    proposals = find_proposals(logits, deltas, detector.recipe, targets.content, CANVAS, TRAINING)
     listed = [torch.cat([p, b]) for p, b in zip(proposals, BOXES, strict=True)]
     counts = [len(sample(match_proposals(p, b), ROI_SAMPLE, 0)) for p, b in zip(listed, BOXES, strict=True)]
     for key, value in whole.items():

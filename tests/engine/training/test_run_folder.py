@@ -181,7 +181,7 @@ def test_learning_rate() -> None:
     assert [factors[e * 100 + 50] for e in (7, 8, 10, 11)] == pytest.approx([1, 0.1, 0.1, 0.01])
     cosine = OptimOptions(schedule="cosine", warmup_steps=0)
     assert lr_factor(cosine, 600, 100, 12) == pytest.approx(0.5)
-    with_decay = make_optimizer(torch.nn.Sequential(torch.nn.Linear(2, 2)), OptimOptions(name="adamw"), 16)
+    with_decay = make_optimizer(torch.nn.Sequential(torch.nn.Linear(2, 2)), OptimOptions(name="adamw", lr=0.01), 16)
     assert [g["weight_decay"] for g in with_decay.param_groups] == [1e-4, 0.0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from tests.support.golden.case import (
     Case,
     assert_near,
     canvas_of,
+    compare,
     flat,
     leaves,
     make_targets,
@@ -103,8 +105,8 @@ class BCKDCase:
         return torch.stack([part.sum() for part in rows.split(self.sizes, dim=1)])
 
 
-def bckd_case(case: Case, batch: str) -> BCKDCase:
-    """The inputs of a batch; the teacher's class logits lowered where the file's weights of the box term say so."""
+def bckd_case(case: Case) -> BCKDCase:
+    """The inputs of the batch; the teacher's class logits lowered where the file's weights of the box term say so."""
     inputs, teacher = case.file("inputs_student"), case.file("inputs_teacher")
     cls, box = leaves(inputs, "cls", case.cls_shift()), leaves(inputs, "bbox")
     bins = box[0].shape[1] // 4
@@ -114,7 +116,7 @@ def bckd_case(case: Case, batch: str) -> BCKDCase:
         loc_weight=case.setting(4.0, "loss_score_kd_weight"),
         teacher_logits=flat([teacher[f"cls_l{k}"] for k in range(LEVELS)], (NUM_CLASSES,)),
         teacher_box=flat([teacher[f"bbox_l{k}"] for k in range(LEVELS)], (4, bins)),
-        targets=make_targets(case, batch, canvas_of(inputs), ANCHOR_GRID, ATSS),
+        targets=make_targets(case, case.batch, canvas_of(inputs), ANCHOR_GRID, ATSS),
     )
 
     def error(shift: float) -> float:
@@ -123,47 +125,60 @@ def bckd_case(case: Case, batch: str) -> BCKDCase:
         assert held, f"{case.name} does not tell whether the teacher's scores are lowered: give teacher_cls_shift"
         levels = {key: int(found[1]) - (FINEST if key.startswith("P") else 0) for key, found in held.items()}
         return max(
-            float((weight[k].reshape(-1) - case.arrays[key].reshape(-1)).abs().max()) for key, k in levels.items()
+            float((weight[k].reshape(-1) - case.arrays[key].reshape(-1)).abs().amax()) for key, k in levels.items()
         )
 
     return replace(bckd, teacher_logits=bckd.teacher_logits + case.teacher_shift(error))
 
 
 def check_bckd_cls(case: Case) -> None:
-    """Class loss of single rows: each row, their mean, and weighted with the repository's module, for every exponent."""
+    """Class loss of single rows, where the file has it: each row, their mean, and weighted with the repository's module, for
+    every exponent, with their gradients."""
     g = case.arrays
-    powers = {found[1] for found in g.matching(r"beta(\d+(?:p\d+)?)_\w+").values()}
-    assert powers
-    for power in sorted(powers):
-        name, beta = f"beta{power}", number(power)
-        pred = g["pred"].clone().requires_grad_()
-        rows = bckd_cls(pred, g["soft_label"], torch.ones(len(pred)), beta)
-        weighted = bckd_cls(pred, g["soft_label"], g["weight"], beta).sum() / g["avg_factor"]
-        assert_near(rows, g[f"{name}_loss_none"], f"{name} rows")
-        forms = {"mean": rows.mean()}
-        for found in g.matching(rf"{name}_loss_(module_lw(\d+(?:p\d+)?))").values():
-            forms[found[1]] = number(found[2]) * weighted
-        for form, loss in forms.items():
-            assert_near(loss.reshape(1), g[f"{name}_loss_{form}"], f"{name} {form}")
-            (gradient,) = torch.autograd.grad(loss, pred, retain_graph=True)
-            assert_near(gradient, g[f"{name}_grad_{form}"], f"{name} gradient of {form}")
+    found = {(m[1], m[2]) for m in g.matching(r"beta(\d+(?:p\d+)?)_(?:loss|grad)_(\w+)").values()}
+    for power, form in sorted(found):
+        name = f"beta{power}"
+        pred = case.need("pred", name).clone().requires_grad_()
+        label = case.need("soft_label", name)
+        rows = bckd_cls(pred, label, torch.ones(len(pred), dtype=pred.dtype), number(power))
+        if form == "none":
+            compare(case, f"{name}_loss_none", rows)
+            continue
+        module = re.fullmatch(r"module_lw(\d+(?:p\d+)?)", form)
+        if module:
+            weight, average = (case.need(key, f"{name} {form}") for key in ("weight", "avg_factor"))
+            loss = number(module[1]) * bckd_cls(pred, label, weight, number(power)).sum() / average
+        elif form == "mean":
+            loss = rows.mean()
+        else:
+            continue  # no form of ours: fails by name
+        check_loss(case, f"{name}_loss_{form}", f"{name}_grad_{form}", loss, pred)
+    g.leave_out("weight|avg_factor")  # inputs, of which a file may use some
+
+
+def check_loss(case: Case, key: str, gradient: str, loss: Tensor, leaf: Tensor) -> None:
+    """A loss and its gradient to ``leaf``, each where the file has it."""
+    compare(case, key, loss.reshape(1))
+    if gradient in case.arrays:
+        compare(case, gradient, gradient_of(loss, leaf))
 
 
 def check_bckd_loc(case: Case) -> None:
     """Class and box loss on single levels with their gradients, and the box loss of all levels in every form."""
-    bckd = bckd_case(case, case.batch or "B")
+    bckd = bckd_case(case)
     check_single_levels(case, bckd)
     check_forms(case, bckd)
 
 
 def check_single_levels(case: Case, bckd: BCKDCase) -> None:
     """What the file holds of one level alone, P5 above all."""
-    for level in sorted({found[1] for found in case.arrays.matching(r"P(\d)_\w+").values()}):
+    finest, coarsest = FINEST, FINEST + LEVELS - 1
+    for level in sorted({found[1] for found in case.arrays.matching(rf"P([{finest}-{coarsest}])_\w+").values()}):
         pairs = of_level(bckd, int(level) - FINEST)
         for key in case.arrays.matching(rf"P{level}_(\w+)"):
             if key[3:] in pairs:
                 ours, like = pairs[key[3:]]
-                assert_near(ours, like(case.arrays[key]), key)
+                assert_near(ours, like(case.arrays.golden(key)), key)
 
 
 def of_level(bckd: BCKDCase, k: int) -> dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]:
@@ -176,6 +191,11 @@ def of_level(bckd: BCKDCase, k: int) -> dict[str, tuple[Tensor, Callable[[Tensor
     counted, vlr = level(bckd.counted), level(bckd.vlr())
     used = counted.bool().reshape(-1)  # the repository moves anchors outside the valid area to 0
     anchors = level(ANCHOR_GRID.anchors(bckd.targets.canvas)[None])
+
+    def zeroed(values: Tensor) -> Tensor:
+        """Where the repository has an anchor of 0 outside the valid area, a decoded box means nothing."""
+        return values.reshape(-1, 4)[used]
+
     classes = level(bckd.class_rows()).sum() / bckd.average
     pairs: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
         "avg_factor": (bckd.average, lambda x: x),
@@ -184,14 +204,16 @@ def of_level(bckd: BCKDCase, k: int) -> dict[str, tuple[Tensor, Callable[[Tensor
         "weight": (level(bckd.weight).reshape(-1), lambda x: x),
         "weight_vlr": (level(bckd.weight)[vlr > 0], lambda x: x),
         "vlr": (vlr, lambda x: x.clamp(min=0)),  # -1 may mark anchors outside the valid area
-        "anchors": (anchors * counted[..., None], lambda x: x),
-        "decoded_student": (level(bckd.boxes(bckd.distribution)).reshape(-1, 4)[used], lambda x: x[used]),
-        "decoded_teacher": (level(bckd.boxes(bckd.teacher_box)).reshape(-1, 4)[used], lambda x: x[used]),
+        "anchors": (anchors * counted[..., None], lambda x: x * counted[..., None]),  # which may be there, or 0
+        "decoded_student": (zeroed(level(bckd.boxes(bckd.distribution))), zeroed),
+        "decoded_teacher": (zeroed(level(bckd.boxes(bckd.teacher_box))), zeroed),
+        "score": (level(bckd.logits).sigmoid(), lambda x: x.reshape(counted.shape[0], -1, NUM_CLASSES)),
         "loss_kd": (classes.reshape(1), lambda x: x),
         "grad_cls_loss_kd": (gradient_of(classes, bckd.cls[k]), lambda x: x),
     }
     for form in FORMS:
         rows = level(bckd.box_rows(form))
+        pairs[f"{form}_loss_none"] = (rows.reshape(-1), lambda x: x.reshape(-1))
         for suffix, loss in (("", bckd.loc_weight * rows.sum() / bckd.average), ("_vlr_raw", rows[vlr > 0].sum())):
             pairs[f"{form}_loss_score_kd{suffix}"] = (loss.reshape(1), lambda x: x)
             pairs[f"{form}_grad_bbox{suffix}"] = (gradient_of(loss, bckd.box[k]), lambda x: x)
@@ -214,8 +236,8 @@ def check_forms(case: Case, bckd: BCKDCase) -> None:
             f"{form}_loss_score_kd_vlr_raw": bckd.per_level(rows * in_vlr),
             f"{form}_levels_with_positives": levels_with_positives(bckd),
         }
-        for key in ours.keys() & g.keys():
-            assert_near(ours[key], g[key], key)
+        for key, values in ours.items():
+            compare(case, key, values)
         if f"{form}_loss_score_kd" in g:
             loss = whole_method(bckd, FORMS[form])["loc"]
             assert_near(loss, g[f"{form}_loss_score_kd"].sum(), f"{form}: the method's own term")

@@ -11,15 +11,14 @@ from kdcli.methods.divergence import kl_rows
 from kdcli.methods.ld import MAIN_DIVISOR, VLR_DIVISOR
 from tests.support.golden.bckd import BCKDCase, bckd_case, check_forms, check_single_levels, levels_with_positives
 from tests.support.golden.case import ANCHOR_GRID, LEVELS, Case, assert_near, check_losses
-from tests.support.golden.ld import features_of, gfl_of, imitation_loss, ld_case
+from tests.support.golden.ld import IMITATIONS, features_of, gfl_of, holds, imitation_loss, ld_case
 
 BOX_WEIGHT_EXTRA = 2e-4  # the repository adds 1e-4 to the scores and 1e-4 to the best of them
 
 
 def check_bckd_head(case: Case) -> None:
     """All losses by level with their gradients, the box term's weights and the counts."""
-    batch, _, imitation = case.batch.partition("_")
-    bckd = bckd_case(case, batch or "B")
+    bckd = bckd_case(case)
     check_single_levels(case, bckd)
     check_forms(case, bckd)
     counts = {
@@ -27,19 +26,21 @@ def check_bckd_head(case: Case) -> None:
         "avg_factor": bckd.average,
         "levels_with_positives": levels_with_positives(bckd),
     }
-    counts |= {f"score_kd_weight_l{k}": w.reshape(-1) for k, w in enumerate(bckd.weight.split(bckd.sizes, dim=1))}
-    for key in counts.keys() & case.arrays.keys():
-        assert_near(counts[key].reshape(-1).float(), case.arrays[key].reshape(-1).float(), key)
+    counts |= {f"score_kd_weight_l{k}": w for k, w in enumerate(bckd.weight.split(bckd.sizes, dim=1))}
+    for key, ours in counts.items():
+        if key in case.arrays:
+            golden = case.arrays.golden(key)
+            assert_near(ours.reshape(-1).float(), golden.reshape(-1).float(), key)
     base, levels = gfl_of(bckd.cls, bckd.box, bckd.targets, eps=None)
     by_level = {**head_losses(case, bckd), "loss_cls": levels["loss_cls"]}
     inputs = {"cls": bckd.cls, "bbox": bckd.box}
-    if "loss_im" in case.arrays:
+    if holds(case, "loss_im"):
         inputs["feat"] = [leaf.requires_grad_() for leaf in features_of(case, "student")]
         # the released configurations, which give it weight 0, name finegrained
-        loss = imitation_loss(case, ld_case(case, batch or "B"), bckd.teacher_logits, imitation or "finegrained",
-            inputs["feat"])  # fmt: skip
+        imitation = case.chosen("imitation", IMITATIONS) or IMITATIONS[0]
+        loss = imitation_loss(case, ld_case(case), bckd.teacher_logits, imitation, inputs["feat"])
         by_level["loss_im"] = switched(case, "loss_im", 2.0) * loss
-    losses = {name: loss.sum() for name, loss in by_level.items() if name in case.arrays}
+    losses = {name: loss.sum() for name, loss in by_level.items()}
     check_losses(case, losses | {"loss_cls": base["loss_cls"]}, inputs, by_level)
 
 

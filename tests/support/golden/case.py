@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,11 +29,18 @@ MAX_IOU = AssignerSpec("max_iou", pos_iou=0.5, neg_iou=0.4, min_pos_iou=0.0)
 
 
 class Arrays(dict[str, Tensor]):
-    """The arrays of a file, which remember the keys that were looked at: a check must look at all of them."""
+    """The arrays of a file, which remember the keys that were looked at, and those that something of ours was held against: a
+    check must look at all of them, and compare at least one."""
 
     def __init__(self, arrays: dict[str, Tensor]) -> None:
         super().__init__(arrays)
         self.seen: set[str] = set()
+        self.compared: set[str] = set()
+
+    def golden(self, key: str) -> Tensor:
+        """The array ``key``, which the caller compares with ours."""
+        self.compared.add(key)
+        return self[key]
 
     def __getitem__(self, key: str) -> Tensor:
         self.seen.add(key)
@@ -54,20 +61,48 @@ class Arrays(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class Case:
-    """One reference file; ``batch`` is what its name says after the kind, e.g. "A"."""
+    """One reference file. ``rest``: what its name says after the kind, e.g. "A" or "B_finegrained"; its parts may say the
+    batch, the imitation or the strides, in any order, and anything else. ``choice``: what they do not say, tried in turn.
+    """
 
     folder: Path
     name: str
-    batch: str
+    rest: str
     arrays: Arrays
+    choice: Mapping[str, str] = field(default_factory=dict)
+
+    def chosen(self, what: str, known: Sequence[str]) -> str | None:
+        """The first of ``known`` that the name says, else the one to try for ``what``; None where there is neither."""
+        said = [part for part in self.rest.split("_") if part in known]
+        return said[0] if said else self.choice.get(what)
+
+    @property
+    def batches(self) -> list[str]:
+        """The batches of the folder: ``["A", "B", "R", "Z"]``."""
+        found = (re.fullmatch(r"(\w+)_img\d+_gt_bboxes", key) for key in self.file("batches"))
+        return sorted({match[1] for match in found if match})
+
+    @property
+    def batch(self) -> str:
+        """The batch that the file is of."""
+        batch = self.chosen("batch", self.batches)
+        assert batch is not None, f"{self.name}: its name has no batch of {', '.join(self.batches)}"
+        return batch
+
+    def need(self, key: str, what: str) -> Tensor:
+        """An input of the file itself, without which ``what`` cannot be computed."""
+        assert key in self.arrays, f"{self.name}.npz: {key} is missing, which {what} is computed from"
+        return self.arrays[key]
 
     def file(self, name: str) -> dict[str, Tensor]:
         """Another file of the same folder, e.g. "batches"."""
-        return load(self.folder / f"{name}.npz")
+        path = self.folder / f"{name}.npz"
+        assert path.is_file(), f"{self.name}.npz: {path.name} is missing beside it"
+        return load(path)
 
     def setting(self, default: float, *names: str) -> float:
         """A hyper-parameter: the first of ``names`` that the file has, else the published ``default``."""
-        return next((float(self.arrays[name]) for name in names if name in self.arrays), default)
+        return next((float(self.arrays[name].reshape(())) for name in names if name in self.arrays), default)
 
     def cls_shift(self) -> float:
         """What is added to the student's class logits of the inputs."""
@@ -139,6 +174,24 @@ def flat(maps: list[Tensor], trailing: tuple[int, ...]) -> Tensor:
     return flatten_levels(maps, trailing)
 
 
+def compare(case: Case, key: str, ours: Tensor, scale: float | None = None) -> bool:
+    """``assert_near`` with the array ``key`` of the file; False where it has none."""
+    if key not in case.arrays:
+        return False
+    assert_near(ours, case.arrays.golden(key), f"{case.name} {key}", scale)
+    return True
+
+
+def at_valid(ours: Tensor, golden: Tensor, valid: Tensor, marker: float) -> Tensor:
+    """``ours`` [N, ...] with what ``golden`` has at the anchors that are not ``valid`` [N]: the file's ``marker`` for them, or
+    the 0 that official code fills them with, and nothing else."""
+    outside = golden[~valid]
+    assert bool(((outside == marker) | (outside == 0)).all()), f"anchors outside the valid area are not {marker} or 0"
+    result = ours.clone().to(golden.dtype)
+    result[~valid] = outside
+    return result
+
+
 def assert_near(ours: Tensor, golden: Tensor, what: str, scale: float | None = None) -> None:
     """Equal within 1e-5 of the largest value of ``golden`` (or of ``scale``)."""
     assert ours.shape == golden.shape, f"{what}: {tuple(ours.shape)} against {tuple(golden.shape)}"
@@ -184,22 +237,34 @@ def by_level(
 def check_losses(
     case: Case, losses: dict[str, Tensor], inputs: dict[str, list[Tensor]], levels: dict[str, Tensor]
 ) -> None:
-    """Every loss, its part of every level, and its gradient to every input on every level, zero where the file has none.
+    """Every loss that the file has, its part of every level, and its gradients.
 
-    ``levels``: by loss [L], for files that hold losses by level; FCOS's losses are one number.
+    ``levels``: by loss [L], for files that hold losses by level; FCOS's losses are one number. A loss of the file that is
+    none of ours fails by name.
     """
-    names = {key for key in case.arrays if key.startswith("loss_") and not HYPER.search(key)}
-    assert names == set(losses), f"losses of the file: {sorted(names)}, ours: {sorted(losses)}"
+    held = {key for key in case.arrays if key.startswith("loss_") and not HYPER.search(key)}
+    unknown = sorted(held - losses.keys())
+    assert not unknown, f"{case.name}.npz: no check for {', '.join(unknown)}; its kind has {', '.join(sorted(losses))}"
     for name, loss in losses.items():
-        golden = case.arrays[name]
-        assert_loss(loss, golden.double().sum(), name)
-        if golden.numel() > 1:
-            assert_loss(levels[name], golden, f"{name} by level")
+        if name in held:
+            golden = case.arrays.golden(name)
+            assert_loss(loss, golden.double().sum(), name)
+            if golden.numel() > 1:
+                assert name in levels, f"{name}: the file has it by level, ours is one number"
+                assert_loss(levels[name], golden, f"{name} by level")
         check_gradients(case, name, loss, inputs)
 
 
 def check_gradients(case: Case, name: str, loss: Tensor, inputs: dict[str, list[Tensor]]) -> None:
-    """The gradient of one loss to every input on every level."""
+    """The gradient of one loss to every input on every level.
+
+    The references leave out a gradient that is zero. So where a file has some of a loss's, or a loss that is 0 beside
+    gradients of others, one that is not there must be zero; where it has none at all of a loss, it says nothing of them.
+    """
+    some = any(key.startswith("d_") for key in case.arrays)
+    nothing = name in case.arrays and not bool(case.arrays[name].any())
+    if not any(key.startswith(f"d_{name}__d_") for key in case.arrays) and not (some and nothing):
+        return
     flat_inputs = [leaf for maps in inputs.values() for leaf in maps]
     found = torch.autograd.grad(loss, flat_inputs, retain_graph=True, allow_unused=True)
     gradients = iter(torch.zeros_like(x) if g is None else g for x, g in zip(flat_inputs, found, strict=True))
@@ -227,7 +292,9 @@ def check_gradient(arrays: Arrays, key: str, ours: Tensor) -> None:
         f"{key}__val": lambda: ours.reshape(-1)[arrays[f"{key}__idx"].long()],
     }
     held = [name for name in views if name in arrays]
+    if f"{key}__val" in held:
+        assert f"{key}__idx" in arrays, f"{key}__val without {key}__idx, the places of its values"
     if not held:
         assert not ours.any(), f"{key}: absent in the file, so it must be zero"
     for name in held:
-        assert_near(views[name](), arrays[name], name, scale=float(ours.abs().max()))
+        assert_near(views[name](), arrays.golden(name), name, scale=float(ours.abs().max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from kdcli.detectors.dense.decode import candidates, decode
 from kdcli.detectors.dense.losses import atss_loss, centerness_target, gather_positives, retinanet_loss
 from kdcli.geometry.assign import assign
-from kdcli.geometry.boxes import encode_deltas, pairwise_iou
+from kdcli.geometry.boxes import aligned_iou, encode_deltas, pairwise_iou
 from kdcli.geometry.derive import decode_distribution, integral
 from kdcli.geometry.grid import Grid
-from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, vlr_metric, vlr_weights
+from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, inside_cells, vlr_metric
 from kdcli.methods.divergence import kl_rows
 from kdcli.structures import IGNORED, VLR, Canvas, Targets
 from tests.support.golden.bckd import check_bckd_cls, check_bckd_loc
@@ -27,21 +28,23 @@ from tests.support.golden.case import (
     RETINA_GRID,
     Case,
     assert_near,
+    at_valid,
     by_level,
     canvas_of,
     check_losses,
+    compare,
     content_of,
     flat,
     images,
     leaves,
     make_targets,
+    number,
 )
 from tests.support.golden.defeat import check_defeat_cls, check_defeat_inputs, check_defeat_neck
 from tests.support.golden.fcos import check_fcos, check_fcosplus
 from tests.support.golden.ld import check_general_instances, check_ld_mmdet3, check_ld_repo, gfl_of
 
 NUM_CLASSES = 20
-KL_INPUTS = ("pred", "soft_label", "weight", "T", "loss_weight", "avg_factor")
 
 
 def check_anchors(case: Case) -> None:
@@ -57,35 +60,45 @@ def check_anchors(case: Case) -> None:
     ours["base_anchor"] = [level[:1] for level in ours["anchors"]]
     ours["retina_base_anchors"] = [level[: RETINA_GRID.num_anchors] for level in ours["retina_anchors"]]
     for key, found in case.arrays.matching(r"(\w+)_valid").items():
-        assert torch.equal(ANCHOR_GRID.valid(canvas, content_of(case, found[1])), case.arrays[key].bool()), key
+        assert torch.equal(ANCHOR_GRID.valid(canvas, content_of(case, found[1])), case.arrays.golden(key).bool()), key
     for key, found in case.arrays.matching(rf"({'|'.join(ours)})_l(\d)").items():
-        assert_near(ours[found[1]][int(found[2])], case.arrays[key], key)
+        compare(case, key, ours[found[1]][int(found[2])])
 
 
 def check_kl(case: Case) -> None:
-    """KL with temperature: rows, mean, weighted mean and with the loss weight."""
-    tags = [found[1] for found in case.arrays.matching(r"(\w+)_pred").values()]
-    assert tags
-    for tag in tags:
-        g = {key: case.arrays[f"{tag}_{key}"] for key in KL_INPUTS}
-        pred = g["pred"].clone().requires_grad_()
-        rows = kl_rows(pred, g["soft_label"], float(g["T"]))
-        assert_near(rows, case.arrays[f"{tag}_loss_none"], f"{tag} rows")
-        weighted = (rows * g["weight"]).sum() / g["avg_factor"]
-        for form, loss in (
-            ("mean", rows.mean()),
-            ("weighted", weighted),
-            ("module", weighted * g["loss_weight"]),
-        ):
-            assert_near(loss.reshape(1), case.arrays[f"{tag}_loss_{form}"], f"{tag} {form}")
-            (gradient,) = torch.autograd.grad(loss, pred, retain_graph=True)
-            assert_near(gradient, case.arrays[f"{tag}_grad_{form}"], f"{tag} gradient of {form}")
+    """KL with temperature: rows, mean, weighted mean and with the loss weight, and the gradient of each."""
+    for tag in sorted({found[1] for found in case.arrays.matching(r"(\w+?)_(?:loss|grad)_(?!weight$)\w+").values()}):
+        pred = case.need(f"{tag}_pred", tag).clone().requires_grad_()
+        degrees = re.search(r"_T(\d+(?:p\d+)?)$", tag)
+        said = number(degrees[1]) if degrees else float("nan")
+        temperature = case.setting(said, f"{tag}_T")
+        assert temperature == temperature, f"{case.name}.npz: {tag}_T is missing, the temperature of {tag}"
+        rows = kl_rows(pred, case.need(f"{tag}_soft_label", tag), temperature)
+        compare(case, f"{tag}_loss_none", rows)
+        check_form(case, tag, "mean", rows.mean(), pred)
+        for form in ("weighted", "module"):
+            if not {f"{tag}_loss_{form}", f"{tag}_grad_{form}"} & case.arrays.keys():
+                continue
+            factors = [case.need(f"{tag}_{name}", f"{tag} {form}") for name in ("weight", "avg_factor")]
+            scale = case.need(f"{tag}_loss_weight", f"{tag} module") if form == "module" else 1.0
+            check_form(case, tag, form, (rows * factors[0]).sum() / factors[1] * scale, pred)
+    # inputs, of which a file may use some
+    case.arrays.leave_out(r"\w+_(pred|soft_label|weight|avg_factor|loss_weight|T)")
+
+
+def check_form(case: Case, tag: str, form: str, loss: Tensor, pred: Tensor) -> None:
+    """``<tag>_loss_<form>`` and ``<tag>_grad_<form>``, each where the file has it."""
+    compare(case, f"{tag}_loss_{form}", loss.reshape(1))
+    if f"{tag}_grad_{form}" in case.arrays:
+        (gradient,) = torch.autograd.grad(loss, pred, retain_graph=True)
+        compare(case, f"{tag}_grad_{form}", gradient)
 
 
 def check_targets(case: Case, targets: Targets, grid: Grid, deltas: bool) -> None:
-    """Labels, label weights, box targets and the normaliser, each level of each image."""
+    """What the file has of labels, label weights, box targets and the normaliser, each level of each image."""
     found, sizes = gather_positives(targets), grid.level_sizes(targets.canvas)
-    assert float(found.average) == float(case.arrays["avg_factor"])
+    for name in ("avg_factor", "num_total_samples"):
+        compare(case, name, found.average.reshape(case.arrays[name].shape) if name in case.arrays else found.average)
     labels = torch.full(targets.assigned.shape, NUM_CLASSES)
     labels[found.image, found.anchor] = found.labels
     boxes = torch.zeros(*targets.assigned.shape, 4)
@@ -97,9 +110,29 @@ def check_targets(case: Case, targets: Targets, grid: Grid, deltas: bool) -> Non
     ours = {"labels": labels, "label_weights": found.counted[..., 0], "bbox_targets": boxes}
     for name, whole in ours.items():
         for level, part in enumerate(whole.split(sizes, dim=1)):
+            compare(case, f"{name}_l{level}", part)
+
+
+def check_scores(case: Case, cls: list[Tensor], box: list[Tensor], targets: Targets) -> None:
+    """Scores of a GFL head by level, where the file has them: of each positive the IoU that its class learns (``score``), and
+    the student's best class, which weighs its box (``weight_targets``), [B, N]; 0 elsewhere, invalid anchors too."""
+    logits, edges = flat(cls, (NUM_CLASSES,)).detach(), flat(box, (4, box[0].shape[1] // 4)).detach()
+    found, storage = gather_positives(targets), (targets.canvas, torch.float32)
+    place = (found.image, found.anchor)
+    decoded = decode_distribution(
+        edges[place],
+        ANCHOR_GRID.centers(*storage)[found.anchor],
+        ANCHOR_GRID.anchor_strides(*storage)[found.anchor],
+    )
+    stride = ANCHOR_GRID.anchor_strides(*storage)[found.anchor, None]  # the unit of the eps
+    quality, best = (torch.zeros(logits.shape[:2]) for _ in range(2))
+    quality[place] = aligned_iou(decoded / stride, found.boxes / stride)
+    best[place] = logits[place].sigmoid().amax(dim=-1)
+    for name, whole in (("score", quality), ("scores", quality), ("weight_targets", best)):
+        for level, part in enumerate(whole.split(ANCHOR_GRID.level_sizes(targets.canvas), dim=1)):
             key = f"{name}_l{level}"
-            if key in case.arrays or name != "bbox_targets":
-                assert_near(part, case.arrays[key], key)
+            if key in case.arrays:
+                compare(case, key, part.reshape(case.arrays[key].shape))
 
 
 def check_gfl(case: Case) -> None:
@@ -108,6 +141,7 @@ def check_gfl(case: Case) -> None:
     cls, box = leaves(inputs, "cls", case.cls_shift()), leaves(inputs, "bbox")
     targets = make_targets(case, case.batch, canvas_of(inputs), ANCHOR_GRID, ATSS)
     check_targets(case, targets, ANCHOR_GRID, deltas=False)
+    check_scores(case, cls, box, targets)
     losses, levels = gfl_of(cls, box, targets, eps=None)
     check_losses(case, losses, {"cls": cls, "bbox": box}, levels)
 
@@ -143,13 +177,19 @@ def check_retina(case: Case) -> None:
     ours = make_targets(case, case.batch, canvas, RETINA_GRID, MAX_IOU)
     assigned = []
     for i, boxes in enumerate(ours.boxes):
-        golden = case.arrays[f"gt_inds_img{i}"]
+        if f"gt_inds_img{i}" not in case.arrays:
+            assert not tied_anchors(canvas, boxes).any(), (
+                f"{case.name}.npz: gt_inds_img{i} is missing, which of tied anchors the losses are of"
+            )
+            assigned.append(ours.assigned[i])
+            continue
+        golden = case.arrays.golden(f"gt_inds_img{i}")
         golden = torch.where(
             golden < 0, IGNORED, golden - 1
         )  # golden: -2 invalid, -1 ignored, 0 background, then boxes
         differs = golden != ours.assigned[i]
         assert not (differs & ~tied_anchors(canvas, boxes)).any(), f"image {i}: {int(differs.sum())} anchors differ"
-        assigned.append(golden)
+        assigned.append(golden.to(ours.assigned.dtype))
     targets = replace(ours, canvas=canvas, assigned=torch.stack(assigned))
     check_targets(case, targets, RETINA_GRID, deltas=True)
     outputs = flat(cls, (NUM_CLASSES,)), flat(box, (4,))
@@ -173,69 +213,81 @@ def tied_anchors(canvas: Canvas, boxes: Tensor) -> Tensor:
 
 
 def check_atss_assign(case: Case) -> None:
-    """ATSS positives, their IoU and the count of valid anchors of every image in the file."""
+    """What the file has of each image: ATSS positives, their IoU and label, and the count of valid anchors."""
     canvas = canvas_of(case.file("inputs_student"))
-    names = [found[1] for found in case.arrays.matching(r"(\w+)_gt_inds").values()]
-    assert names
-    for name in names:
-        boxes, content = case.file("batches")[f"{name}_gt_bboxes"], content_of(case, name)
-        ours = assign(ATSS, ANCHOR_GRID, canvas, boxes, content)
-        golden = case.arrays[f"{name}_gt_inds"]
-        assert torch.equal(ours, torch.where(golden == -2, IGNORED, golden - 1)), name
-        positive = ours >= 0
-        iou = pairwise_iou(boxes.double(), ANCHOR_GRID.anchors(canvas))
-        # an image without boxes has overlap 0 everywhere, another -1 where no box was assigned
-        overlaps = torch.where(ours == IGNORED, -2.0, -1.0 if len(boxes) else 0.0)
-        overlaps[positive] = iou[ours[positive].long(), torch.nonzero(positive)[:, 0]].float()
-        assert_near(overlaps, case.arrays[f"{name}_max_overlaps"], f"{name} overlaps")
-        labels = torch.where(ours == IGNORED, -2, -1)
-        labels[positive] = case.file("batches")[f"{name}_gt_labels"][ours[positive].long()].long()
-        assert torch.equal(labels, case.arrays[f"{name}_labels"].long()), f"{name} labels"
-        levels = ANCHOR_GRID.valid(canvas, content).split(ANCHOR_GRID.level_sizes(canvas))
-        assert [int(v.sum()) for v in levels] == case.arrays[f"{name}_num_level_valid"].tolist()
+    kinds = r"(\w+_img\d+)_(gt_inds|max_overlaps|labels|num_level_valid)"
+    for name in sorted({found[1] for found in case.arrays.matching(kinds).values()}):
+        check_assigned(case, name, canvas)
+
+
+def check_assigned(case: Case, name: str, canvas: Canvas) -> None:
+    """One image. Invalid anchors have -2, or 0."""
+    boxes, content = boxes_of(case, name), content_of(case, name)
+    ours = assign(ATSS, ANCHOR_GRID, canvas, boxes, content)
+    valid, positive = ANCHOR_GRID.valid(canvas, content), ours >= 0
+    iou = pairwise_iou(boxes.double(), ANCHOR_GRID.anchors(canvas))
+    # an image without boxes has overlap 0 everywhere, another -1 where no box was assigned
+    overlaps = torch.full(ours.shape, -1.0 if len(boxes) else 0.0)
+    overlaps[positive] = iou[ours[positive].long(), torch.nonzero(positive)[:, 0]].float()
+    labels = torch.full(ours.shape, -1)
+    labels[positive] = case.file("batches")[f"{name}_gt_labels"][ours[positive].long()].long()
+    for kind, values in (("gt_inds", ours + 1), ("max_overlaps", overlaps), ("labels", labels)):
+        key = f"{name}_{kind}"
+        if key in case.arrays:
+            compare(case, key, at_valid(values, case.arrays[key], valid, -2))
+    levels = valid.split(ANCHOR_GRID.level_sizes(canvas))
+    compare(case, f"{name}_num_level_valid", torch.tensor([int(v.sum()) for v in levels]))
+
+
+def boxes_of(case: Case, name: str) -> Tensor:
+    """The boxes of an image such as ``A_img0``."""
+    batches = case.file("batches")
+    assert f"{name}_gt_bboxes" in batches, f"{case.name}.npz: {name} is no image of batches.npz"
+    return batches[f"{name}_gt_bboxes"]
 
 
 def check_vlr(case: Case) -> None:
     """The valuable localization region, official and repaired, the imitation masks, and the general instances."""
-    names = [found[1] for found in case.arrays.matching(r"(\w+)_vlr").values()]
-    regions = {found[1]: None for found in case.arrays.matching(r"(\w+_img\d+)_im_\w+").values()}
-    assert names
-    for name in names:
-        check_vlr_of(case, name)
+    kinds = r"(\w+_img\d+)_(?:vlr|vlr_unionfixed|diou_asis|im_(?:finegrained|fitnet|gibox|decouple))"
     canvas = canvas_of(case.file("inputs_student"))
-    for name in regions:
-        boxes, content = case.file("batches")[f"{name}_gt_bboxes"], content_of(case, name)
-        valid = ANCHOR_GRID.valid(canvas, content)
-        inside = vlr_weights(RegionSpec(vlr_metric="inside"), ANCHOR_GRID, canvas, boxes, content) > 0
-        fine = fine_grained_cells(ANCHOR_GRID, canvas, boxes, content)
-        for kind, ours in (("finegrained", fine), ("fitnet", inside), ("gibox", inside), ("decouple", inside)):
-            if f"{name}_im_{kind}" in case.arrays:
-                golden, marked = case.arrays[f"{name}_im_{kind}"], torch.where(valid, ours.int(), -1)
-                assert torch.equal(marked, golden.int()), f"{name} {kind}: {int((marked != golden).sum())} cells differ"
-    check_general_instances(case, case.batch or names[0].split("_img")[0])
+    for name in sorted({found[1] for found in case.arrays.matching(kinds).values()}):
+        check_vlr_of(case, name, canvas)
+    check_general_instances(case)
 
 
-def check_vlr_of(case: Case, name: str) -> None:
-    """The region of one image in both forms; anchors outside the valid area are -1 there."""
-    canvas = canvas_of(case.file("inputs_student"))
-    boxes, content = case.file("batches")[f"{name}_gt_bboxes"], content_of(case, name)
+def check_vlr_of(case: Case, name: str, canvas: Canvas) -> None:
+    """What the file has of one image; anchors outside the valid area are -1 there, or 0."""
+    boxes, content = boxes_of(case, name), content_of(case, name)
     valid = ANCHOR_GRID.valid(canvas, content)
-    anchors = ANCHOR_GRID.anchor_columns(canvas).numpy()[:, None]
-    asis = torch.from_numpy(vlr_metric("official", boxes.double().numpy().T[..., None], anchors)[0].T)
-    assert_near(asis[valid], case.arrays[f"{name}_diou_asis"][valid], f"{name} official DIoU")
+    inside, fine = (
+        inside_cells(ANCHOR_GRID, canvas, boxes.double()),
+        fine_grained_cells(ANCHOR_GRID, canvas, boxes, content),
+    )
+    for kind, cells in (("finegrained", fine), ("fitnet", inside), ("gibox", inside), ("decouple", inside)):
+        key = f"{name}_im_{kind}"
+        if key in case.arrays:
+            compare(case, key, at_valid(cells.int(), case.arrays[key], valid, -1))
+    if f"{name}_diou_asis" in case.arrays:
+        anchors = ANCHOR_GRID.anchor_columns(canvas).numpy()[:, None]
+        asis = torch.from_numpy(vlr_metric("official", boxes.double().numpy().T[..., None], anchors)[0].T)
+        golden = case.arrays.golden(f"{name}_diou_asis")
+        assert golden.shape == asis.shape, f"{name}_diou_asis: {tuple(golden.shape)} against {tuple(asis.shape)}"
+        assert_near(asis[valid], golden[valid], f"{name} official DIoU")
     assigned = assign(ATSS, ANCHOR_GRID, canvas, boxes, content)
     for metric, suffix in (("official", "vlr"), ("diou", "vlr_unionfixed")):
+        if f"{name}_{suffix}" not in case.arrays:
+            continue
         spec = RegionSpec(vlr_metric=metric)  # type: ignore[arg-type]
         entries = compute_entries(frozenset({"main", "vlr"}), spec, ANCHOR_GRID, canvas, boxes, assigned, content)
         golden = case.arrays[f"{name}_{suffix}"]
-        ours = torch.where(valid, torch.zeros_like(golden), -1.0).index_copy(0, entries.index, entries.weight)
         flagged = entries.index[(entries.flag & VLR) != 0]
         assert torch.equal(flagged, torch.nonzero(golden > 0)[:, 0]), f"{name} {suffix}"
-        assert_near(ours, golden, f"{name} {suffix}")
+        ours = torch.zeros(len(valid)).index_copy(0, entries.index, entries.weight)
+        compare(case, f"{name}_{suffix}", at_valid(ours, golden, valid, -1))
 
 
 def check_gfl_predict(case: Case) -> None:
-    """Integral, decoded boxes, and detections before and after NMS, for batch B unless the name says another."""
+    """What the file has of scores, integral, decoded boxes, and detections before and after NMS."""
     inputs = case.file("inputs_student")
     canvas = canvas_of(inputs)
     maps = [inputs[f"bbox_l{k}"] for k in range(LEVELS)]
@@ -243,17 +295,19 @@ def check_gfl_predict(case: Case) -> None:
     storage = (canvas, torch.float32)
     boxes = decode_distribution(distribution, ANCHOR_GRID.centers(*storage), ANCHOR_GRID.anchor_strides(*storage))
     sizes = ANCHOR_GRID.level_sizes(canvas)
-    for name, whole in (("integral", integral(distribution)), ("decoded", boxes)):
-        for level, part in enumerate(whole.split(sizes, dim=1)):
-            assert_near(part, case.arrays[f"{name}_l{level}"], f"{name}_l{level}")
     logits = flat([inputs[f"cls_l{k}"] for k in range(LEVELS)], (NUM_CLASSES,)) + case.cls_shift()
-    content = torch.tensor([content_of(case, name) for name in images(case, case.batch or "B")])
-    thresholds = {found[1] for found in case.arrays.matching(r"thr(\d+)_\w+").values()}
-    assert thresholds
+    scores = logits.sigmoid()
+    for name, whole in (("integral", integral(distribution)), ("decoded", boxes), ("scores", scores)):
+        for level, part in enumerate(whole.split(sizes, dim=1)):
+            compare(case, f"{name}_l{level}", part)
+    thresholds = sorted({found[1] for found in case.arrays.matching(r"thr(\d+)_(?:prenms|nms)_img\d+_\w+").values()})
+    if not thresholds:
+        return
+    content = torch.tensor([content_of(case, name) for name in images(case, case.batch)])
     nms_pre, most = int(case.setting(1000, "nms_pre")), int(case.setting(100, "max_per_img"))
     iou = case.setting(0.6, "nms_iou")
     for tag in thresholds:
-        threshold, scores = int(tag) / 100, logits.sigmoid()
+        threshold = int(tag) / 100
         after = decode(
             boxes, scores, sizes, content, score_thr=threshold, nms_pre=nms_pre, nms_iou=iou, max_per_image=most
         )
@@ -261,9 +315,9 @@ def check_gfl_predict(case: Case) -> None:
             before = candidates(boxes[i], scores[i], sizes, content[i], score_thr=threshold, nms_pre=nms_pre)
             for stage, ours in (("prenms", before), ("nms", after[i])):
                 key = f"thr{tag}_{stage}_img{i}"
-                assert torch.equal(ours.labels, case.arrays[f"{key}_labels"].long()), key
-                assert_near(ours.scores, case.arrays[f"{key}_scores"], key)
-                assert_near(ours.boxes, case.arrays[f"{key}_bboxes"], key)
+                compare(case, f"{key}_labels", ours.labels)
+                compare(case, f"{key}_scores", ours.scores)
+                compare(case, f"{key}_bboxes", ours.boxes)
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {

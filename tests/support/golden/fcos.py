@@ -10,7 +10,7 @@ from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.boxes import encode_distances
 from kdcli.geometry.grid import Grid
 from kdcli.structures import Targets
-from tests.support.golden.case import Case, assert_near, canvas_of, check_losses, flat, leaves, make_targets
+from tests.support.golden.case import Case, canvas_of, check_losses, compare, flat, leaves, make_targets
 
 NUM_CLASSES = 20
 POINTS = Grid(offset=0.5)
@@ -57,9 +57,10 @@ def _check_targets(case: Case, targets: Targets, *, in_strides: bool) -> None:
     whole: dict[str, Tensor] = {"labels": labels, "bbox_targets": boxes}
     for name, value in whole.items():
         for number, part in enumerate(value.split(POINTS.level_sizes(canvas), dim=1)):
-            assert_near(part, case.arrays[f"{name}_l{number}"], f"{name}_l{number}")
+            compare(case, f"{name}_l{number}", part)
     ends = torch.tensor(POINTS.level_sizes(canvas)).cumsum(0)
     level = torch.bucketize(found.anchor, ends, right=True)
     order = torch.argsort(level * len(targets.boxes) + found.image, stable=True)
     ours = centerness_target(centers, found.boxes)[order]
-    assert_near(ours, case.arrays["centerness_targets_pos"], "centerness_targets_pos")
+    compare(case, "centerness_targets_pos", ours)
+    compare(case, "avg_factor", torch.tensor([float(max(len(found.anchor), 1))]))

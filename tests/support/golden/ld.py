@@ -12,8 +12,8 @@ from kdcli.detectors.dense.losses import gather_positives, gfl_loss
 from kdcli.geometry.derive import decode_distribution
 from kdcli.geometry.regions import RegionSpec, compute_entries, fine_grained_cells, vlr_weights
 from kdcli.methods.divergence import kl_rows
-from kdcli.methods.ld import MAIN_DIVISOR, VLR_DIVISOR, class_kd, level_of, weighted_sum
-from kdcli.methods.ld_imitation import general_instances, level_mean_square, levels_with_positives
+from kdcli.methods.ld import MAIN_DIVISOR, VLR_DIVISOR, class_kd, weighted_sum
+from kdcli.methods.ld_imitation import general_instances, level_mean_square, level_of, levels_with_positives
 from kdcli.structures import Batch, Entries, RowKey, Targets
 from tests.support.golden.case import (
     ANCHOR_GRID,
@@ -29,6 +29,7 @@ from tests.support.golden.case import (
 )
 
 NUM_CLASSES = 20
+IMITATIONS = ("finegrained", "fitnet", "gibox")  # of the repository's; its decouple cannot run
 Terms = dict[str, Tensor]
 
 
@@ -89,11 +90,11 @@ def gfl_of(cls: list[Tensor], box: list[Tensor], targets: Targets, eps: float | 
     return loss(targets), by_level(loss, norms, targets, ANCHOR_GRID.level_sizes(targets.canvas))
 
 
-def ld_case(case: Case, batch: str) -> LDCase:
-    """Read student and teacher inputs at the positives and at the official VLR of ``batch``."""
+def ld_case(case: Case) -> LDCase:
+    """Read student and teacher inputs at the positives and at the official VLR of the batch."""
     inputs, teacher = case.file("inputs_student"), case.file("inputs_teacher")
     cls, box = leaves(inputs, "cls", case.cls_shift()), leaves(inputs, "bbox")
-    targets = make_targets(case, batch, canvas_of(inputs), ANCHOR_GRID, ATSS)
+    targets = make_targets(case, case.batch, canvas_of(inputs), ANCHOR_GRID, ATSS)
     spec, both = RegionSpec(vlr_metric="official"), frozenset({"main", "vlr"})
     parts = [
         compute_entries(both, spec, ANCHOR_GRID, targets.canvas, b, a, (int(c[0]), int(c[1])))
@@ -109,28 +110,16 @@ def ld_case(case: Case, batch: str) -> LDCase:
 
 def check_ld_mmdet3(case: Case) -> None:
     """mmdet's LDHead: GFL with 1e-6 added to its normaliser, and LD on the positives."""
-    ld = ld_case(case, case.batch)
+    ld = ld_case(case)
     losses, levels = ld.with_levels(lambda on: {"loss_ld": ld.main_loss(on)})
     check_losses(case, losses, {"cls": ld.cls, "bbox": ld.box}, levels)
 
 
 def check_ld_repo(case: Case) -> None:
     """The LD repository's head: GFL, main LD, VLR LD, class KD and an imitation term."""
-    batch, _, imitation = case.batch.partition("_")
-    assert imitation, f"{case.name}: write ld_repo_<batch>_<imitation>"
-    ld = ld_case(case, batch)
+    ld = ld_case(case)
     teacher = teacher_logits(case)
-    features = features_of(case, "student")
-    for leaf in features:
-        leaf.requires_grad_()
-    weight = case.setting(2.0, "loss_im_weight", "im_weight")
-
-    def imitation_error(shift: float) -> float:
-        loss = weight * imitation_loss(case, ld, teacher + shift, imitation, features).sum()
-        return abs(float(loss.detach()) - float(case.arrays["loss_im"].sum()))
-
-    # the other losses do not change when all class logits of the teacher do by the same number
-    im_levels = weight * imitation_loss(case, ld, teacher + case.teacher_shift(imitation_error), imitation, features)
+    features, im_levels = imitation_of(case, ld, teacher) if holds(case, "loss_im") else ([], None)
     kd_weight = case.setting(10.0, "loss_kd_weight", "kd_weight")
     temperature = case.setting(2.0, "loss_kd_T", "kd_T")
 
@@ -146,8 +135,32 @@ def check_ld_repo(case: Case) -> None:
         }
 
     losses, levels = ld.with_levels(terms)
-    losses["loss_im"], levels["loss_im"] = im_levels.sum(), im_levels
+    if im_levels is not None:
+        losses["loss_im"], levels["loss_im"] = im_levels.sum(), im_levels
     check_losses(case, losses, {"cls": ld.cls, "bbox": ld.box, "feat": features}, levels)
+
+
+def holds(case: Case, name: str) -> bool:
+    """Whether the file has the loss ``name`` or a gradient of it."""
+    return name in case.arrays or any(key.startswith(f"d_{name}__d_") for key in case.arrays)
+
+
+def imitation_of(case: Case, ld: LDCase, teacher: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The student's feature leaves and the imitation term by level [L], weighted."""
+    imitation = case.chosen("imitation", IMITATIONS)
+    assert imitation is not None, f"{case.name}: its name has none of {', '.join(IMITATIONS)}, which loss_im depends on"
+    features = [leaf.requires_grad_() for leaf in features_of(case, "student")]
+    weight = case.setting(2.0, "loss_im_weight", "im_weight")
+
+    def error(shift: float) -> float:
+        assert "loss_im" in case.arrays, (
+            f"{case.name} does not tell whether the teacher's scores are lowered: give teacher_cls_shift"
+        )
+        loss = weight * imitation_loss(case, ld, teacher + shift, imitation, features).sum()
+        return abs(float(loss.detach()) - float(case.arrays["loss_im"].sum()))
+
+    # the other losses do not change when all class logits of the teacher do by the same number
+    return features, weight * imitation_loss(case, ld, teacher + case.teacher_shift(error), imitation, features)
 
 
 def teacher_logits(case: Case) -> Tensor:
@@ -215,12 +228,12 @@ def general_instances_of_batch(case: Case, ld: LDCase, theirs: Tensor) -> tuple[
     return torch.cat(image), torch.cat(cell), torch.cat(level)
 
 
-def check_general_instances(case: Case, batch: str) -> None:
+def check_general_instances(case: Case) -> None:
     """The repository's picks ``gi_idx_l<k>`` on the flattened images of a batch."""
-    keys = case.arrays.matching(r"gi_idx_l\d")
-    if not keys:
+    held = sorted(int(found[1]) for found in case.arrays.matching(r"gi_idx_l(\d)").values())
+    if not held:
         return
-    ld, theirs = ld_case(case, batch), teacher_logits(case)
+    ld, theirs = ld_case(case), teacher_logits(case)
     sizes = ANCHOR_GRID.level_sizes(ld.targets.canvas)
 
     def picks(shift: float) -> list[list[int]]:
@@ -228,10 +241,11 @@ def check_general_instances(case: Case, batch: str) -> None:
         flattened = [(image * size + cell - sum(sizes[:k]))[level == k] for k, size in enumerate(sizes)]
         return [part.tolist() for part in flattened]
 
-    golden = [case.arrays[f"gi_idx_l{k}"].tolist() for k in range(LEVELS)]
-    shift = case.teacher_shift(lambda s: sum(a != b for a, b in zip(picks(s), golden, strict=True)))
-    for k, ours in enumerate(picks(shift)):
-        assert ours == golden[k], f"level {k}"
+    golden = {k: case.arrays.golden(f"gi_idx_l{k}").long().tolist() for k in held}
+    shift = case.teacher_shift(lambda s: sum(picks(s)[k] != golden[k] for k in held))
+    ours = picks(shift)
+    for k in held:
+        assert ours[k] == golden[k], f"{case.name} gi_idx_l{k}: {ours[k]} against {golden[k]}"
 
 
 def batch_of(targets: Targets) -> Batch:
