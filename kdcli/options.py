@@ -35,6 +35,7 @@ class ModelOptions:
     box: Literal["default", "distribution"] = "default"  # distribution: edge logits, which LD needs, on any dense head
     box_loss: Literal["default", "ciou"] = "default"  # ciou: CIoU where the dense head has GIoU
     fcos: Literal["normalised", "plain"] = "normalised"  # fcos only; plain: without the later improvements
+    dcn: Literal["none", "v1", "v2"] = "none"  # deformable convolutions in a ResNet's bottlenecks; v2: with a mask
     bn: Literal["auto", "train", "norm_eval", "frozen", "sync"] = "auto"  # auto: train; pretrained: norm_eval
 
 

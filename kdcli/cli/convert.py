@@ -29,11 +29,15 @@ def convert(
     style: Annotated[str | None, typer.Option(help="mmdet only: pytorch, caffe or detectron (images, stride).")] = None,
     prefix: Annotated[str | None, typer.Option(help="mmdet only: of the wanted weights, e.g. teacher_model.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="mmdet only: model.fcos=plain|normalised.")] = None,
+    features_only: Annotated[
+        bool, typer.Option("--features-only", help="mmdet only: backbone and FPN of any detector, for cwd, pkd, fgd, drkd.")
+    ] = False,
     json: f.Json = False,
 ) -> int:  # fmt: skip
     """Make a checkpoint of a detector that mmdet or torchvision trained. Downloads nothing, runs no code of the file.
 
-    mmdet: GFL, ATSS, FCOS, RetinaNet, Faster R-CNN on ResNet-18 to 152 and ResNeXt-101 64x4d, all with an FPN.
+    mmdet: GFL, ATSS, FCOS, RetinaNet, Faster R-CNN on ResNet-18 to 152 and ResNeXt-101 32x4d, 64x4d, all with an FPN.
+    With --features-only any other one with such a backbone and an FPN: a teacher for methods that read feature maps.
     torchvision: a state dict of retinanet_resnet50_fpn (v1, v2), fcos_resnet50_fpn or fasterrcnn_resnet50_fpn (v1, v2).
 
     Example: kdcli convert gfl_r101.pth --from mmdet --classes coco --out teacher.pt
@@ -51,8 +55,9 @@ def convert(
     size = str(Canvas.parse(canvas))
     given, flag = _given_classes(classes, data)
     made = convert_file(
-        file, source, size, classes=given, classes_from=flag, model=model, style=style, prefix=prefix, assignments=set_
-    )
+        file, source, size, classes=given, classes_from=flag, model=model, style=style, prefix=prefix, assignments=set_,
+        features_only=features_only,
+    )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_save(made.checkpoint, out)
     spec = made.detector.spec

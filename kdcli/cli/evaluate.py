@@ -74,6 +74,7 @@ def predict(
     """
     from kdcli.cli.json_output import print_json
     from kdcli.cli.outputs import require_folder
+    from kdcli.detectors.features import require_head
     from kdcli.detectors.weights import load_detector
     from kdcli.engine.evaluation.predict import image_files, predict_files, require_images
     from kdcli.engine.runtime.device import pick_device
@@ -84,6 +85,7 @@ def predict(
 
     require_folder(out, "--out")
     detector, meta = load_detector(checkpoint)
+    require_head(detector, f"checkpoint '{meta.path}'")
     target, chosen = Canvas.parse(canvas or meta.canvas), pick_device(device or "auto")
     keep_freed_memory(chosen)
     names = meta.classes.names

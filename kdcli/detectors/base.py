@@ -24,6 +24,10 @@ BatchNormMode = Literal["auto", "train", "norm_eval", "frozen", "sync"]
 BoxBranch = Literal["default", "distribution"]
 BoxLoss = Literal["default", "ciou"]
 FcosVariant = Literal["normalised", "plain"]
+Dcn = Literal["none", "v1", "v2"]
+FeatureNeck = Literal["default", "pool", "on_output", "on_output_relu", "on_input", "on_input_relu"]
+
+MM_FEATURES = "mm_features"  # the detector without a head; see kdcli/detectors/features.py
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1: what every torchvision backbone was trained with
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -41,9 +45,10 @@ class ModelSpec(JsonSpec):
     ``frozen`` (norm_eval, with scale and shift fixed too), ``auto`` = norm_eval with pretrained weights, else train; a
     built detector never says ``auto``. box: ``distribution`` gives any dense detector the edge logits that LD needs.
     box_loss: ``ciou`` puts CIoU in the place of a dense detector's GIoU.
-    fcos: which of the two FCOS recipes; other detectors take the default alone. image_mean, stride_in_1x1: of converted
-    weights that were trained otherwise: the mean of RGB in 0..1 that is taken off an image; the stride of a bottleneck in
-    its first conv (Caffe's ResNets), not in its second.
+    fcos: which of the two FCOS recipes; other detectors take the default alone. dcn: deformable convolutions in the
+    bottlenecks of a ResNet behind C2, ``v2`` with a mask: mmdet's DCN and DCNv2. neck: of ``mm_features`` alone, see
+    FeaturesDetector. image_mean, stride_in_1x1: of converted weights that were trained otherwise: the mean of RGB in 0..1
+    that is taken off an image; the stride of a bottleneck in its first conv (Caffe's ResNets), not in its second.
     """
 
     detector: str
@@ -57,6 +62,8 @@ class ModelSpec(JsonSpec):
     box: BoxBranch = "default"
     box_loss: BoxLoss = "default"
     fcos: FcosVariant = "normalised"
+    dcn: Dcn = "none"
+    neck: FeatureNeck = "default"
     image_mean: tuple[float, ...] = IMAGE_MEAN
     stride_in_1x1: bool = False
 
@@ -76,6 +83,8 @@ class ModelSpec(JsonSpec):
             ("box", BoxBranch),
             ("box_loss", BoxLoss),
             ("fcos", FcosVariant),
+            ("dcn", Dcn),
+            ("neck", FeatureNeck),
         ):
             value, choices = getattr(self, name), get_args(hint)
             if value not in choices:
@@ -86,6 +95,9 @@ class ModelSpec(JsonSpec):
             raise OptionError(f"model.stride_in_1x1 = {self.stride_in_1x1!r}: must be true or false")
         if self.fcos != "normalised" and self.detector != "fcos":
             raise OptionError(f"model.fcos = {self.fcos!r}: the model is {self.detector}; leave it out or take fcos_*")
+        if (self.neck == "default") is (self.detector == MM_FEATURES):
+            fix = "name another one" if self.neck == "default" else f"it is of {MM_FEATURES} alone, leave it out"
+            raise OptionError(f"model.neck = {self.neck!r}: the model is {self.detector}; {fix}")
 
     @property
     def name(self) -> str:

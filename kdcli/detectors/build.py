@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kdcli.detectors.backbones import BACKBONES, Backbone, load_backbone_weights
-from kdcli.detectors.base import Detector, ModelSpec, count_parameters
+from kdcli.detectors.base import MM_FEATURES, Detector, ModelSpec, count_parameters
 from kdcli.detectors.convert.recipes import MM_FASTER_RCNN, TORCHVISION, build_torchvision
 from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.dense.recipes import ATSS, FCOS, FCOS_PLAIN, GFL, RETINANET, Recipe, with_options
+from kdcli.detectors.features import FeaturesDetector, without_head
 from kdcli.detectors.two_stage.detector import TwoStageDetector
 from kdcli.detectors.two_stage.recipes import FASTER_RCNN, TwoStageRecipe
 from kdcli.errors import OptionError, did_you_mean
@@ -52,6 +53,8 @@ def parse_model_name(name: str) -> tuple[str, str]:
         backbone = name.removeprefix(f"{detector}_")
         if backbone != name and backbone in BACKBONES:
             return detector, backbone
+    if name.startswith(f"{MM_FEATURES}_"):  # of a converted file alone
+        raise OptionError(f"model '{name}': {without_head(name)}")
     begun = [known for known in model_names() if known.startswith(name)]  # "gfl": a hundred names are no answer
     similar = f"; did you mean '{begun[0]}'?" if begun else did_you_mean(name, model_names())
     similar = similar if "did you mean" in similar else ";"
@@ -121,6 +124,8 @@ def _build(spec: ModelSpec) -> Detector:
         return build_torchvision(spec)
     if spec.detector == MM_FASTER_RCNN.name:
         return TwoStageDetector(spec, MM_FASTER_RCNN)
+    if spec.detector == MM_FEATURES:
+        return FeaturesDetector(spec)
     own = DETECTORS.get(spec.detector)
     if isinstance(own, type):
         return _build_class(spec, own)

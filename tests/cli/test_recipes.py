@@ -47,6 +47,7 @@ FLAGS = [
 CHANNELS = {
     **dict.fromkeys(("resnet18", "resnet34"), (64, 128, 256, 512)),
     **dict.fromkeys(("resnet50", "resnet101", "resnet152", "resnext101_64x4d"), (256, 512, 1024, 2048)),
+    "mobilenet_v2_leaky": (24, 32, 96, 320),
 }
 STORED = ("ld_gfl_r18_r101", "defeat_cls_faster_r50_r152")
 # trained at several sizes: in mmdet's configurations these teachers, and R101 from R101-DCN, are the "mstrain" ones

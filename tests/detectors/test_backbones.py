@@ -22,8 +22,10 @@ CHANNELS = {
     "resnet50": (512, 1024, 2048),
     "resnet101": (512, 1024, 2048),
     "resnet152": (512, 1024, 2048),
+    "resnext101_32x4d": (512, 1024, 2048),
     "resnext101_64x4d": (512, 1024, 2048),
     "mobilenet_v2": (32, 96, 1280),
+    "mobilenet_v2_leaky": (32, 96, 320),
     "mobilenet_v3_small": (24, 48, 576),
     "mobilenet_v3_large": (40, 112, 960),
     "shufflenet_v2_x0_5": (48, 96, 192),
@@ -170,9 +172,62 @@ def test_imagenet_is_torchvisions_download_with_its_hash(monkeypatch: pytest.Mon
     assert torch.equal(backbone.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_has_imagenet_weights(name: str) -> None:
-    assert torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url.startswith("https://download.pytorch.org/")
+@pytest.mark.parametrize("name", sorted(set(BACKBONES) - {"resnext101_32x4d"}))
+def test_every_other_backbone_has_imagenet_weights(name: str) -> None:
+    weights = torchvision.models.get_model_weights(name.removesuffix("_leaky"))["IMAGENET1K_V1"]
+    assert weights.url.startswith("https://download.pytorch.org/")
+
+
+def test_resnext101_32x4d_is_that_of_the_paper() -> None:
+    """arXiv 1611.05431, table 1 for 50 layers: 32 groups of 4 channels in a stage's first 3x3 conv, doubled a stage."""
+    with torch.device("meta"):
+        backbone = Backbone("resnext101_32x4d")
+    state = backbone.state_dict()
+    assert [tuple(state[f"layer{k}.0.conv2.weight"].shape) for k in (1, 2, 3, 4)] == [
+        (128 * 2**k, 4 * 2**k, 3, 3) for k in range(4)
+    ]
+    # of 44,177,704 with the classifier (timm's resnext101_32x4d), 2048 * 1000 + 1000 are its own
+    assert sum(p.numel() for p in backbone.parameters()) == 44_177_704 - 2_049_000
+    with pytest.raises(
+        OptionError, match=r"'imagenet': torchvision has none of resnext101_32x4d; give the path .*https"
+    ):
+        load_backbone_weights(backbone, "imagenet")
+
+
+def test_leaky_mobilenet_takes_mobilenets_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the classifier and the last convolution; where nothing is cut off above 6 or below 0 it computes
+    what torchvision's does."""
+    model = _write_classifier("mobilenet_v2", tmp_path / "w.pth")
+    backbone = Backbone("mobilenet_v2_leaky").eval()
+    load_backbone_weights(backbone, str(tmp_path / "w.pth"))
+    state = model.state_dict()
+    gone = {k for k in state if k.startswith(("features.18.", "classifier."))}
+    assert set(backbone.state_dict()) == set(state) - gone
+    assert all(torch.equal(v, state[k]) for k, v in backbone.state_dict().items())
+    leaks = [m for m in backbone.modules() if isinstance(m, nn.LeakyReLU)]
+    # 35 relu6 in the whole: the stem's, 1 + 16 * 2 of the blocks, the last convolution's
+    assert len(leaks) == 34
+    assert {m.negative_slope for m in leaks} == {0.1}
+    assert not any(isinstance(m, nn.ReLU6) for m in backbone.modules())
+    sequence = model.features
+    assert isinstance(sequence, nn.Sequential)
+    plain = sequence[:18]
+    for part in plain.modules():
+        for child, old in part.named_children():
+            if isinstance(old, nn.ReLU6):
+                setattr(part, child, nn.LeakyReLU(0.1))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(backbone(images)[2], plain(images))
+    asked = []
+
+    def answer(url: str, **options: object) -> dict[str, Tensor]:
+        asked.append(url)
+        return state
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", answer)
+    load_backbone_weights(backbone, "imagenet")
+    assert asked == [torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.url]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +338,13 @@ def test_trained_backbone_moves_its_statistics() -> None:
     backbone(torch.randn(2, 3, 64, 64))
     assert all(int(v) == 1 for k, v in backbone.state_dict().items() if k.endswith("num_batches_tracked"))
     assert all(p.requires_grad for p in backbone.parameters())
+
+
+def test_leaky_mobilenet_trained_as_bckds_configuration_freezes_nothing() -> None:
+    """mmdet's MobileNetV2 has norm_eval=False and frozen_stages=-1 where a configuration does not say."""
+    backbone = Backbone("mobilenet_v2_leaky", bn="train").train()
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert all(m.training for m in backbone.modules())
 
 
 def test_unknown_backbone_names_the_nearest() -> None:

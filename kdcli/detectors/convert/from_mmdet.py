@@ -11,57 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcli.detectors.base import Detector, FcosVariant, ModelSpec
 from kdcli.detectors.build import build_detector, recipe_of
+from kdcli.detectors.convert.mmdet_backbone import backbone_of, deformable_of, size_of
 from kdcli.detectors.convert.mmdet_file import MmdetFile, read_mmdet
+from kdcli.detectors.convert.mmdet_names import SHOWN, fill, renamed
 from kdcli.detectors.convert.mmdet_style import find_style
 from kdcli.detectors.convert.recipes import MM_FASTER_RCNN
 from kdcli.detectors.two_stage.recipes import ROI_WIDTH
 from kdcli.errors import OptionError
 
-SHOWN = 5  # names in an error
-
 _ROI = "roi_head.bbox_head"
 # our detector -> prefix of mmdet's class and box convs; the first whose class conv is there
 _HEADS = {"gfl": "gfl_", "atss": "atss_", "retinanet": "retina_", "fcos": "conv_"}
-# (bottlenecks, groups) of the 3x3 convs, blocks of each stage -> our backbone
-_BACKBONES = {
-    (False, 1, (2, 2, 2, 2)): "resnet18",
-    (False, 1, (3, 4, 6, 3)): "resnet34",
-    (True, 1, (3, 4, 6, 3)): "resnet50",
-    (True, 1, (3, 4, 23, 3)): "resnet101",
-    (True, 1, (3, 8, 36, 3)): "resnet152",
-    (True, 64, (3, 4, 23, 3)): "resnext101_64x4d",
-}
-
-# mmdet's names -> ours, the first pattern that fits the whole name; \g<last> is weight, bias or a statistic
-_LAST = r"(?P<last>\w+)"
-_DENSE_NAMES = (
-    (r"backbone\.(?P<path>.+)", r"backbone.\g<path>"),
-    (rf"neck\.lateral_convs\.([012])\.conv\.{_LAST}", r"neck.lateral.\1.\g<last>"),
-    (rf"neck\.fpn_convs\.([012])\.conv\.{_LAST}", r"neck.output.\1.\g<last>"),
-    (rf"neck\.fpn_convs\.3\.conv\.{_LAST}", r"neck.p6.\g<last>"),
-    (rf"neck\.fpn_convs\.4\.conv\.{_LAST}", r"neck.p7.\g<last>"),
-    (rf"bbox_head\.(?:gfl|atss|retina|conv|fcos)_cls\.{_LAST}", r"head.cls.\g<last>"),
-    (rf"bbox_head\.(?:gfl|atss|retina|conv|fcos)_reg\.{_LAST}", r"head.box.\g<last>"),
-    (rf"bbox_head\.(?:atss|conv|fcos)_centerness\.{_LAST}", r"head.centerness.\g<last>"),
-)
-_TWO_STAGE_NAMES = (
-    (r"backbone\.(?P<path>.+)", r"backbone.\g<path>"),
-    (rf"neck\.lateral_convs\.(\d)\.conv\.{_LAST}", r"neck.inner_blocks.\1.0.\g<last>"),
-    (rf"neck\.fpn_convs\.(\d)\.conv\.{_LAST}", r"neck.layer_blocks.\1.0.\g<last>"),
-    (rf"rpn_head\.rpn_conv\.{_LAST}", r"rpn.conv.0.0.\g<last>"),
-    (rf"rpn_head\.rpn_cls\.{_LAST}", r"rpn.cls_logits.\g<last>"),
-    (rf"rpn_head\.rpn_reg\.{_LAST}", r"rpn.bbox_pred.\g<last>"),
-    (rf"roi_head\.bbox_head\.shared_fcs\.0\.{_LAST}", r"roi.body.fc6.\g<last>"),
-    (rf"roi_head\.bbox_head\.shared_fcs\.1\.{_LAST}", r"roi.body.fc7.\g<last>"),
-    (rf"roi_head\.bbox_head\.fc_cls\.{_LAST}", r"roi.cls.\g<last>"),
-    (rf"roi_head\.bbox_head\.fc_reg\.{_LAST}", r"roi.box.\g<last>"),
-)
-_TOWER = re.compile(rf"bbox_head\.(cls|reg)_convs\.(\d+)\.(conv|gn)\.{_LAST}")
-_SCALE = re.compile(r"bbox_head\.scales\.(\d+)\.scale")
 
 
 @dataclass(frozen=True)
@@ -93,7 +57,7 @@ def convert_mmdet(
         raise OptionError(f"model.fcos = '{fcos}': the file holds a {kind}; leave it out")
     variant = fcos or (_fcos_variant(file) if kind == "fcos" else "normalised")
     name, look, source = find_style(style, file.config, weights, plain_fcos=kind == "fcos" and variant == "plain")
-    backbone = _backbone_of(weights)
+    backbone = backbone_of(weights)
     bottlenecks = "backbone.layer1.0.conv3.weight" in weights
     two_stage = kind == MM_FASTER_RCNN.name
     if not two_stage:
@@ -104,12 +68,13 @@ def convert_mmdet(
         fcos=variant,
         image_mean=look.image_mean,
         stride_in_1x1=look.stride_in_1x1 and bottlenecks,
+        dcn=deformable_of(weights),
     )
     with torch.random.fork_rng(devices=[]):
         detector = build_detector(spec)
-    state = _renamed(weights, two_stage=two_stage)
+    state = renamed(weights, two_stage=two_stage)
     state["backbone.conv1.weight"] = look.first_conv(state["backbone.conv1.weight"])
-    _fill(detector, state, unbiased=kind == "fcos" and variant == "normalised")
+    fill(detector, state, unbiased=kind == "fcos" and variant == "normalised")
     return Converted(detector.eval(), file.names, name, source, file.left_out)
 
 
@@ -147,105 +112,28 @@ def _require_anchors(kind: str, config: str) -> None:
             raise OptionError(f"the config in the file has octave_base_scale={side}, kdcli's {kind} {ours:g}")
 
 
-def _backbone_of(weights: Mapping[str, Tensor]) -> str:
-    blocks = [0, 0, 0, 0]
-    for key in weights:
-        if match := re.fullmatch(r"backbone\.layer([1-4])\.(\d+)\.conv1\.weight", key):
-            blocks[int(match[1]) - 1] = max(blocks[int(match[1]) - 1], int(match[2]) + 1)
-    first = weights.get("backbone.layer1.0.conv2.weight")
-    groups = 1 if first is None else first.shape[0] // first.shape[1]
-    found = ("backbone.layer1.0.conv3.weight" in weights, groups, tuple(blocks))
-    if found not in _BACKBONES:
-        raise OptionError(
-            f"the backbone has {'-'.join(str(n) for n in blocks)} blocks of {groups} group(s), not those of "
-            f"{', '.join(_BACKBONES.values())}"
-        )
-    return _BACKBONES[found]
-
-
-def _size(weights: Mapping[str, Tensor], key: str) -> int:
-    if key not in weights:
-        raise OptionError(f"no '{key}' among the weights: not a plain model of mmdet's configs")
-    return len(weights[key])
-
-
 def _dense_spec(weights: Mapping[str, Tensor], kind: str, backbone: str) -> ModelSpec:
     old = "fcos_" if "bbox_head.fcos_cls.weight" in weights else _HEADS[kind]
     anchors = recipe_of(ModelSpec(kind, "resnet18", 1)).grid.num_anchors
-    outputs, edges = (_size(weights, f"bbox_head.{old}{part}.weight") for part in ("cls", "reg"))
+    outputs, edges = (size_of(weights, f"bbox_head.{old}{part}.weight") for part in ("cls", "reg"))
     if outputs % anchors or edges % (4 * anchors) or (kind != "gfl" and edges != 4 * anchors):
         raise OptionError(
             f"the head has {outputs} class and {edges} box outputs a cell, mmdet's {kind} {anchors} x classes and "
             f"{4 * anchors}{' x bins' if kind == 'gfl' else ''}: other anchors or another box branch"
         )
-    channels = _size(weights, "neck.lateral_convs.0.conv.weight")
+    channels = size_of(weights, "neck.lateral_convs.0.conv.weight")
     convs = sum(bool(re.fullmatch(r"bbox_head\.cls_convs\.\d+\.conv\.weight", key)) for key in weights)
-    width = _size(weights, "bbox_head.cls_convs.0.conv.weight") if convs else channels
+    width = size_of(weights, "bbox_head.cls_convs.0.conv.weight") if convs else channels
     spec = ModelSpec(kind, backbone, outputs // anchors, channels, convs, None if width == channels else width)
     return replace(spec, reg_max=edges // 4 - 1) if kind == "gfl" else spec
 
 
 def _two_stage_spec(weights: Mapping[str, Tensor], backbone: str) -> ModelSpec:
-    width = _size(weights, f"{_ROI}.shared_fcs.0.weight")
+    width = size_of(weights, f"{_ROI}.shared_fcs.0.weight")
     return ModelSpec(
         MM_FASTER_RCNN.name,
         backbone,
-        num_classes=_size(weights, f"{_ROI}.fc_cls.weight") - 1,
-        fpn_channels=_size(weights, "neck.lateral_convs.0.conv.weight"),
+        num_classes=size_of(weights, f"{_ROI}.fc_cls.weight") - 1,
+        fpn_channels=size_of(weights, "neck.lateral_convs.0.conv.weight"),
         head_channels=None if width == ROI_WIDTH else width,
     )
-
-
-def _renamed(weights: Mapping[str, Tensor], *, two_stage: bool) -> dict[str, Tensor]:
-    """``weights`` under our names. Raises OptionError that lists the names that mmdet's plain models do not have."""
-    normed = any(_TOWER.fullmatch(key) and ".gn." in key for key in weights)
-    state, unknown, scales = {}, [], {}
-    for key, value in weights.items():
-        tower, scale = _TOWER.fullmatch(key), _SCALE.fullmatch(key)
-        if scale and not two_stage:
-            scales[int(scale[1])] = value.reshape(())
-        elif tower and not two_stage:
-            place = int(tower[2]) * (3 if normed else 2) + (tower[3] == "gn")  # conv, norm if any, relu
-            state[f"head.{'box' if tower[1] == 'reg' else 'cls'}_tower.{place}.{tower['last']}"] = value
-        elif (ours := _rename(key, _TWO_STAGE_NAMES if two_stage else _DENSE_NAMES)) is not None:
-            state[ours] = value
-        else:
-            unknown.append(key)
-    if unknown:
-        raise OptionError(f"weights that kdcli has no place for: {_some(unknown)}; only plain models can be converted")
-    if scales:
-        state["head.scales"] = torch.stack([scales[k] for k in sorted(scales)])
-    return state
-
-
-def _rename(key: str, names: tuple[tuple[str, str], ...]) -> str | None:
-    for pattern, replacement in names:
-        if match := re.fullmatch(pattern, key):
-            return match.expand(replacement)
-    return None
-
-
-def _fill(detector: Detector, state: dict[str, Tensor], *, unbiased: bool) -> None:
-    """Load ``state``; with ``unbiased`` the convs of the towers may lack a bias, which then is 0.
-
-    Raises OptionError listing what is missing, too much or of another shape, under our names.
-    """
-    towers = {f"{name}.bias" for name, m in detector.named_modules() if "_tower." in name and isinstance(m, nn.Conv2d)}
-    own = detector.state_dict()
-    for key in own.keys() - state.keys():
-        # batch norms of before PyTorch 0.4.1, and of stripped files, do not count their batches
-        if key.endswith("num_batches_tracked") or (unbiased and key in towers):
-            state[key] = torch.zeros_like(own[key])
-    problems = {
-        "missing": own.keys() - state.keys(),
-        "too many": state.keys() - own.keys(),
-        "of another shape": {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape},
-    }
-    said = [f"{kind}: {_some(sorted(keys))}" for kind, keys in problems.items() if keys]
-    if said:
-        raise OptionError(f"weights of {detector.spec.name} do not fit: {'; '.join(said)}")
-    detector.load_state_dict(state, strict=True)
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kdcli.detectors.convert.mmdet_backbone import foreign_part
 from kdcli.errors import OptionError
 
 _STEM = re.compile(r"(.*?)backbone\.conv1\.weight")
@@ -58,7 +59,9 @@ def _choose(state: Mapping[str, Tensor], prefix: str | None) -> tuple[str, list[
     """The prefix to take, and those of other detectors that must not be mixed up with it."""
     found = sorted({match[1] for key in state if (match := _STEM.fullmatch(key))})
     if not found:
-        raise OptionError("no 'backbone.conv1.weight': these are not the weights of an mmdet detector on a ResNet")
+        part = foreign_part(state)
+        named = f"{part}; kdcli takes plain ResNets and ResNeXts" if part else "not of an mmdet detector on a ResNet"
+        raise OptionError(f"no 'backbone.conv1.weight': the weights are {'those of ' if part else ''}{named}")
     if prefix is not None:
         wanted = f"{prefix.removesuffix('.')}." if prefix else ""
         if wanted not in found:

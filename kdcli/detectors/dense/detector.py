@@ -51,7 +51,7 @@ class DenseDetector(Detector):
         self.box_dims = (4, spec.reg_max + 1) if recipe.box == "distribution" else (4,)
         self.register_buffer("mean", torch.tensor(spec.image_mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).reshape(3, 1, 1), persistent=False)
-        self.backbone = Backbone(spec.backbone, bn=spec.bn, stride_in_1x1=spec.stride_in_1x1)
+        self.backbone = Backbone(spec.backbone, bn=spec.bn, stride_in_1x1=spec.stride_in_1x1, dcn=spec.dcn)
         self.neck = FPN(self.backbone.channels, spec.fpn_channels, recipe.neck)
         self.head = DenseHead(
             spec.fpn_channels,

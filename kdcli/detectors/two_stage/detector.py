@@ -74,7 +74,7 @@ class TwoStageDetector(Detector):
         self.region_defaults = RegionSpec()
         self.register_buffer("mean", torch.tensor(spec.image_mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).reshape(3, 1, 1), persistent=False)
-        self.backbone = Backbone(spec.backbone, bn=spec.bn, stride_in_1x1=spec.stride_in_1x1)
+        self.backbone = Backbone(spec.backbone, bn=spec.bn, stride_in_1x1=spec.stride_in_1x1, dcn=spec.dcn)
         norm = nn.BatchNorm2d if recipe.neck_norm else None
         channels = spec.fpn_channels
         self.neck = FeaturePyramidNetwork(

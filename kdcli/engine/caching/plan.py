@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kdcli.data.coco import open_split
 from kdcli.data.views import parse_views
 from kdcli.detectors.build import default_keys
+from kdcli.detectors.features import require_head
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.loading.samples import Item, SampleSource
 from kdcli.engine.loading.selection import usable
@@ -71,6 +72,8 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
         take_local_gpu()
     device = pick_device(options.device)
     detector, meta = load_detector(options.teacher)
+    if options.min_teacher_ap:
+        require_head(detector, "--min-teacher-ap")
     dataset = open_split(Path(options.data), options.split)
     order = class_order(meta.classes, dataset.classes)
     specs = with_classes(detector.specs(), len(order))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdcli.data.coco import Dataset, has_split, open_split
+from kdcli.detectors.base import MM_FEATURES
 from kdcli.engine.caching.plan import StorePlan
 from kdcli.engine.evaluation.evaluate import evaluate
 from kdcli.engine.loading.loader import Loader
@@ -15,11 +16,14 @@ from kdcli.errors import GateError
 
 
 def measure_teacher(plan: StorePlan, reporter: ProgressReporter) -> float | None:
-    """The teacher's AP on the val split (None without one), which the manifest keeps.
+    """The teacher's AP on the val split, which the manifest keeps; None without one, and of a teacher without a head.
 
     Raises GateError when it is below ``min_teacher_ap``.
     """
     root, forward = Path(plan.options.data), plan.teacher.forward
+    if not scores(plan):
+        reporter.message(f"{forward.detector.spec.name} gives features only: the teacher's AP is left out")
+        return None
     if not has_split(root, "val"):
         reporter.message("no val split: the teacher's AP is not measured")
         return None
@@ -36,6 +40,11 @@ def measure_teacher(plan: StorePlan, reporter: ProgressReporter) -> float | None
     reporter.message(f"teacher AP on val: {'not defined' if ap is None else f'{ap:.1f}'}")
     require_able(ap, plan.options.min_teacher_ap)
     return ap
+
+
+def scores(plan: StorePlan) -> bool:
+    """Whether the teacher has a head, so that it has an AP."""
+    return plan.teacher.forward.detector.spec.detector != MM_FEATURES
 
 
 def require_able(ap: float | None, least: float) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli.data.coco import open_split
+from kdcli.detectors.features import require_head
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.evaluation.coco_metrics import Metrics, write_detections
 from kdcli.engine.evaluation.evaluate import evaluate, plain_forward, require_same_classes
@@ -57,6 +58,7 @@ def evaluate_checkpoint(
     classes that are not the checkpoint's.
     """
     detector, meta = load_detector(checkpoint)
+    require_head(detector, f"checkpoint '{meta.path}'")
     dataset = open_split(Path(data), split)
     require_same_classes(meta.classes, dataset)
     target, chosen = Canvas.parse(canvas or meta.canvas), pick_device(device)

@@ -114,7 +114,7 @@ def make_student(options: TrainOptions, num_classes: int) -> Detector:
     if not options.model.name:
         raise UsageError("--model is missing: name one such as gfl_resnet18; `kdcli models` lists them")
     detector, backbone = parse_model_name(options.model.name)
-    names = ("fpn_channels", "tower_convs", "head_channels", "reg_max", "bn", "box", "box_loss", "fcos")
+    names = ("fpn_channels", "tower_convs", "head_channels", "reg_max", "bn", "box", "box_loss", "fcos", "dcn")
     table = {k: getattr(options.model, k) for k in names}
     student = build_detector(
         ModelSpec(detector=detector, backbone=backbone, num_classes=num_classes, **table), options.backbone_weights

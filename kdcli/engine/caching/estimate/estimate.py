@@ -15,6 +15,7 @@ from kdcli.data.coco import has_split, open_split
 from kdcli.engine.caching.estimate.count import ElementCounts, count_micro_batches, count_units, element_bytes, rows_of
 from kdcli.engine.caching.estimate.probe import Probe, StageTimings, run_probe
 from kdcli.engine.caching.plan import StorePlan
+from kdcli.engine.caching.teacher_ap import scores
 from kdcli.engine.caching.write import Part
 from kdcli.engine.evaluation.evaluate import evaluation_batches
 from kdcli.engine.loading.samples import Item, SampleSource
@@ -161,7 +162,7 @@ def tensor_bytes(schema: StoreSchema, by_array: dict[str, int]) -> dict[str, int
 def _work(plan: StorePlan, shards: range, total: int) -> Workload:
     rows, root, size = rows_of(plan, shards), Path(plan.options.data), plan.teacher.forward.micro_batch
     val: list[list[Item]] = []
-    if has_split(root, "val"):
+    if scores(plan) and has_split(root, "val"):
         val_split, detector = open_split(root, "val"), plan.teacher.forward.detector
         source = SampleSource.for_evaluation(val_split, plan.source.canvas, detector)
         val = evaluation_batches(source, list(range(source.dataset.num_images)), size)

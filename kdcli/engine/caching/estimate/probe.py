@@ -19,6 +19,7 @@ import torch
 from kdcli.data.coco import has_split
 from kdcli.engine.caching.estimate.count import ElementCounts, element_bytes
 from kdcli.engine.caching.plan import StorePlan
+from kdcli.engine.caching.teacher_ap import scores
 from kdcli.engine.caching.write import Load, write_store
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.orientation import group_by_orientation
@@ -86,7 +87,8 @@ def run_probe(plan: StorePlan, counts: ElementCounts, storage: Storage) -> Probe
     batches = min(batches, int(LOAD_SECONDS / (size * first.wall)))
     chosen = [p for b in _pick(sizes, max(LEAST_BATCHES, batches), size) for p in b]
     loaded = _load(plan, counts, chosen)
-    evaluate = _time_evaluation(plan, first.samples) if has_split(Path(plan.options.data), "val") else 0.0
+    measured = scores(plan) and has_split(Path(plan.options.data), "val")
+    evaluate = _time_evaluation(plan, first.samples) if measured else 0.0
     folder, on_target = _folder(plan, storage, len(chosen))
     with tempfile.TemporaryDirectory(prefix=".kdcli-probe-", dir=folder) as scratch:
         return _write(plan, chosen, loaded, alone, evaluate, Path(scratch), on_target)
