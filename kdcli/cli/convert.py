@@ -28,7 +28,9 @@ def convert(
     canvas: Annotated[str, typer.Option(help="Image size: 320, or HEIGHTxWIDTH.")] = "800x1344",
     style: Annotated[str | None, typer.Option(help="mmdet only: pytorch, caffe or detectron (images, stride).")] = None,
     prefix: Annotated[str | None, typer.Option(help="mmdet only: of the wanted weights, e.g. teacher_model.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="mmdet only: model.fcos=plain|normalised; model.neck.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="mmdet only: model.fcos=plain|normalised, model.neck.")
+    ] = None,
     features_only: Annotated[
         bool, typer.Option("--features-only", help="mmdet only: backbone and FPN of any detector, for cwd, pkd, fgd, drkd.")
     ] = False,

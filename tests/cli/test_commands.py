@@ -170,7 +170,11 @@ def test_methods_and_models(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         return {" or ".join(more["set"]): more["adds"] for more in on["options"]}
 
     imitation = {
-        "ld.imitation=fine_grained": ["features@fine_grained"],
+        **{f"ld.imitation={name}": [f"features@{name}"] for name in ("fine_grained", "main")},
+        "ld.imitation=inside_gt": ["features@inside"],
+        "ld.imitation=fitnet": ["features@all"],
+        "ld.imitation=defeat": ["features@all", "features@inside"],
+        "ld.vlr_kd_weight=1": ["cls_logits@vlr"],
         "ld.imitation=gi": ["features@all", "cls_logits@all", "boxes@all"],
     }
     backbone = {"defeat.backbone_weight=1": ["backbone/c4@all", "backbone/c5@all"]}
