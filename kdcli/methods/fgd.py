@@ -20,7 +20,7 @@ from kdcli.structures import Batch, Canvas
 from kdcli.tensors import Tensors, precise
 
 TWO_STAGE = {"fg_weight": 5e-5, "bg_weight": 2.5e-5, "attention_weight": 5e-5, "relation_weight": 5e-7}
-TWO_STAGE_LEVELS = 4  # P2..P5: the official two-stage configurations read the neck's four convolutions, not the pooled P6
+TWO_STAGE_LEVELS = 4  # P2..P5: the official two-stage configurations have no P6, which is P5 pooled
 # the official FCOS configuration, the only dense one that differs
 FCOS = {"fg_weight": 1.6e-3, "bg_weight": 8e-4, "attention_weight": 8e-4, "relation_weight": 8e-6, "temperature": 0.8}
 
