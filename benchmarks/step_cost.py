@@ -230,16 +230,19 @@ def ratios(args: argparse.Namespace, method: str, seconds: dict[str, list[float]
 
 
 def payback(plan: StorePlan, seconds: dict[str, list[float]], write_s: float, batch: int) -> dict[str, Any]:
-    """After how many epochs two cached views have cost less than a live teacher."""
+    """After how many epochs two cached views have cost less than a live teacher; null where a step from the store was not
+    faster (tiny images on a busy machine), so that it never pays back."""
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     images = len(plan.positions)
     saved = (middle["live"] - middle["cached"]) * images / batch
     part = middle["forward"] / middle["plain"]
+    limit = PAYBACK_LIMIT if part >= PAYBACK_FROM else None
+    never = {"value": None} if limit is None else {"value": None, "limit": limit, "met": False}
     return {
-        "epochs": verdict(write_s / saved, PAYBACK_LIMIT if part >= PAYBACK_FROM else None),
+        "epochs": verdict(write_s / saved, limit) if saved > 0 else never,
         "forward_over_student_step": round(part, 3),
         "write_s": round(write_s, 2),
-        "saved_s_an_epoch": round(saved, 2),
+        "saved_s_an_epoch": round(saved, 6),
         "write_images_per_s": round(plan.schema.rows / write_s, 1),
     }
 

@@ -46,4 +46,7 @@ def test_step_cost_compares_all_ways(tmp_path: Path) -> None:
     measured = found["methods"]["ld"]
     assert measured["step_ms"].keys() == {"plain", "cached", "memory", "live", "forward"}
     assert measured["live_over_cached"]["value"] > 0
-    assert measured["payback"]["epochs"]["value"] > 0
+    # one step of four tiny images beside other tests: the stored one may well be the slower, and then nothing is paid back
+    payback = measured["payback"]
+    assert payback["write_s"] > 0
+    assert (payback["epochs"]["value"] is not None) == (payback["saved_s_an_epoch"] > 0)
