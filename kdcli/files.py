@@ -1,13 +1,16 @@
 """Files that are there whole or not at all: a temporary file in the same folder, fsync, rename, fsync of the folder.
 
-A reader, or a process started after a crash, sees the old content or the new, never half of it. PyTorch files are read
-with ``weights_only=True`` alone, so that a foreign file cannot run code.
+A reader, or a process started after a crash, sees the old content or the new, never half of it. What is no regular file is
+never replaced, and never read: a named pipe in the place of a file hangs whoever opens it, a device has no end. PyTorch
+files are read with ``weights_only=True`` alone, so that a foreign file cannot run code.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +45,31 @@ def atomic_save(obj: object, path: Path) -> None:
     _replace(path, write)
 
 
+def open_regular(path: Path) -> int:
+    """A descriptor for reading a regular file. Raises OSError: for a named pipe at once, instead of waiting for its writer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # the flag changes nothing for a regular file
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        kind = kind_of(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"is {kind}, not a file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file. Raises OSError, also for a named pipe, a device and a folder."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
+
+
+def kind_of(mode: int) -> str:
+    """What ``st_mode`` says that a path is, in words."""
+    kinds = [
+        (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a disk"), (stat.S_ISSOCK, "a socket"), (stat.S_ISREG, "a file"),
+    ]  # fmt: skip
+    return next((words for fits, words in kinds if fits(mode)), "something else")
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that a killed ``atomic_*`` call left anywhere below ``folder``, whose only writer we are."""
     for leftover in folder.rglob(".*.tmp"):
@@ -68,6 +96,9 @@ def load_torch(path: Path, *, what: str) -> Any:
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    path = Path(os.path.realpath(path))  # a link stays, and its target is replaced: /dev/stdout is one
+    if _written_through(path, write):
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -83,6 +114,29 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _written_through(path: Path, write: Callable[[BinaryIO], object]) -> bool:
+    """Write into a pipe or a terminal such as /dev/null, which a rename would replace. False for what is none.
+
+    Raises OSError for a disk, a socket, a folder, and a pipe that nobody reads.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # not there yet, or not to be seen: making the file will say why
+        return False
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # a rename onto a folder fails
+        return False
+    if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+        raise OSError(errno.EINVAL, f"is {kind_of(mode)}, which is not overwritten", str(path))
+    data = io.BytesIO()
+    write(data)
+    # a pipe without a reader is an error at once; with one it may be slow
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data.getbuffer())
+    return True
 
 
 def fsync_folder(folder: Path) -> None:

@@ -34,7 +34,7 @@ def add(
     Example: kdcli cache add STORE --method bckd
     """
     from kdcli.cli.json_output import print_json
-    from kdcli.engine.caching.edit import add as add_tensors
+    from kdcli.engine.caching.add import add as add_tensors
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.methods.resolve import method_tables

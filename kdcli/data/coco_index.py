@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from kdcli.classes import Category, ClassList
 from kdcli.data.coco_parse import parse_coco
 from kdcli.errors import DataError, MissingPathError, NoSpaceError
+from kdcli.files import open_regular
 
 INDEX_FORMAT = 1
 CHILD_FROM_BYTES = 20_000_000  # a smaller JSON parses in about a second and 150 MB, less trouble than a process
@@ -141,7 +142,7 @@ def _run_child(path: Path, index: Path) -> Annotations:
 
 def _hash_file(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

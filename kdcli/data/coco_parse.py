@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcli.errors import DataError
+from kdcli.files import read_regular
 
 INT64 = 2**63
 MAX_SIDE = 2**31 - 1  # heights and widths are int32
@@ -75,7 +76,7 @@ def _compact(record: dict[str, Any]) -> Any:
 
 def _read(path: Path) -> tuple[str, str]:
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         return data.decode("utf-8-sig"), hashlib.sha256(data).hexdigest()  # some exporters write a byte-order mark
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not JSON (not UTF-8 text: byte {error.start})") from error

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from kdcli.errors import DataError, MissingPathError
+from kdcli.files import read_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,7 @@ def probe_image(path: Path, expected_size: tuple[int, int]) -> None:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError as error:
         raise _missing(path) from error
     except OSError as error:

@@ -6,18 +6,17 @@ done already. A reader that is at work meanwhile goes on with the files it knows
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kdcli.errors import StoreError
 from kdcli.files import fsync_folder
 from kdcli.store.arrays import ArraySpec, shard_key
 from kdcli.store.encoding_error import ErrorMeter, Measured, errors_of
-from kdcli.store.journal import JournalEntry, read_journal, write_entry
+from kdcli.store.journal import ARRAY_PATH, JournalEntry, read_journal, write_entry
 from kdcli.store.manifest import Manifest, read_manifest, write_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
@@ -26,6 +25,8 @@ from kdcli.store.storage.base import Where
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import StoreWriter
 
+DROPPED = ".dropped"  # in a store: what is being deleted
+ROOTS = ("boxes", "entries", "proposals", "row", "tensors")  # of arrays, in a store
 Advance = Callable[[int], None]
 MAX_FILES = 128  # open at a time, of all sources; the rows of a shard come from a few files of each array
 _Files = dict[tuple[int, str, int], ShardFile]  # by source, array path and shard
@@ -47,27 +48,37 @@ def drop_tensors(store: Path, manifest: Manifest, advance: Advance) -> None:
         if kept != entry:
             write_entry(storage, kept)
         advance(1)
-    for metadata in sorted(store.rglob("zarr.json"), key=lambda f: -len(f.parts)):
-        folder = metadata.parent
-        path = folder.relative_to(store).as_posix()
-        if path in (".", "image_id") or path in paths or any(p.startswith(f"{path}/") for p in paths):
-            continue
+    for folder in unreferenced_folders(store):
         shutil.rmtree(folder)
 
 
-def unreferenced_arrays(store: Path) -> list[str]:
-    """Arrays on the disk that the schema does not name: what a killed ``drop_tensors`` left."""
-    paths = {a.path for a in read_manifest(store).schema.layout()} | {"image_id"}
-    arrays = (f.parent for f in store.rglob("zarr.json") if json.loads(f.read_text()).get("node_type") == "array")
-    found = sorted(a.relative_to(store).as_posix() for a in arrays)
-    return [path for path in found if path not in paths and not path.startswith(".")]
+def unreferenced_folders(store: Path) -> list[Path]:
+    """Folders of arrays that the manifest does not name, whole or in part: what a killed ``drop_tensors`` left.
+
+    Known by their names and not by their headers, which may be gone already.
+    """
+    arrays = {a.path for a in read_manifest(store).schema.layout()}
+    groups = {parent.as_posix() for path in arrays for parent in PurePosixPath(path).parents}
+    roots = {path.split("/")[0] for path in arrays} | set(ROOTS)
+    found: list[Path] = []
+    look = [store / root for root in sorted(roots)]
+    while look:
+        folder = look.pop()
+        path = folder.relative_to(store).as_posix()
+        if path in arrays or not folder.is_dir() or not ARRAY_PATH.fullmatch(path):  # what a person put there stays
+            continue
+        if path in groups:
+            look += sorted(folder.iterdir())
+        else:
+            found.append(folder)
+    return sorted(found)
 
 
 def merge_overlay(store: Path, other: Path, manifest: Manifest, advance: Advance) -> None:
     """Move every array of the finished store ``other``, which has the same rows and shards, into ``store``.
 
     Arrays that both have are replaced. ``manifest``: of the joined store, whose errors are computed here. ``other`` has to
-    be on the same disk, and is gone afterwards. The manifest comes last: until then nobody looks for what is new.
+    be on the same disk, and is left without its shards. The manifest comes last: until then nobody looks for what is new.
     """
     storage, source = open_storage(store), read_manifest(other).schema
     mine, theirs = read_journal(store), read_journal(other)
@@ -87,7 +98,20 @@ def merge_overlay(store: Path, other: Path, manifest: Manifest, advance: Advance
             write_entry(storage, joined)
         advance(1)
     write_manifest(storage, replace(manifest, errors=_errors(read_journal(storage))))
-    shutil.rmtree(other)
+
+
+def remove_overlay(store: Path, overlay: Path) -> None:
+    """Delete ``overlay``, a folder of ``store``: at once for everybody who looks for it, then file by file."""
+    if overlay.exists():
+        os.replace(overlay, store / DROPPED)
+        fsync_folder(store)
+    remove_dropped(store)
+
+
+def remove_dropped(store: Path) -> None:
+    """Finish what a killed ``remove_overlay`` began."""
+    if (store / DROPPED).exists():
+        shutil.rmtree(store / DROPPED)
 
 
 def copy_rows(

@@ -11,11 +11,11 @@ import torch
 
 from kdcli.engine.training.guards import ZeroGuard
 from kdcli.engine.training.optim import WeightAverage
+from kdcli.engine.training.run_folder import STATE_FILE
 from kdcli.engine.training.step import TrainStep
 from kdcli.errors import OptionError
 from kdcli.files import atomic_save, load_torch
 
-STATE_FILE = Path("weights") / "state.pt"
 STATE_VERSION = 1
 
 

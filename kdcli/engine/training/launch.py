@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ def start(
     if distributed.is_main():
         run_folder.create_run(out, setup.options, _environment(setup), overwrite=overwrite)
     reset_peak_memory(setup.device)
-    return out, Trainer(setup, out, reporter).fit()
+    with _held(out):
+        return out, Trainer(setup, out, reporter).fit()
 
 
 def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[Path, dict[str, Any]]:
@@ -49,6 +51,8 @@ def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[
     metrics = run_folder.read_metrics(run)
     if metrics is not None:
         reporter.message(f"{run} is finished")
+        if distributed.is_main():
+            run_folder.tidy_finished(run)
         return run, metrics
     refuse_resume(run, stored)
     setup = prepare(stored, frozenset(to_plain(stored)), reporter)
@@ -56,10 +60,16 @@ def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[
     changed = [k for k in ("data_sha256", "store", "teacher_sha256") if before.get(k) != now.get(k)]
     if changed:
         raise OptionError(f"--resume {run}: {', '.join(changed)} changed since the run began; start a new run")
-    if stored != began and distributed.is_main():
-        run_folder.write_config(run, stored)
     reset_peak_memory(setup.device)
-    return run, Trainer(setup, run, reporter).fit()
+    with _held(run):
+        if stored != began and distributed.is_main():
+            run_folder.write_config(run, stored)
+        return run, Trainer(setup, run, reporter).fit()
+
+
+def _held(run: Path) -> AbstractContextManager[None]:
+    """The run folder for this training alone: its main process holds it."""
+    return run_folder.lock_run(run) if distributed.is_main() else nullcontext()
 
 
 def queue(

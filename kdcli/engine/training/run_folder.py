@@ -14,6 +14,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +25,11 @@ import torch
 
 from kdcli import __version__
 from kdcli.errors import MissingPathError, OptionError
-from kdcli.files import atomic_write_text
+from kdcli.files import atomic_write_text, remove_leftovers
 from kdcli.options import TrainOptions, build, read_toml, to_plain
+from kdcli.store.locks import lock_file, lock_folder
 
+STATE_FILE = Path("weights") / "state.pt"
 PACKAGES = ("torch", "torchvision", "zarr", "numpy", "pycocotools", "pillow")
 
 FIRST_EDITION = {"rules": 1}  # of a run's config.toml that names none
@@ -34,16 +37,35 @@ FIRST_EDITION = {"rules": 1}  # of a run's config.toml that names none
 
 def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, overwrite: bool) -> None:
     """Make the run folder; with ``overwrite`` the former one is deleted only now."""
-    require_free(out, overwrite=overwrite)
-    if out.exists():
-        shutil.rmtree(out)
-    staging = out.with_name(f".{out.name}.creating")  # a rename makes the folder appear whole
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / "weights").mkdir(parents=True)
-    (staging / "plots").mkdir()
-    atomic_write_text(staging / "env.json", json.dumps(env, indent=1) + "\n")
-    write_config(staging, options)
-    staging.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file(out.with_name(f".{out.name}.lock")):  # two that make it at once would delete each other's files
+        require_free(out, overwrite=overwrite)
+        dropped = out.with_name(f".{out.name}.dropped")
+        if out.exists():
+            with lock_run(out):  # not while another process trains in it
+                out.rename(dropped)
+        shutil.rmtree(dropped, ignore_errors=True)
+        staging = out.with_name(f".{out.name}.creating")  # a rename makes the folder appear whole
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / "weights").mkdir(parents=True)
+        (staging / "plots").mkdir()
+        atomic_write_text(staging / "env.json", json.dumps(env, indent=1) + "\n")
+        write_config(staging, options)
+        staging.rename(out)
+
+
+def lock_run(run: Path) -> AbstractContextManager[None]:
+    """Hold a run folder while it is trained in. Raises OptionError when another process holds it."""
+    return lock_folder(
+        run, OptionError(f"run '{run}' is being trained by another process; wait for it, or stop it first")
+    )
+
+
+def tidy_finished(run: Path) -> None:
+    """Delete what a run that was killed after its last file had no time to: its state, and half-written files."""
+    with lock_run(run):
+        remove_leftovers(run)
+        (run / STATE_FILE).unlink(missing_ok=True)
 
 
 def require_free(out: Path, *, overwrite: bool) -> None:

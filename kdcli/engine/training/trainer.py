@@ -23,7 +23,7 @@ from kdcli.engine.runtime.memory import peak_memory_bytes
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.teacher.approximations import approximations
 from kdcli.engine.training import run_folder
-from kdcli.engine.training.checkpoint import STATE_FILE, TrainingState, load_state, save_state
+from kdcli.engine.training.checkpoint import TrainingState, load_state, save_state
 from kdcli.engine.training.guards import (
     ZeroGuard,
     gradient_norms,
@@ -273,7 +273,7 @@ class Trainer:
         }
         if distributed.is_main():
             run_folder.write_metrics(self.run, metrics)
-            (self.run / STATE_FILE).unlink(missing_ok=True)
+            (self.run / run_folder.STATE_FILE).unlink(missing_ok=True)
         distributed.barrier()  # the next run of a queue looks at these files
         return metrics
 

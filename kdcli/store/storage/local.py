@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from kdcli.files import atomic_write_bytes, fsync_folder
+from kdcli.files import atomic_write_bytes, fsync_folder, open_regular, read_regular
 from kdcli.store.locks import lock_file, lock_store, remove_stale_locks
 from kdcli.store.storage.base import OpenFile
 
@@ -65,7 +64,7 @@ class LocalStorage:
 
     def read(self, key: str) -> bytes:
         """See Storage."""
-        return (self.path / key).read_bytes()
+        return read_regular(self.path / key)
 
     def read_all(self, keys: Sequence[str]) -> list[bytes]:
         """See Storage."""
@@ -146,12 +145,8 @@ class LocalStorage:
 
     def _open(self, key: str, tail: int) -> OpenFile | None:
         try:
-            descriptor = os.open(self.path / key, os.O_RDONLY)
+            descriptor = open_regular(self.path / key)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode):
-            os.close(descriptor)
-            return None
-        size = state.st_size
+        size = os.fstat(descriptor).st_size
         return OpenFile(key, size, os.pread(descriptor, tail, max(0, size - tail)), descriptor=descriptor)

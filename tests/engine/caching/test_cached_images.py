@@ -18,6 +18,7 @@ from PIL import Image
 from kdcli.cli.main import run
 from kdcli.data.shapes import make_shapes
 from kdcli.data.views import PAD_RGB
+from kdcli.engine.caching import add as add_module
 from kdcli.engine.caching import edit as edit_module
 from kdcli.engine.caching import write as write_module
 from kdcli.engine.caching.estimate.estimate import estimate
@@ -222,7 +223,7 @@ def test_verify_with_the_teacher_compares_the_images(
 def test_added_tensors_leave_the_images(with_images: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(with_images, tmp_path / "store"))
     whole = write(cache_options(data, teacher, method="ld,rm,pfi", cache_images=True), tmp_path / "whole")
-    assert edit_module.add(store, None, None, "pfi", {}, "default", NullReporter()) == [
+    assert add_module.add(store, None, None, "pfi", {}, "default", NullReporter()) == [
         "cls_logits@all",
         "features@all",
     ]
@@ -241,10 +242,10 @@ def test_added_images_are_those_of_one_writing(
     if not methods:  # the teacher has nothing to say
         monkeypatch.setattr(TeacherForward, "rows", lambda *_: pytest.fail("a forward pass"))
     tensors = ["cls_logits@all", "features@all"] if methods else []
-    assert edit_module.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == [*tensors, PIXELS]
+    assert add_module.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == [*tensors, PIXELS]
     assert contents(store) == contents(whole)
     verify_checksums(store, NullReporter())
-    assert edit_module.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == []
+    assert add_module.add(store, None, None, methods, {}, "default", NullReporter(), images=True) == []
 
 
 def test_pruned_images_leave_the_store_without_them(plain: Path, with_images: Path, tmp_path: Path) -> None:

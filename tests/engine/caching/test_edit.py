@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kdcli.engine.caching import add as add_module
 from kdcli.engine.caching import edit as edit_module
 from kdcli.engine.caching.verify import verify_checksums
 from kdcli.engine.runtime.progress import NullReporter
@@ -24,7 +25,7 @@ from tests.support.small_runs import cache_options, make_teacher, write
 
 
 def add(store: Path, methods: str) -> list[str]:
-    return edit_module.add(store, None, None, methods, {}, "default", NullReporter())
+    return add_module.add(store, None, None, methods, {}, "default", NullReporter())
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_adding_with_another_teacher_is_refused(shapes: Path, teacher: Path, tmp
     other = make_teacher(tmp_path / "other.pt", seed=5)
     before = contents(store)
     with pytest.raises(StoreError, match="weights_sha256"):
-        edit_module.add(store, None, str(other), "ld", {}, "default", NullReporter())
+        add_module.add(store, None, str(other), "ld", {}, "default", NullReporter())
     assert contents(store) == before
 
 

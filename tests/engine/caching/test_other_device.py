@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kdcli.cli.main import run
+from kdcli.engine.caching import add as add_module
 from kdcli.engine.caching import edit
 from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_teacher
 from kdcli.engine.runtime.progress import NullReporter
@@ -48,7 +49,7 @@ def of_a_gpu(store: Path) -> Path:
 
 def add(store: Path, methods: str, **more: Any) -> list[str]:
     reporter = more.pop("reporter", NullReporter())
-    return edit.add(store, None, None, methods, {}, "default", reporter, **more)
+    return add_module.add(store, None, None, methods, {}, "default", reporter, **more)
 
 
 def rows(store: Path) -> dict[tuple[int, str, str], bytes]:
@@ -116,7 +117,7 @@ def test_proposals_of_two_devices_do_not_mix(shapes: Path, tmp_path: Path) -> No
     edit.prune_tensors(store, ["proposals/logits@proposals"], NullReporter())
     of_a_gpu(store)
     with pytest.raises(StoreError, match="on cpu the proposals may be others: add to it with --device cuda"):
-        edit.add(store, None, None, "defeat", weights, "default", NullReporter(), device="cpu")
+        add_module.add(store, None, None, "defeat", weights, "default", NullReporter(), device="cpu")
 
 
 def test_stores_with_tensors_of_other_devices_do_not_merge(shapes: Path, teacher: Path, tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_every_setting_of_the_writing_is_known_again(
         replace(plan.manifest, teacher=stored.teacher, errors=stored.errors) == stored
     )  # both are measured in writing
     whole = write(cache_options(shapes, teacher, method="ld,rm", **changes), tmp_path / "whole")
-    edit.add(store, None, None, "rm", {}, changes.get("encoding", "default"), NullReporter())
+    add_module.add(store, None, None, "rm", {}, changes.get("encoding", "default"), NullReporter())
     assert contents(store) == contents(whole)
 
 
@@ -207,7 +208,7 @@ def test_regions_that_tensors_lie_in_do_not_change(shapes: Path, teacher: Path, 
     store = write(cache_options(shapes, teacher, method="ld"), tmp_path / "store")
     before = contents(store)
     with pytest.raises(StoreError, match=r"tensors in other regions: regions\.vlr_gamma: store 0.25, here 0.5"):
-        edit.add(store, None, None, "ld,rm", {"ld": {"vlr_gamma": 0.5}}, "default", NullReporter())
+        add_module.add(store, None, None, "ld,rm", {"ld": {"vlr_gamma": 0.5}}, "default", NullReporter())
     assert contents(store) == before
 
 

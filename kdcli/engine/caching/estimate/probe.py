@@ -27,6 +27,7 @@ from kdcli.engine.loading.samples import Item, Sample
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.runtime.threads import usable_cores
 from kdcli.store.arrays import shard_key
+from kdcli.store.locks import scratch_folder
 from kdcli.store.storage.base import Storage
 from kdcli.store.storage.local import LocalStorage
 from kdcli.store.writer import create_store
@@ -90,8 +91,8 @@ def run_probe(plan: StorePlan, counts: ElementCounts, storage: Storage) -> Probe
     measured = scores(plan) and has_split(Path(plan.options.data), "val")
     evaluate = _time_evaluation(plan, first.samples) if measured else 0.0
     folder, on_target = _folder(plan, storage, len(chosen))
-    with tempfile.TemporaryDirectory(prefix=".kdcli-probe-", dir=folder) as scratch:
-        return _write(plan, chosen, loaded, alone, evaluate, Path(scratch), on_target)
+    with scratch_folder(folder or Path(tempfile.gettempdir()), ".kdcli-probe-") as scratch:
+        return _write(plan, chosen, loaded, alone, evaluate, scratch, on_target)
 
 
 def loads(plan: StorePlan) -> bool:
