@@ -1,7 +1,7 @@
 """COCO annotations as compact arrays, parsed once and kept as an index under the hash of the file.
 
 The first parse of a 118,000-image JSON takes seconds and much memory, so it runs in a child process
-(``python -m kdcli.data.coco_index JSON OUT``), and its result is one ``.npz`` that later opens read in a fraction of a
+(``python -m kdcli.data.coco_index JSON OUT PARENT``), and its result is one ``.npz`` that later opens read in a fraction of a
 second. The index is only a cache: whatever is wrong with it, the JSON is parsed again.
 """
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from kdcli.classes import Category, ClassList
 from kdcli.data.coco_parse import parse_coco
 from kdcli.errors import DataError, MissingPathError, NoSpaceError
+from kdcli.processes import end_with, parent_gone
 
 INDEX_FORMAT = 1
 CHILD_FROM_BYTES = 20_000_000  # a smaller JSON parses in about a second and 150 MB, less trouble than a process
@@ -118,7 +119,7 @@ def _run_child(path: Path, index: Path) -> Annotations:
     package_root = str(Path(__file__).resolve().parents[2])  # the child finds kdcli even where it is not installed
     paths = os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH", "")) if p)
     child = subprocess.run(
-        [sys.executable, "-m", "kdcli.data.coco_index", str(path), str(index)],
+        [sys.executable, "-m", "kdcli.data.coco_index", str(path), str(index), str(os.getpid())],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -189,8 +190,9 @@ def _load_index(index: Path, sha256: str | None) -> Annotations | None:
 
 
 def main(arguments: list[str]) -> int:
-    """The child process: JSON OUT. Exit code 3 for wrong data, 5 when OUT cannot be written, and one line on stderr."""
-    source, target = (Path(a) for a in arguments)
+    """The child process: JSON OUT PARENT. Exit code 3 for wrong data, 5 when OUT cannot be written, and one line on stderr."""
+    source, target, parent = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
+    end_with(lambda: parent_gone(parent))
     try:
         parsed = _annotations(parse_coco(source))
     except DataError as error:
