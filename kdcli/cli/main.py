@@ -43,6 +43,10 @@ def main() -> None:
     # 0.32 and 2.9). Must be set before torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # started with one of them closed
+        from kdcli.report.lasting import open_standard_streams
+
+        open_standard_streams()
     warnings.showwarning = show_warning
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
@@ -86,5 +90,7 @@ def show_warning(
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    from kdcli.report.lasting import LastingStream
+
+    print(f"error: {' '.join(message.split())}", file=LastingStream(sys.stderr))  # without a reader the code tells it
     return code

@@ -67,7 +67,10 @@ def bench(
     found = []
     for number in workers:
         loader: DataLoader[Any] = DataLoader(
-            _Rows(reader, batches), batch_size=None, num_workers=number, prefetch_factor=4 if number else None,
+            _Rows(reader, batches),
+            batch_size=None,
+            num_workers=number,
+            prefetch_factor=4 if number else None,
             worker_init_fn=begin,
         )
         started, read = 0.0, 0

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
 
+from kdcli.data.coco import Dataset
 from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
 from kdcli.engine.loading.workers import attempt, batches_ahead, begin, made_by
 from kdcli.engine.runtime.threads import thread_pool
@@ -86,14 +88,14 @@ class Loader:
                 # of its own: DataLoader draws a seed at each pass, which must not move the run's random state
                 generator=torch.Generator().manual_seed(0),
             )
-        yield from made_by(self._loaders[kind], self._doing)
-
-    def _doing(self, worker: int) -> str:
-        position = self._at[worker]
-        return "" if position == NOTHING else f" while it read {self.source.dataset.image_path(position)}"
+        yield from made_by(self._loaders[kind], functools.partial(_reading, self.source.dataset, self._at))
 
 
-class _Loadable(Dataset[Any]):
+def _reading(dataset: Dataset, at: Any, worker: int) -> str:
+    return "" if at[worker] == NOTHING else f" while it read {dataset.image_path(at[worker])}"
+
+
+class _Loadable(TorchDataset[Any]):
     """What DataLoader wants. ``at``: where each worker notes the position of the image that it reads."""
 
     def __init__(self, source: SampleSource, at: Any) -> None:

@@ -6,30 +6,28 @@ ever, and its workers look for their parent only while they have nothing to do.
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
 import signal
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing import queues
 from typing import Any, TypeVar, cast
 
-import torch
 from torch.utils.data import DataLoader
 
 from kdcli.errors import KDError, NoSpaceError, WorkerError
-from kdcli.processes import end_with
+from kdcli.processes import end_now, end_with
 
 T = TypeVar("T")
-Doing = Callable[[int], str]  # what a worker is at, e.g. " at image x.jpg"; "" when it is not known
-SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where torch puts the tensors that travel, on Linux
+# what a worker is at, e.g. " while it read x.jpg", or ""; must not hold the loader, whose workers would then live for ever
+Doing = Callable[[int], str]
+SHARED_MEMORY = "/dev/shm"  # where torch puts the tensors that travel, on Linux
 AHEAD = 4  # batches that a worker makes ahead
 HELD = 2  # batches that the process has: the one it works on, and the next
 MORE_SHARED = "start the container with a larger --shm-size, or use --workers 0"
-FULL = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
 
 
 def attempt(work: Callable[..., T], *arguments: Any) -> T | KDError | OSError:
@@ -75,7 +73,7 @@ def begin(worker: int) -> None:
 def _send_error(queue: Any, error: BaseException, sent: tuple[int, Any]) -> None:
     """In place of batch ``sent[0]``: why it cannot be sent."""
     if isinstance(sent[1], BaseException):  # not even that
-        os._exit(1)
+        end_now()
     told = error if isinstance(error, OSError) else _told(error)
     text = " ".join(str(error).split())[:200]
     queue.put((sent[0], told or WorkerError(f"a data worker cannot send a batch ({text}); use --workers 0")))
@@ -160,7 +158,9 @@ _taken_over: Any = None  # the handler that was there
 def _waited_for(work: Callable[[], T]) -> T:
     """``work()``. The death of a worker is told here alone: torch would raise it in the middle of anything."""
     global _waiting
-    _waiting = threading.current_thread() is threading.main_thread()  # where signals arrive; elsewhere torch looks, each 5 s
+    _waiting = (
+        threading.current_thread() is threading.main_thread()
+    )  # where signals arrive; elsewhere torch looks, each 5 s
     try:
         if death := _death():
             raise death

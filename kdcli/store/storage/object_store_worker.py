@@ -1,8 +1,9 @@
 """Carries the bytes of object stores: a process of its own, because obstore's threads do not survive a fork.
 
 ``object_store.py`` runs this file as a script. A request is a line of JSON and the bytes to write, a reply a line of JSON and
-the bytes read; it ends when its standard input does, and in the middle of a request when its parent does. The jobs of a request run side by side. What fails for want of
-a network is tried again, longer and longer apart. Nothing of kdcli or torch is imported: it starts in a tenth of a second.
+the bytes read; it ends when its standard input does, and in the middle of a request when its parent does. The jobs of a
+request run side by side. What fails for want of a network is tried again, longer and longer apart. Nothing of kdcli or
+torch is imported: it starts in a tenth of a second.
 """
 
 from __future__ import annotations
