@@ -26,6 +26,7 @@ INTERRUPTED = (
 )
 
 _ELSEWHERE = "; choose another place"
+_UNKNOWN = "; look at the disk or file system that it is on, or choose another place"
 FIXES = {  # what helps against an OSError that nothing below here has turned into a message
     errno.ENOTDIR: _ELSEWHERE,
     errno.EEXIST: _ELSEWHERE,
@@ -33,6 +34,8 @@ FIXES = {  # what helps against an OSError that nothing below here has turned in
     errno.EROFS: _ELSEWHERE,
     errno.EACCES: "; change its permissions or choose another place",
     errno.EPERM: "; change its permissions or choose another place",
+    errno.EMFILE: "; raise `ulimit -n`",
+    errno.ENOENT: "; see whether the path is right",
 }
 
 
@@ -77,7 +80,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         if debug:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "; free some space or choose another place" if full else FIXES.get(error.errno or 0, "")
+        fix = "; free some space or choose another place" if full else FIXES.get(error.errno or 0, _UNKNOWN)
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}{fix}", 5 if full else 3)
 
 

@@ -80,8 +80,9 @@ def load_annotations(path: Path) -> Annotations:
         raise MissingPathError(f"annotation file {path} does not exist") from error
     except OSError as error:
         raise DataError(f"annotation file {path} cannot be read ({error.strerror})") from error
-    index = index_dir() / f"{sha256}.npz"
-    known = _load_index(index, sha256)
+    folder = index_dir()
+    index = None if folder is None else folder / f"{sha256}.npz"
+    known = None if index is None else _load_index(index, sha256)
     if known is not None:
         return known
     parsed = _parse_in_child(path, index) if size >= CHILD_FROM_BYTES else _parse_here(path, index)
@@ -90,28 +91,36 @@ def load_annotations(path: Path) -> Annotations:
     return parsed
 
 
-def index_dir() -> Path:
-    """Where indices are kept: ``$KDCLI_CACHE``, ``$XDG_CACHE_HOME/kdcli`` or ``~/.cache/kdcli``, folder ``index``."""
+def index_dir() -> Path | None:
+    """Where indices are kept: ``$KDCLI_CACHE``, ``$XDG_CACHE_HOME/kdcli`` or ``~/.cache/kdcli``, folder ``index``.
+
+    None for a user without a home: nothing is kept then.
+    """
     own, xdg = os.environ.get("KDCLI_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    root = Path(own) if own else (Path(xdg) if xdg else Path.home() / ".cache") / "kdcli"
+    try:
+        root = Path(own) if own else (Path(xdg) if xdg else Path.home() / ".cache") / "kdcli"
+    except RuntimeError:  # no HOME, and no entry in the system's list of users
+        return None
     return root / "index"
 
 
-def _parse_here(path: Path, index: Path) -> Annotations:
+def _parse_here(path: Path, index: Path | None) -> Annotations:
     parsed = _annotations(parse_coco(path))
+    if index is None:
+        return parsed
     with contextlib.suppress(OSError):  # a read-only home: the index only saves time
         _save_index(parsed, index)
     return parsed
 
 
-def _parse_in_child(path: Path, index: Path) -> Annotations:
+def _parse_in_child(path: Path, index: Path | None) -> Annotations:
     """Have a child parse ``path``, so that its memory is given back; without a place for the index, through /tmp."""
-    try:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        return _run_child(path, index)
-    except OSError:
-        with tempfile.TemporaryDirectory(prefix="kdcli-") as folder:
-            return _run_child(path, Path(folder) / index.name)
+    with contextlib.suppress(OSError):
+        if index is not None:
+            index.parent.mkdir(parents=True, exist_ok=True)
+            return _run_child(path, index)
+    with tempfile.TemporaryDirectory(prefix="kdcli-") as folder:
+        return _run_child(path, Path(folder) / "index.npz")
 
 
 def _run_child(path: Path, index: Path) -> Annotations:

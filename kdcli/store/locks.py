@@ -5,29 +5,46 @@ Why not filelock: docs/decisions/0021.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kdcli.errors import StoreError
 
+# what a file system without locks says: Lustre without its option "flock", NFS without its lock service, some of FUSE
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+
 
 @contextmanager
 def lock_store(path: Path, *, shared: bool) -> Iterator[None]:
     """Hold the folder ``path`` for writing, alone or (``shared``) beside other shared writers.
 
-    Raises StoreError when another process holds it in a way that does not go with this one.
+    Raises StoreError when another process holds it in a way that does not go with this one. Without locks in the file system
+    one writer goes on with a warning, and several are a StoreError.
     """
     folder = os.open(path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            locked = _flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, path)
         except BlockingIOError as error:
             raise StoreError(
                 f"'{path}' is being written by another process; wait for it, or choose another --out"
             ) from error
+        if not locked and shared:
+            raise StoreError(
+                f"the file system of '{path}' has no file locks, which several writers need: write it in one process, without "
+                "--shard and torchrun, or on another disk (Lustre has them when mounted with -o flock)"
+            )
+        if not locked:
+            warnings.warn(
+                f"the file system of '{path}' has no file locks: nothing keeps a second process from writing there at the "
+                "same time; run one alone",
+                stacklevel=2,
+            )
         yield
     finally:
         os.close(folder)
@@ -35,10 +52,13 @@ def lock_store(path: Path, *, shared: bool) -> Iterator[None]:
 
 @contextmanager
 def lock_file(file: Path) -> Iterator[None]:
-    """Wait until no other process holds ``file``, and hold it; the file is gone afterwards."""
+    """Wait until no other process holds ``file``, and hold it; the file is gone afterwards.
+
+    Without locks in the file system it holds nothing: see ``lock_store``.
+    """
     while True:
         descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _flock(descriptor, fcntl.LOCK_EX, file)
         try:
             ours = os.stat(file).st_ino == os.fstat(descriptor).st_ino
         except FileNotFoundError:  # locked, but removed by its holder: nobody else would wait for it
@@ -61,9 +81,22 @@ def remove_stale_locks(folder: Path) -> None:
         except FileNotFoundError:
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, file)
             file.unlink(missing_ok=True)
         except BlockingIOError:  # its holder removes it
             pass
         finally:
             os.close(descriptor)
+
+
+def _flock(descriptor: int, how: int, path: Path) -> bool:
+    """``fcntl.flock``; False when the file system has none. Raises BlockingIOError."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # of its own it names nothing
+        return False
+    return True

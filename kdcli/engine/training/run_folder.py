@@ -24,7 +24,7 @@ import torch
 
 from kdcli import __version__
 from kdcli.errors import MissingPathError, OptionError
-from kdcli.files import atomic_write_text
+from kdcli.files import atomic_write_text, require_beside
 from kdcli.options import TrainOptions, build, read_toml, to_plain
 
 PACKAGES = ("torch", "torchvision", "zarr", "numpy", "pycocotools", "pillow")
@@ -47,7 +47,8 @@ def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, over
 
 
 def require_free(out: Path, *, overwrite: bool) -> None:
-    """Raises OptionError when ``out`` exists and ``overwrite`` is not given, or when it is no run folder."""
+    """Raises OptionError when ``out`` exists and ``overwrite`` is not given, is no run folder, or cannot be made."""
+    require_beside(out)
     if out.exists():
         if not overwrite:
             raise OptionError(
