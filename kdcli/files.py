@@ -64,9 +64,10 @@ def require_beside(path: Path) -> None:
     """Raises OptionError when nothing can be made beside ``path``: a folder is filled there before a rename."""
     parent = path.absolute().parent
     if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
+        inside = f", e.g. '{path / 'new'}'" if path.is_dir() else ""
         raise OptionError(
             f"'{path}' is filled beside its place, and nothing can be written to '{parent}'; name a folder in one that can be "
-            f"written, e.g. '{path / 'new'}'"
+            f"written{inside}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
@@ -12,42 +12,46 @@ STANDARD = (0, 1, 2)
 
 
 class LastingStream:
-    """``stream`` for as long as it takes what is written; what comes after the first failure goes to the null device."""
+    """``stream`` for as long as it takes what is written; what comes after the first failure is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._gone = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """As of any text stream, but nothing is raised for a failure of the system's."""
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._drop(error)
+        self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         """As ``write``."""
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._drop(error)
+        self._try(self._stream.flush)
 
-    def _drop(self, error: OSError) -> None:
-        if isinstance(error, BlockingIOError):  # a reader that is slow, not gone
+    def _try(self, work: Callable[[], object]) -> None:
+        if self._gone:
             return
         try:
-            number = self._stream.fileno()
-        except (OSError, ValueError):  # no file of the system's
-            number = -1
-        if number in STANDARD:  # for libraries that write to it themselves, and for what this stream still holds
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, number)
-            os.close(null)
-        else:
-            self._stream = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+            work()
+        except BlockingIOError:  # a reader that is slow, not gone
+            return
+        except OSError:
+            self._gone = True
+            _silence(self._stream)
+
+
+def _silence(stream: TextIO) -> None:
+    """Lead a standard stream to the null device: libraries write to it too, and Python what it still holds, at its end."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # no file of the system's
+        return
+    if number in STANDARD:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, number)
+        os.close(null)
 
 
 @contextmanager
