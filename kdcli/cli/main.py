@@ -40,7 +40,7 @@ FIXES = {  # what helps against an OSError that nothing below here has turned in
 
 
 def main() -> None:
-    """Entry point; exits with 0, 2 usage, 3 data or option, 4 store, 5 space, 6 gate, 130 interrupted."""
+    """Entry point; exits with 0, 2 usage, 3 data or option, 4 store, 5 space, 6 gate, 7 helper process, 130 interrupted."""
     # GNU OpenMP spins at barriers: with one other busy process on two cores a training step took 13.5 s instead of 0.21.
     # Spinning for a short while only costs nothing when the machine is free and 3.1 s when it is not (asleep at once:
     # 0.32 and 2.9). Must be set before torch is imported.

@@ -80,6 +80,6 @@ def test_a_stopped_training_goes_on(shapes: Path, tmp_path: Path, stage: str, at
         launch.start(request, tmp_path / "stopped", Stopping(stage, at), overwrite=False)
     state = load_torch(tmp_path / "stopped" / "weights" / "state.pt", what="state")["progress"]
     assert state["step"] == steps
-    launch.resume(tmp_path / "stopped", run_request("train", shapes), NullReporter())
+    launch.resume(tmp_path / "stopped", run_request("train", shapes, workers=1), NullReporter())
     one, other = (load_detector(tmp_path / run)[1].weights_sha256 for run in ("whole", "stopped"))
     assert one == other
