@@ -7,7 +7,8 @@ KDError                      1
 ├── MissingPathError FileNotFoundError 3  a path that is not there
 ├── StoreError    ValueError         4  a store that is foreign, incomplete or corrupt
 ├── NoSpaceError  OSError            5  the disk cannot hold what was asked for
-└── GateError     RuntimeError       6  a guard or quality gate stopped the run
+├── GateError     RuntimeError       6  a guard or quality gate stopped the run
+└── WorkerError   RuntimeError       7  a helper process ended before its work was done
 
 Each is also the nearest builtin, so both kinds of ``except`` work. Messages are one line: what is wrong, where, the fix.
 """
@@ -64,6 +65,12 @@ class GateError(KDError, RuntimeError):
     """A guard or a quality gate stopped the run."""
 
     exit_code = 6
+
+
+class WorkerError(KDError, RuntimeError):
+    """A helper process, e.g. a data worker, was killed or could not go on."""
+
+    exit_code = 7
 
 
 def pluralize(count: int, noun: str) -> str:

@@ -17,6 +17,18 @@ from typing import Any, BinaryIO
 
 from kdcli.errors import MissingPathError, NoSpaceError, OptionError
 
+# what a file system says that cannot sync a folder, or anything: an extra safety against a power cut, and no reason to stop
+NO_SYNC = (
+    errno.EINVAL,
+    errno.EBADF,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+)
+NO_REPLACE = (errno.EEXIST, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV)
 FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers of a full disk
 
 
@@ -76,6 +88,17 @@ def remove_leftovers(folder: Path) -> None:
         leftover.unlink()
 
 
+def require_beside(path: Path) -> None:
+    """Raises OptionError when nothing can be made beside ``path``: a folder is filled there before a rename."""
+    parent = path.absolute().parent
+    if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
+        inside = f", e.g. '{path / 'new'}'" if path.is_dir() else ""
+        raise OptionError(
+            f"'{path}' is filled beside its place, and nothing can be written to '{parent}'; name a folder in one that can be "
+            f"written{inside}"
+        )
+
+
 def load_torch(path: Path, *, what: str) -> Any:
     """Read a file of ``torch.save`` to the CPU without unpickling anything but tensors and plain values.
 
@@ -104,12 +127,17 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno(), path)
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
         if error.errno in FULL:
             raise NoSpaceError(f"{path}: the disk is full; free some space or choose another place") from error
+        if error.errno in NO_REPLACE:
+            raise OptionError(
+                f"{path}: the file system of '{path.parent}' cannot rename a file to replace another ({error.strerror}), so "
+                "that a crash would leave half of it; choose a folder on another disk"
+            ) from error
         # names the file that was asked for, not the temporary one, which means nothing to anybody
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
@@ -140,9 +168,22 @@ def _written_through(path: Path, write: Callable[[BinaryIO], object]) -> bool:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable: after a rename, the file survives a power cut too."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make the names in ``folder`` durable, where the file system can: after a rename, the file survives a power cut too."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+        return
+    try:
+        _sync(descriptor, folder)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int, path: Path) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # of its own it names nothing

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from kdcli.errors import MissingPathError, NoSpaceError, OptionError
-from kdcli.files import atomic_save, atomic_write_bytes, atomic_write_text, load_torch, remove_leftovers
+from kdcli.files import (
+    NO_REPLACE,
+    NO_SYNC,
+    atomic_save,
+    atomic_write_bytes,
+    atomic_write_text,
+    load_torch,
+    remove_leftovers,
+    require_beside,
+)
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -78,3 +87,56 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
     (tmp_path / "weights" / "last.pt").write_bytes(b"whole")
     remove_leftovers(tmp_path)
     assert [f.name for f in (tmp_path / "weights").iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("number", NO_SYNC)
+def test_a_file_system_that_cannot_sync_is_written_to(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic_write_text(tmp_path / "a.txt", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_that_cannot_be_opened_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object, flags: int) -> int:  # what a folder without the right to list it does
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    atomic_write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_a_disk_that_fails_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error") as told:
+        atomic_write_text(tmp_path / "a.txt", "new")
+    assert told.value.filename == str(tmp_path / "a.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", NO_REPLACE)
+def test_a_file_system_that_cannot_replace_is_refused(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(source: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OptionError, match=rf"a\.txt: the file system of '{tmp_path}' cannot rename .* another disk"):
+        atomic_write_text(tmp_path / "a.txt", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_in_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_beside(tmp_path / "run")
+    require_beside(tmp_path / "new" / "run")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(OptionError, match=f"nothing can be written to '{tmp_path}'"):
+        require_beside(tmp_path / "run")

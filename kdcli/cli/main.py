@@ -26,6 +26,7 @@ INTERRUPTED = (
 )
 
 _ELSEWHERE = "; choose another place"
+_UNKNOWN = "; look at the disk or file system that it is on, or choose another place"
 FIXES = {  # what helps against an OSError that nothing below here has turned into a message
     errno.ENOTDIR: _ELSEWHERE,
     errno.EEXIST: _ELSEWHERE,
@@ -33,16 +34,22 @@ FIXES = {  # what helps against an OSError that nothing below here has turned in
     errno.EROFS: _ELSEWHERE,
     errno.EACCES: "; change its permissions or choose another place",
     errno.EPERM: "; change its permissions or choose another place",
+    errno.EMFILE: "; raise `ulimit -n`",
+    errno.ENOENT: "; see whether the path is right",
 }
 
 
 def main() -> None:
-    """Entry point; exits with 0, 2 usage, 3 data or option, 4 store, 5 space, 6 gate, 130 interrupted."""
+    """Entry point; exits with 0, 2 usage, 3 data or option, 4 store, 5 space, 6 gate, 7 helper process, 130 interrupted."""
     # GNU OpenMP spins at barriers: with one other busy process on two cores a training step took 13.5 s instead of 0.21.
     # Spinning for a short while only costs nothing when the machine is free and 3.1 s when it is not (asleep at once:
     # 0.32 and 2.9). Must be set before torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # started with one of them closed
+        from kdcli.report.lasting import open_standard_streams
+
+        open_standard_streams()
     warnings.showwarning = show_warning
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
@@ -73,7 +80,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         if debug:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "; free some space or choose another place" if full else FIXES.get(error.errno or 0, "")
+        fix = "; free some space or choose another place" if full else FIXES.get(error.errno or 0, _UNKNOWN)
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}{fix}", 5 if full else 3)
 
 
@@ -86,5 +93,7 @@ def show_warning(
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    from kdcli.report.lasting import LastingStream
+
+    print(f"error: {' '.join(message.split())}", file=LastingStream(sys.stderr))  # without a reader the code tells it
     return code

@@ -68,6 +68,7 @@ def _launch(
 ) -> int:  # fmt: skip
     from kdcli.cli.json_output import print_json
     from kdcli.engine.runtime import distributed
+    from kdcli.engine.runtime.stopping import stop_is_an_error
     from kdcli.engine.training import launch, run_config, run_folder
     from kdcli.options import parse_assignments
     from kdcli.report.progress import reporting
@@ -76,9 +77,10 @@ def _launch(
     fields = run_folder.read_fields(config) if config else {}
     request = run_config.from_flags(command, fields, given, model, parse_assignments(assignments or []))
     with (
-        contextlib.redirect_stdout(sys.stderr),  # torch.hub prints what it downloads; stdout is for --json alone
         distributed.joined(request.fields.get("device", "auto")) as first,
+        stop_is_an_error(),
         reporting(first) as reporter,
+        contextlib.redirect_stdout(sys.stderr),  # torch.hub prints what it downloads; stdout is for --json alone
     ):
         if resume:
             if out or seeds is not None or overwrite:
@@ -95,15 +97,14 @@ def _launch(
         if not first:
             return 0
         _draw(finished)
-    if as_json:
-        made = [{"run": str(run), **metrics} for run, metrics in finished]
-        print_json({"runs": made} if seeds is not None else made[0])
-    else:
-        for run, metrics in finished:
+        for run, metrics in [] if as_json else finished:
             ap = "not defined" if metrics["ap"] is None else f"{metrics['ap']:.2f}"
             reporter.message(f"{run}: AP {ap} after {pluralize(metrics['epochs'], 'epoch')}, {metrics['wall_s']:.0f} s")
             for approximation in metrics.get("approximations", ()):  # a run from before this was noted has none
                 reporter.message(f"  {MARK} {approximation}")
+    if as_json:
+        made = [{"run": str(run), **metrics} for run, metrics in finished]
+        print_json({"runs": made} if seeds is not None else made[0])
     return 0
 
 

@@ -1,7 +1,7 @@
 """COCO annotations as compact arrays, parsed once and kept as an index under the hash of the file.
 
 The first parse of a 118,000-image JSON takes seconds and much memory, so it runs in a child process
-(``python -m kdcli.data.coco_index JSON OUT``), and its result is one ``.npz`` that later opens read in a fraction of a
+(``python -m kdcli.data.coco_index JSON OUT PARENT``), and its result is one ``.npz`` that later opens read in a fraction of a
 second. The index is only a cache: whatever is wrong with it, the JSON is parsed again.
 """
 
@@ -26,6 +26,7 @@ from kdcli.classes import Category, ClassList
 from kdcli.data.coco_parse import parse_coco
 from kdcli.errors import DataError, MissingPathError, NoSpaceError
 from kdcli.files import open_regular
+from kdcli.processes import end_with, parent_gone
 
 INDEX_FORMAT = 1
 CHILD_FROM_BYTES = 20_000_000  # a smaller JSON parses in about a second and 150 MB, less trouble than a process
@@ -80,8 +81,9 @@ def load_annotations(path: Path) -> Annotations:
         raise MissingPathError(f"annotation file {path} does not exist") from error
     except OSError as error:
         raise DataError(f"annotation file {path} cannot be read ({error.strerror})") from error
-    index = index_dir() / f"{sha256}.npz"
-    known = _load_index(index, sha256)
+    folder = index_dir()
+    index = None if folder is None else folder / f"{sha256}.npz"
+    known = None if index is None else _load_index(index, sha256)
     if known is not None:
         return known
     parsed = _parse_in_child(path, index) if size >= CHILD_FROM_BYTES else _parse_here(path, index)
@@ -90,28 +92,36 @@ def load_annotations(path: Path) -> Annotations:
     return parsed
 
 
-def index_dir() -> Path:
-    """Where indices are kept: ``$KDCLI_CACHE``, ``$XDG_CACHE_HOME/kdcli`` or ``~/.cache/kdcli``, folder ``index``."""
+def index_dir() -> Path | None:
+    """Where indices are kept: ``$KDCLI_CACHE``, ``$XDG_CACHE_HOME/kdcli`` or ``~/.cache/kdcli``, folder ``index``.
+
+    None for a user without a home: nothing is kept then.
+    """
     own, xdg = os.environ.get("KDCLI_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    root = Path(own) if own else (Path(xdg) if xdg else Path.home() / ".cache") / "kdcli"
+    try:
+        root = Path(own) if own else (Path(xdg) if xdg else Path.home() / ".cache") / "kdcli"
+    except RuntimeError:  # no HOME, and no entry in the system's list of users
+        return None
     return root / "index"
 
 
-def _parse_here(path: Path, index: Path) -> Annotations:
+def _parse_here(path: Path, index: Path | None) -> Annotations:
     parsed = _annotations(parse_coco(path))
+    if index is None:
+        return parsed
     with contextlib.suppress(OSError):  # a read-only home: the index only saves time
         _save_index(parsed, index)
     return parsed
 
 
-def _parse_in_child(path: Path, index: Path) -> Annotations:
+def _parse_in_child(path: Path, index: Path | None) -> Annotations:
     """Have a child parse ``path``, so that its memory is given back; without a place for the index, through /tmp."""
-    try:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        return _run_child(path, index)
-    except OSError:
-        with tempfile.TemporaryDirectory(prefix="kdcli-") as folder:
-            return _run_child(path, Path(folder) / index.name)
+    with contextlib.suppress(OSError):
+        if index is not None:
+            index.parent.mkdir(parents=True, exist_ok=True)
+            return _run_child(path, index)
+    with tempfile.TemporaryDirectory(prefix="kdcli-") as folder:
+        return _run_child(path, Path(folder) / "index.npz")
 
 
 def _run_child(path: Path, index: Path) -> Annotations:
@@ -119,7 +129,7 @@ def _run_child(path: Path, index: Path) -> Annotations:
     package_root = str(Path(__file__).resolve().parents[2])  # the child finds kdcli even where it is not installed
     paths = os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH", "")) if p)
     child = subprocess.run(
-        [sys.executable, "-m", "kdcli.data.coco_index", str(path), str(index)],
+        [sys.executable, "-m", "kdcli.data.coco_index", str(path), str(index), str(os.getpid())],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -190,8 +200,9 @@ def _load_index(index: Path, sha256: str | None) -> Annotations | None:
 
 
 def main(arguments: list[str]) -> int:
-    """The child process: JSON OUT. Exit code 3 for wrong data, 5 when OUT cannot be written, and one line on stderr."""
-    source, target = (Path(a) for a in arguments)
+    """The child process: JSON OUT PARENT. Exit code 3 for wrong data, 5 when OUT cannot be written, and one line on stderr."""
+    source, target, parent = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
+    end_with(lambda: parent_gone(parent))
     try:
         parsed = _annotations(parse_coco(source))
     except DataError as error:

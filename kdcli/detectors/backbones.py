@@ -223,6 +223,10 @@ def _imagenet(name: str) -> dict[str, Tensor]:
             f"backbone weights 'imagenet': torchvision has none of {name}; give the path of a state dict in its names, "
             f"such as mmdet's open-mmlab://{name}: {OPEN_MMLAB}"
         )
+    if str(torch.hub.get_dir()).startswith("~"):  # torch would make a folder of this name here
+        raise OptionError(
+            "backbone weights 'imagenet': there is no home folder to keep them in; set TORCH_HOME to a folder"
+        )
     # V1, not V2 where there are two: what mmdet's and torchvision's own detectors start from.
     weights = torchvision.models.get_model_weights(source)["IMAGENET1K_V1"]
     try:

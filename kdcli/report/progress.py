@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -11,11 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from kdcli.engine.runtime.progress import NullReporter, ProgressReporter
 from kdcli.report.console import human_console, say
+from kdcli.report.lasting import lasting_stderr
 from kdcli.report.text import plain
 
 
 class ConsoleReporter:
-    """A ProgressReporter for people. Use as a context manager, so that the bar is gone at the end."""
+    """A ProgressReporter for people. Use as a context manager, so that the bar is gone at the end.
+
+    Until then nothing that happens to stderr ends the work: see lasting.py.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or human_console()
@@ -25,13 +29,16 @@ class ConsoleReporter:
             console=self.console, transient=True, disable=not self.console.is_terminal,
         )  # fmt: skip
         self._task: TaskID | None = None
+        self._stderr = ExitStack()
 
     def __enter__(self) -> ConsoleReporter:
+        self._stderr.enter_context(lasting_stderr())
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
+        self._stderr.close()
 
     def stage(self, label: str, total: int) -> None:
         """A new bar in place of the last."""
@@ -58,4 +65,5 @@ def reporting(loud: bool) -> Iterator[ProgressReporter]:
         with ConsoleReporter() as reporter:
             yield reporter
     else:
-        yield NullReporter()
+        with lasting_stderr():  # for warnings
+            yield NullReporter()

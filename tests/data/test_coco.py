@@ -236,6 +236,24 @@ def test_no_place_for_the_index(make_dataset: Make, content: Content, monkeypatc
     assert open_split(dataset.root, "train").num_images == 3
 
 
+@pytest.mark.parametrize("child_from", [0, 10**9])
+def test_a_user_without_a_home(
+    make_dataset: Make, content: Content, monkeypatch: pytest.MonkeyPatch, child_from: int
+) -> None:
+    """`docker --user 12345` without HOME: the system's list of users does not know the number either."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    dataset = make_dataset(content)
+    for name in ("KDCLI_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(coco_index, "CHILD_FROM_BYTES", child_from)
+    assert coco_index.index_dir() is None
+    assert open_split(dataset.root, "train").annotations.box_offsets.tolist() == [0, 1, 1, 4]
+
+
 def test_a_child_process_parses_large_files_and_reports_in_one_line(
     make_dataset: Make, content: Content, index_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
 from kdcli.errors import StoreError
-from kdcli.store.locks import lock_file, lock_store, remove_stale_locks
+from kdcli.store.locks import NO_LOCKS, lock_file, lock_store, remove_stale_locks
 
 
 @pytest.mark.parametrize(("first", "second"), [(False, False), (False, True), (True, False)])
@@ -56,3 +59,42 @@ def test_what_a_killed_holder_left_is_removed(tmp_path: Path) -> None:
     with lock_file(tmp_path / ".000002.lock"):
         remove_stale_locks(tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == [".000002.lock", "000001.json"]
+
+
+def without_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def use_locks(folder: Path) -> None:
+    with lock_store(folder, shared=False):
+        remove_stale_locks(folder)
+        with lock_file(folder / ".lock"):
+            assert [p.name for p in folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("number", NO_LOCKS)
+def test_one_writer_needs_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    without_locks(monkeypatch, number)
+    (tmp_path / ".000001.lock").touch()
+    with pytest.warns(UserWarning, match=f"'{tmp_path}' has no file locks.*run one alone"):
+        use_locks(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_writers_need_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(monkeypatch, errno.ENOLCK)
+    with (
+        pytest.raises(StoreError, match=f"'{tmp_path}' has no file locks.*without --shard"),
+        lock_store(tmp_path, shared=True),
+    ):
+        pass
+
+
+def test_another_error_of_a_lock_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error") as told, lock_store(tmp_path, shared=False):
+        pass
+    assert told.value.filename == str(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from kdcli.engine.loading.workers import attempt, begin, made_by
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.store.batch_buffers import collate_rows
 from kdcli.store.journal import read_journal
@@ -66,10 +67,14 @@ def bench(
     found = []
     for number in workers:
         loader: DataLoader[Any] = DataLoader(
-            _Rows(reader, batches), batch_size=None, num_workers=number, prefetch_factor=4 if number else None
+            _Rows(reader, batches),
+            batch_size=None,
+            num_workers=number,
+            prefetch_factor=4 if number else None,
+            worker_init_fn=begin,
         )
         started, read = 0.0, 0
-        for k, made in enumerate(loader):
+        for k, made in enumerate(made_by(loader)):
             if k == WARM_BATCHES - 1:
                 started = time.perf_counter()
             elif k >= WARM_BATCHES:
@@ -107,6 +112,9 @@ class _Rows(Dataset[Any]):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Any:
+        return attempt(self._read, index)
+
+    def _read(self, index: int) -> _Batch:
         rows = self._reader.read_all(self._batches[index], shared=get_worker_info() is not None)
         return _Batch(collate_rows(rows, self._reader.layout.values()), len(rows))
 

@@ -15,6 +15,7 @@ from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import OptionError, StoreError
 from kdcli.methods.resolve import all_needs, completed, find_methods
 from kdcli.store.image_codec import PIXELS
+from kdcli.store.locks import lock_folder
 from kdcli.store.maintenance import (
     copy_rows,
     drop_tensors,
@@ -173,8 +174,10 @@ def _copy(
     manifest = replace(manifest, schema=schema, errors=None)
     storage = open_storage(out)
     with ExitStack() as held:
-        for source in readers:  # they are not changed meanwhile
-            held.enter_context(source.storage.lock(shared=True))
+        for folder in (reader.storage.folder for reader in readers):  # they are not changed meanwhile
+            if folder is not None:
+                busy = StoreError(f"'{folder}' is being written by another process; wait for it")
+                held.enter_context(lock_folder(folder, busy, shared=True))
         with storage.lock_creation():
             if not storage.exists():
                 create_store(storage, manifest, images)

@@ -7,22 +7,27 @@ pipe, for 0.05 ms at 60 kB. So what is small travels as arrays.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
 
+from kdcli.data.coco import Dataset
 from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
+from kdcli.engine.loading.workers import attempt, batches_ahead, begin, made_by
 from kdcli.engine.runtime.threads import thread_pool
 from kdcli.errors import KDError
 from kdcli.store.reader import StoreReader
 from kdcli.structures import Batch, Entries
 
 PIPE_BYTES = 2**16  # of 240 kB an array takes longer than a tensor
+NOTHING = -1  # no image: a worker computes, or waits
 _Change = Callable[[Any], Any]
 
 
@@ -36,20 +41,28 @@ class Loader:
         self.source = source
         self._plan = _Plan()
         self._workers = workers
+        self._at = multiprocessing.RawArray("q", [NOTHING] * workers)  # the image that each worker reads
         self._loaders: dict[Callable[..., Any], DataLoader[Any]] = {}
 
     def samples(self, batches: list[list[Item]]) -> Iterator[list[Sample]]:
-        """The samples of each planned batch. Raises the first error that a worker met."""
-        for packed in self._run(batches, _samples_to_wire):
+        """The samples of each planned batch. Raises the first error that a worker met, WorkerError when one dies."""
+        for packed in self._run(batches, _samples_to_wire, 0):
             yield [_samples_from_wire(p) for p in packed]
 
     def batches(self, batches: list[list[Item]]) -> Iterator[Batch]:
-        """Collated batches in the planned order. Raises the first error that a worker met."""
-        for wire in self._run(batches, functools.partial(_to_wire, self.source.reader)):
+        """Collated batches in the planned order. Raises as ``samples``, and NoSpaceError without shared memory for them."""
+        size = max(map(len, batches), default=0) * self._shared_bytes()
+        for wire in self._run(batches, functools.partial(_to_wire, self.source.reader), size):
             yield _from_wire(wire)
 
-    def _run(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
-        loaded = self._ahead(batches, collate_fn) if self._workers else self._here(batches, collate_fn)
+    def _shared_bytes(self) -> int:
+        """What travels of one image in shared memory: its canvas, and large rows of a store."""
+        layout = () if self.source.reader is None else self.source.reader.layout.values()
+        height, width = self.source.canvas.size
+        return 3 * height * width + sum(a.row_bytes for a in layout if not a.sparse and a.row_bytes > PIPE_BYTES)
+
+    def _run(self, batches: list[list[Item]], collate_fn: Callable[..., Any], shared: int) -> Iterator[Any]:
+        loaded = self._ahead(batches, collate_fn, shared) if self._workers else self._here(batches, collate_fn)
         for made in loaded:
             if isinstance(made, KDError):
                 raise made
@@ -60,31 +73,45 @@ class Loader:
             for items in batches:
                 yield collate_fn(self.source.load_batch(items, pool.map))
 
-    def _ahead(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
+    def _ahead(self, batches: list[list[Item]], collate_fn: Callable[..., Any], shared: int) -> Iterator[Any]:
         self._plan.batches = batches
         kind = collate_fn.func if isinstance(collate_fn, functools.partial) else collate_fn
         if kind not in self._loaders:
             self._loaders[kind] = DataLoader(
-                _Loadable(self.source),
+                _Loadable(self.source, self._at),
                 batch_sampler=self._plan,  # items are (position, view), not numbers
                 num_workers=self._workers,
-                collate_fn=collate_fn,
+                collate_fn=functools.partial(_collated, collate_fn),
+                worker_init_fn=begin,
                 persistent_workers=True,
-                prefetch_factor=4,
+                prefetch_factor=batches_ahead(shared, self._workers),
                 # of its own: DataLoader draws a seed at each pass, which must not move the run's random state
                 generator=torch.Generator().manual_seed(0),
             )
-        yield from self._loaders[kind]
+        yield from made_by(self._loaders[kind], functools.partial(_reading, self.source.dataset, self._at))
 
 
-class _Loadable(Dataset[Any]):
-    """What DataLoader wants."""
+def _reading(dataset: Dataset, at: Any, worker: int) -> str:
+    return "" if at[worker] == NOTHING else f" while it read {dataset.image_path(at[worker])}"
 
-    def __init__(self, source: SampleSource) -> None:
-        self.source = source
 
-    def __getitems__(self, items: list[Item]) -> list[Sample | KDError]:
-        return self.source.load_batch(items)
+class _Loadable(TorchDataset[Any]):
+    """What DataLoader wants. ``at``: where each worker notes the position of the image that it reads."""
+
+    def __init__(self, source: SampleSource, at: Any) -> None:
+        self.source, self._at = source, at
+
+    def __getitems__(self, items: list[Item]) -> list[Sample | KDError] | KDError | OSError:
+        return attempt(self.source.load_batch, items, self._noted)
+
+    def _noted(self, fetch: Callable[[Any], Any], images: Iterable[Any]) -> Iterator[Any]:
+        """``map``, noting which image it is at."""
+        info = get_worker_info()
+        assert info is not None
+        for views in images:
+            self._at[info.id] = views[0][0][0]
+            yield fetch(views)
+            self._at[info.id] = NOTHING
 
 
 class _Plan:
@@ -100,6 +127,11 @@ class _Plan:
         return len(self.batches)
 
 
+def _collated(collate_fn: Callable[..., Any], found: Any) -> Any:
+    """What a worker sends."""
+    return found if isinstance(found, KDError | OSError) else attempt(collate_fn, found)
+
+
 def _to_wire(reader: StoreReader | None, samples: list[Sample | KDError]) -> Any:
     """A batch as it travels, its boxes end to end, and how many boxes each image has."""
     good: list[Sample] = []
@@ -111,7 +143,14 @@ def _to_wire(reader: StoreReader | None, samples: list[Sample | KDError]) -> Any
     counts = [len(b) for b in batch.targets.boxes]
     boxes, labels = torch.cat(batch.targets.boxes), torch.cat(batch.targets.labels)
     batch = replace(batch, targets=replace(batch.targets, boxes=[boxes], labels=[labels]))
-    return _batch(batch, lambda tensor: tensor.numpy() if tensor.nbytes <= PIPE_BYTES else tensor), counts
+    return _batch(batch, _on_its_way), counts
+
+
+def _on_its_way(tensor: Tensor) -> Any:
+    if tensor.nbytes <= PIPE_BYTES:
+        return tensor.numpy()
+    # here and not by the thread that sends it: what fails there reaches nobody
+    return tensor.share_memory_() if get_worker_info() else tensor
 
 
 def _from_wire(wire: tuple[Batch, list[int]]) -> Batch:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdcli.errors import OptionError
+from kdcli.processes import end_with, parent_gone
 from kdcli.tensors import world_size
 
 T = TypeVar("T")
@@ -29,11 +30,14 @@ TIMEOUT = timedelta(hours=2)  # the others wait while the first scores detection
 def joined(device: str = "auto") -> Iterator[bool]:
     """Join the processes that torchrun started, for the time of the block; yields True in the first (or only) one.
 
-    Raises OptionError when there are more processes than GPUs on this machine.
+    They end with torchrun. Raises OptionError when there are more processes than GPUs on this machine.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is torchrun, whose end nobody else would tell us
+        parent = os.getppid()
+        end_with(lambda: parent_gone(parent))
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         take_local_gpu()

@@ -42,8 +42,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak of this process: allocated GPU memory, or resident memory on a CPU (data workers not counted)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if STATUS.is_file():
-        peak = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) * 1024
+    lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
+    for line in lines:  # a sandbox's /proc may be without it
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, kB elsewhere
     return maximum if sys.platform == "darwin" else maximum * 1024

@@ -67,7 +67,7 @@ def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[
         return run, Trainer(setup, run, reporter).fit()
 
 
-def _held(run: Path) -> AbstractContextManager[None]:
+def _held(run: Path) -> AbstractContextManager[bool | None]:
     """The run folder for this training alone: its main process holds it."""
     return run_folder.lock_run(run) if distributed.is_main() else nullcontext()
 

@@ -19,7 +19,7 @@ BACKBONE_WORDS = ("none", "imagenet")
 
 PATH_FIELDS = ("data", "teacher", "init_from")
 CONTENT_FIELDS = ("data", "teacher", "cache")  # known by their contents
-FREE_FIELDS = ("gradient_limit",)  # decide nothing of what is computed: a resumed run may change them
+FREE_FIELDS = ("gradient_limit", "workers")  # decide nothing of what is computed: a resumed run may change them
 
 
 def absolute_weights(weights: str) -> str:

@@ -25,7 +25,7 @@ import torch
 
 from kdcli import __version__
 from kdcli.errors import MissingPathError, OptionError
-from kdcli.files import atomic_write_text, remove_leftovers
+from kdcli.files import atomic_write_text, remove_leftovers, require_beside
 from kdcli.options import TrainOptions, build, read_toml, to_plain
 from kdcli.store.locks import lock_file, lock_folder
 
@@ -54,7 +54,7 @@ def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, over
         staging.rename(out)
 
 
-def lock_run(run: Path) -> AbstractContextManager[None]:
+def lock_run(run: Path) -> AbstractContextManager[bool]:
     """Hold a run folder while it is trained in. Raises OptionError when another process holds it."""
     return lock_folder(
         run, OptionError(f"run '{run}' is being trained by another process; wait for it, or stop it first")
@@ -69,7 +69,8 @@ def tidy_finished(run: Path) -> None:
 
 
 def require_free(out: Path, *, overwrite: bool) -> None:
-    """Raises OptionError when ``out`` exists and ``overwrite`` is not given, or when it is no run folder."""
+    """Raises OptionError when ``out`` exists and ``overwrite`` is not given, is no run folder, or cannot be made."""
+    require_beside(out)
     if out.exists():
         if not overwrite:
             raise OptionError(

@@ -21,6 +21,7 @@ from kdcli.engine.loading.samples import SampleSource
 from kdcli.engine.runtime import distributed
 from kdcli.engine.runtime.memory import peak_memory_bytes
 from kdcli.engine.runtime.progress import ProgressReporter
+from kdcli.engine.runtime.stopping import Stopped, held
 from kdcli.engine.teacher.approximations import approximations
 from kdcli.engine.training import run_folder
 from kdcli.engine.training.checkpoint import TrainingState, load_state, save_state
@@ -70,19 +71,24 @@ class Trainer:
         loader = Loader(self.setup.source, self.setup.workers)
         val_loader = self._val_loader()
         evaluation: dict[str, Any] = {}
-        while state.epoch < options.epochs:
-            plan = self._plan(state.epoch)
-            self.reporter.stage(f"epoch {state.epoch + 1}/{options.epochs}", len(plan))
-            self.reporter.advance(state.batch)
-            self._run_epoch(loader, plan)
-            # each process saw other images: without this the AP would be that of no checkpoint
-            distributed.take_from_main(self.step.buffers())
-            if self.average is not None:
-                distributed.take_from_main(self.average.state.values())
-            last = state.epoch + 1 == options.epochs
-            due = last or (state.epoch + 1) % options.eval_every == 0
-            evaluation = self._evaluate(val_loader) if due else {}
-            self._finish_epoch(evaluation)
+        try:
+            while state.epoch < options.epochs:
+                plan = self._plan(state.epoch)
+                self.reporter.stage(f"epoch {state.epoch + 1}/{options.epochs}", len(plan))
+                self.reporter.advance(state.batch)
+                self._run_epoch(loader, plan)
+                # each process saw other images: without this the AP would be that of no checkpoint
+                distributed.take_from_main(self.step.buffers())
+                if self.average is not None:
+                    distributed.take_from_main(self.average.state.values())
+                last = state.epoch + 1 == options.epochs
+                due = last or (state.epoch + 1) % options.eval_every == 0
+                evaluation = self._evaluate(val_loader) if due else {}
+                with held():
+                    self._finish_epoch(evaluation)
+        except Stopped:
+            self._save()
+            raise
         return self._finish(evaluation)
 
     def _plan(self, epoch: int) -> list[Any]:
@@ -100,13 +106,14 @@ class Trainer:
         batches = _timed(loader.batches(plan[state.batch :]))
         mark = time.perf_counter()
         for waited, batch in batches:
-            info = self._train_batch(batch, len(plan))
-            state.batch += 1
-            state.step += 1
-            now = time.perf_counter()
-            self._add(seconds=now - mark, wait_s=waited, images=len(batch.keys) * world_size(), steps=1)
-            state.wall_s += now - mark
-            mark = now
+            with held():  # the state is that of whole steps
+                info = self._train_batch(batch, len(plan))
+                state.batch += 1
+                state.step += 1
+                now = time.perf_counter()
+                self._add(seconds=now - mark, wait_s=waited, images=len(batch.keys) * world_size(), steps=1)
+                state.wall_s += now - mark
+                mark = now
             self.reporter.advance(1, info)
             if state.step % self.options.save_steps == 0 and state.batch < len(plan):
                 self._save()

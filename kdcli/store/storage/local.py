@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from kdcli.files import atomic_write_bytes, fsync_folder, open_regular, read_regular
+from kdcli.files import atomic_write_bytes, fsync_folder, open_regular, read_regular, require_beside
 from kdcli.store.locks import lock_file, lock_store, remove_stale_locks
 from kdcli.store.storage.base import OpenFile
 
@@ -60,7 +60,13 @@ class LocalStorage:
 
     def read_ranges(self, ranges: Sequence[tuple[OpenFile, int, int]]) -> list[bytes]:
         """See Storage. With pread: processes and threads may share an open file."""
-        return [os.pread(file.descriptor, length, start) for file, start, length in ranges]
+        found = []
+        for file, start, length in ranges:
+            try:
+                found.append(os.pread(file.descriptor, length, start))
+            except OSError as error:  # of its own it names nothing
+                raise OSError(error.errno, error.strerror, str(self.path / file.key)) from error
+        return found
 
     def read(self, key: str) -> bytes:
         """See Storage."""
@@ -122,7 +128,10 @@ class LocalStorage:
         folder = self.path.absolute()
         while not folder.exists():
             folder = folder.parent
-        return shutil.disk_usage(folder).free
+        try:
+            return shutil.disk_usage(folder).free
+        except OSError:  # a file system that does not say
+            return None
 
     def lock(self, *, shared: bool) -> AbstractContextManager[None]:
         """See Storage."""
@@ -131,6 +140,10 @@ class LocalStorage:
     @contextmanager
     def lock_creation(self) -> Iterator[None]:
         """See Storage. The lock lies beside the folder, which is not there yet."""
+        if (self.path / "zarr.json").is_file():  # nobody makes it, and its parent may be read-only
+            yield
+            return
+        require_beside(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with lock_file(self.path.with_name(f".{self.path.name}.lock")):
             yield

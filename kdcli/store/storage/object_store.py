@@ -212,7 +212,7 @@ class _Worker:
         self._lock = threading.Lock()
         with theirs:
             # -P: the names beside the script are not modules for it
-            command = [sys.executable, "-P", str(script), str(_patience())]
+            command = [sys.executable, "-P", str(script), str(_patience()), str(os.getpid())]
             self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno())
 
     def ask(self, url: str, jobs: Sequence[Job], body: bytes) -> list[tuple[Job, bytes]]:

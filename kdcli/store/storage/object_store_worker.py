@@ -1,8 +1,9 @@
 """Carries the bytes of object stores: a process of its own, because obstore's threads do not survive a fork.
 
 ``object_store.py`` runs this file as a script. A request is a line of JSON and the bytes to write, a reply a line of JSON and
-the bytes read; it ends when its standard input does. The jobs of a request run side by side. What fails for want of
-a network is tried again, longer and longer apart. Nothing of kdcli or torch is imported: it starts in a tenth of a second.
+the bytes read; it ends when its standard input does, and in the middle of a request when its parent does. The jobs of a
+request run side by side. What fails for want of a network is tried again, longer and longer apart. Nothing of kdcli or
+torch is imported: it starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +144,13 @@ def worth_another_try(text: str) -> bool:
     return status is None or status[1] in ("408", "409", "429") or status[1].startswith("5")
 
 
+def end_with(parent: int) -> None:
+    """End when ``parent`` has: a request may go on for minutes (kdcli/processes.py, which is not imported here)."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 def short(error: BaseException) -> str:
     """The first line of an error of obstore, which goes on with the source of everything it wraps."""
     return str(error).split("\n", 1)[0][:240]
@@ -149,6 +158,7 @@ def short(error: BaseException) -> str:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that sent us, and it ends our input
+    threading.Thread(target=end_with, args=(int(sys.argv[2]),), daemon=True).start()
     # whoever asked may be gone before the answer
     with suppress(ConnectionError), open(0, "rb") as requests_, open(1, "wb") as replies_:
         serve(requests_, replies_, float(sys.argv[1]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -38,6 +40,43 @@ def test_free_space_is_that_of_the_disk(tmp_path: Path) -> None:
     assert there > 0
     assert abs(there - not_yet) < 2**30  # others write too
     assert ObjectStorage(REMOTE).free_bytes() is None
+
+
+def test_a_disk_that_does_not_say_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def usage(folder: Path) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented", str(folder))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert LocalStorage(tmp_path).free_bytes() is None
+
+
+def test_a_read_that_fails_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    storage = LocalStorage(tmp_path)
+    (file,) = storage.open_all(["a"], 1)
+    assert file is not None
+
+    def pread(descriptor: int, length: int, start: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(OSError, match="Input/output error") as told:
+        storage.read_ranges([(file, 0, 1)])
+    assert told.value.filename == str(tmp_path / "a")
+
+
+def test_below_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is there needs no lock beside it; one that is to be made says where it could be."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "zarr.json").write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with LocalStorage(tmp_path / "store").lock_creation():
+        assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    with (
+        pytest.raises(OptionError, match=f"nothing can be written to '{tmp_path}'"),
+        LocalStorage(tmp_path / "b").lock_creation(),
+    ):
+        pass
 
 
 def test_an_object_store_holds_nothing_and_nobody() -> None:

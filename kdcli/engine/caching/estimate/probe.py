@@ -7,7 +7,6 @@ are among them.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -183,7 +182,8 @@ def _folder(plan: StorePlan, storage: Storage, rows: int) -> tuple[Path | None, 
     if storage.folder is not None:
         parent = storage.folder.absolute().parent
         room = 4 * rows * sum(a.row_bytes for a in plan.schema.layout())
-        if parent.is_dir() and os.access(parent, os.W_OK) and shutil.disk_usage(parent).free > room:
+        free = storage.free_bytes()
+        if parent.is_dir() and os.access(parent, os.W_OK) and (free is None or free > room):
             return parent, True
     return None, False
 
