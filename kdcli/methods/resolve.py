@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from kdcli.errors import OptionError, did_you_mean
 from kdcli.geometry.regions import RegionSpec
+from kdcli.limits import MAX_FLOAT
 from kdcli.methods import METHODS
 from kdcli.methods.base import Method, Pair, method_options
 from kdcli.options import convert
@@ -137,8 +137,8 @@ def _check_number(option: str, value: Any) -> None:
     """Weights push towards the teacher, never away; a temperature or a reference divides."""
     if not isinstance(value, float):
         return
-    if not math.isfinite(value):
-        raise OptionError(f"{option} = {value}: must be a finite number")
+    if not abs(value) <= MAX_FLOAT:
+        raise OptionError(f"{option} = {value}: must be a finite number, at most {MAX_FLOAT:g}")
     if option.endswith("weight") and value < 0:
         raise OptionError(f"{option} = {value}: must not be negative")
     if option.endswith(("temperature", "batch_ref")) and value <= 0:

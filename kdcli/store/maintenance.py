@@ -6,7 +6,6 @@ done already. A reader that is at work meanwhile goes on with the files it knows
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from kdcli.store.shards import ShardFile, open_shards, pack_chunk, read_chunks
 from kdcli.store.storage.base import Where
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import StoreWriter
+from kdcli.untrusted import parse_json
 
 Advance = Callable[[int], None]
 MAX_FILES = 128  # open at a time, of all sources; the rows of a shard come from a few files of each array
@@ -58,9 +58,17 @@ def drop_tensors(store: Path, manifest: Manifest, advance: Advance) -> None:
 def unreferenced_arrays(store: Path) -> list[str]:
     """Arrays on the disk that the schema does not name: what a killed ``drop_tensors`` left."""
     paths = {a.path for a in read_manifest(store).schema.layout()} | {"image_id"}
-    arrays = (f.parent for f in store.rglob("zarr.json") if json.loads(f.read_text()).get("node_type") == "array")
+    arrays = (f.parent for f in store.rglob("zarr.json") if _is_array(f))
     found = sorted(a.relative_to(store).as_posix() for a in arrays)
     return [path for path in found if path not in paths and not path.startswith(".")]
+
+
+def _is_array(header: Path) -> bool:
+    try:
+        document = parse_json(header.read_bytes())
+    except ValueError as error:
+        raise StoreError(f"'{header}' is no header of zarr ({error}); write the store again") from error
+    return isinstance(document, dict) and document.get("node_type") == "array"
 
 
 def merge_overlay(store: Path, other: Path, manifest: Manifest, advance: Advance) -> None:

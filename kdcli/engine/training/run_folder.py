@@ -12,7 +12,6 @@ import json
 import platform
 import shutil
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from kdcli import __version__
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.files import atomic_write_text
 from kdcli.options import TrainOptions, build, read_toml, to_plain
+from kdcli.untrusted import parse_json
 
 PACKAGES = ("torch", "torchvision", "zarr", "numpy", "pycocotools", "pillow")
 
@@ -63,7 +63,7 @@ def read_config(run: Path) -> TrainOptions:
     path = run / "config.toml"
     if not path.is_file():
         raise MissingPathError(f"'{run}' is not a run folder: it has no config.toml")
-    return build(TrainOptions, {**FIRST_EDITION, **tomllib.loads(path.read_text())})
+    return build(TrainOptions, {**FIRST_EDITION, **read_toml(path)})
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 def read_env(run: Path) -> dict[str, Any]:
     """``env.json`` of a run."""
-    env: dict[str, Any] = json.loads((run / "env.json").read_text())
+    env: dict[str, Any] = parse_json((run / "env.json").read_bytes())
     return env
 
 
@@ -127,7 +127,7 @@ def read_metrics(run: Path) -> dict[str, Any] | None:
     path = run / "metrics.json"
     if not path.is_file():
         return None
-    metrics: dict[str, Any] = json.loads(path.read_text())
+    metrics: dict[str, Any] = parse_json(path.read_bytes())
     return metrics
 
 
