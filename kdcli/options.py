@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from kdcli.errors import MissingPathError, OptionError, did_you_mean
 from kdcli.limits import INT64, MAX_BATCH, MAX_EPOCHS, MAX_RATE, MAX_ROWS, MAX_SEED, MAX_THREADS, MAX_WORKERS
-from kdcli.shown import escaped, shown
+from kdcli.shown import escaped, shown, word_of
 from kdcli.untrusted import parse_toml
 
 T = TypeVar("T")
@@ -261,7 +261,7 @@ def convert(label: str, value: Any, hint: Any) -> Any:
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise OptionError(f"{label} = {shown(value)}{did_you_mean(str(value), [str(c) for c in choices])}")
+            raise OptionError(f"{label} = {shown(value)}{did_you_mean(word_of(value), [str(c) for c in choices])}")
         return value
     if origin in (typing.Union, types.UnionType):
         inner = [a for a in typing.get_args(hint) if a is not type(None)]

@@ -42,6 +42,11 @@ def shown(value: object) -> str:
     return cut(escaped(text))
 
 
+def word_of(value: object) -> str:
+    """A text as it is, and any other value as ``shown`` has it: what is to be compared with known words."""
+    return value if isinstance(value, str) else shown(value)
+
+
 def one_line(message: str) -> str:
     """A message for the terminal: escaped, the values in it cut, and in the end the line itself."""
     if len(message) > VALUE:

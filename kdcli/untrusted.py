@@ -7,12 +7,17 @@ function that walks what it gave.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from typing import Any
 
 from kdcli.limits import INT64, MAX_DEPTH, MAX_JSON, MAX_TOML
 from kdcli.shown import cut
+
+# "a.a.a" of TOML is a table in a table; tomllib takes minutes of 100,000 dots, as it does each of them from the start
+_KEY = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+DOTTED = re.compile(rf"(?<![\w.-]){_KEY}(?:[ \t]*+\.[ \t]*+{_KEY}){{{2 * MAX_DEPTH}}}")
 
 
 def parse_json(
@@ -37,6 +42,8 @@ def parse_toml(text: str) -> dict[str, Any]:
     """The table of a TOML text. Raises ValueError for what is no TOML, nests deeper than ``MAX_DEPTH`` or is longer than
     ``MAX_TOML``."""
     _require_short(text, MAX_TOML)
+    if DOTTED.search(text):
+        raise _too_deep()
     try:
         found = tomllib.loads(text)
     except RecursionError:

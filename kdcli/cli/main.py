@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 import warnings
 from typing import TextIO
@@ -37,12 +38,15 @@ FIXES = {  # what helps against an OSError that nothing below here has turned in
     errno.EPERM: "; change its permissions or choose another place",
     errno.EFBIG: "; a file may not grow that large here: raise the limit (ulimit -f), or choose another place",
     errno.EMFILE: "; raise the limit on open files (ulimit -n)",
-    errno.EAGAIN: "; the limit on processes and threads is reached (ulimit -u): lower --workers and --threads",
+    errno.EAGAIN: "; the limit on processes (ulimit -u) or memory (ulimit -v) is reached: lower --workers and --threads",
 }
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 MEMORY = "; lower --batch, --micro-batch, --workers or --canvas, or raise the limit on memory (ulimit -v)"
 # what PyTorch, the dynamic linker and Python's threads say when there is no memory: RuntimeErrors and an ImportError
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory", "bad_alloc")
+OUT_OF_MEMORY = (
+    "can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory", "bad_alloc",
+    "could not create a primitive", "could not create a memory object",
+)  # fmt: skip
 NO_MAPPING = ("failed to map segment", "cannot apply additional memory protection")
 NO_THREAD = ("can't start new thread", "thread constructor failed", "resource temporarily unavailable")
 PIPE_CLOSED = 141  # 128 + SIGPIPE: what a shell shows of a program that such a write ended
@@ -63,6 +67,9 @@ def main() -> None:
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code. ``debug`` lets exceptions through with their traceback."""
+    for before, argument in zip(["kdcli", *arguments], arguments, strict=False):
+        if not argument or re.fullmatch("--[a-z-]+=", argument):  # --out "" would write into the current folder
+            return _fail(f"there is nothing after {argument or before}: is a variable of the shell not set?", 2)
     try:
         result = app(arguments, standalone_mode=False, prog_name="kdcli", obj=arguments)
         code = result if isinstance(result, int) else 0

@@ -18,7 +18,7 @@ from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec
 from kdcli.geometry.spec import JsonSpec
 from kdcli.limits import MAX_PARAMETERS, MODEL_COUNTS
-from kdcli.shown import shown
+from kdcli.shown import shown, word_of
 from kdcli.structures import Canvas, Detections, Targets
 from kdcli.tensors import Tensors, TensorSpec
 
@@ -96,7 +96,7 @@ class ModelSpec(JsonSpec):
         ):
             value, choices = getattr(self, name), get_args(hint)
             if value not in choices:
-                raise OptionError(f"model.{name} = {shown(value)}{did_you_mean(str(value), choices)}")
+                raise OptionError(f"model.{name} = {shown(value)}{did_you_mean(word_of(value), choices)}")
         if len(self.image_mean) != 3 or not all(type(v) is float and 0 <= v <= 1 for v in self.image_mean):
             raise OptionError(f"model.image_mean = {self.image_mean!r}: must be three numbers in 0..1")
         if type(self.stride_in_1x1) is not bool:

@@ -65,8 +65,6 @@ def load_detector(path: Path | str) -> tuple[Detector, CheckpointMeta]:
     _check_format(content, file)
     try:
         spec = ModelSpec.from_json(content["model"])
-        if len(content["classes"]) != spec.num_classes:
-            raise OptionError(f"{len(content['classes'])} classes for {spec.num_classes} outputs")
         Canvas.parse(content["canvas"])
         with torch.random.fork_rng(devices=[]):
             detector = build_detector(spec)
@@ -76,6 +74,8 @@ def load_detector(path: Path | str) -> tuple[Detector, CheckpointMeta]:
         raise OptionError(f"checkpoint '{file}': {reason}") from error
     if weights_sha256(content["weights"]) != content["weights_sha256"]:
         raise OptionError(f"checkpoint '{file}': corrupt, its weights do not match their sha256; copy it again")
+    if len(content["classes"]) != spec.num_classes:
+        raise OptionError(f"checkpoint '{file}': {len(content['classes'])} classes for {spec.num_classes} outputs")
     try:
         classes = ClassList.from_json(content["classes"])
     except (LookupError, TypeError, ValueError) as error:

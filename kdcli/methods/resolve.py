@@ -17,6 +17,9 @@ from kdcli.options import convert
 from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOX_REGRESSION, DERIVED, FEATURES, Need
 from kdcli.userfile import run_file
 
+FACTORS = ("vlr", "cls", "loc")  # options that scale a term and are not called a weight
+LEAST_DIVISOR = 1e-6  # 1e-45 and less is 0 as a float32
+
 
 def absolute_methods(text: str) -> str:
     """``--method`` with the paths of a user's files made absolute."""
@@ -139,10 +142,12 @@ def _check_number(option: str, value: Any) -> None:
         return
     if not abs(value) <= MAX_FLOAT:
         raise OptionError(f"{option} = {value}: must be a finite number, at most {MAX_FLOAT:g}")
-    if option.endswith("weight") and value < 0:
+    if (option.endswith("weight") or option.rpartition(".")[2] in FACTORS) and value < 0:
         raise OptionError(f"{option} = {value}: must not be negative")
     if option.endswith(("temperature", "batch_ref")) and value <= 0:
         raise OptionError(f"{option} = {value}: must be above 0")
+    if option.endswith(("temperature", "batch_ref")) and value < LEAST_DIVISOR:
+        raise OptionError(f"{option} = {value}: must be at least {LEAST_DIVISOR:g}")
 
 
 def check_pair(

@@ -39,11 +39,15 @@ def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, over
         shutil.rmtree(out)
     staging = out.with_name(f".{out.name}.creating")  # a rename makes the folder appear whole
     shutil.rmtree(staging, ignore_errors=True)
-    (staging / "weights").mkdir(parents=True)
-    (staging / "plots").mkdir()
-    atomic_write_text(staging / "env.json", json.dumps(env, indent=1) + "\n")
-    write_config(staging, options)
-    staging.rename(out)
+    try:
+        (staging / "weights").mkdir(parents=True)
+        (staging / "plots").mkdir()
+        atomic_write_text(staging / "env.json", json.dumps(env, indent=1) + "\n")
+        write_config(staging, options)
+        staging.rename(out)
+    except OSError:  # a full disk, a limit on the size of files
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def require_free(out: Path, *, overwrite: bool) -> None:
