@@ -81,7 +81,7 @@ def pluralize(count: int, noun: str) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of ``known``, or what there is to choose from."""
     choices = sorted(known)
-    match = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word[:100], choices, n=1, cutoff=0.5)  # it takes 3 s of a word of 3 MB
     if match:
         return f"; did you mean '{match[0]}'?"
     return f"; choose from {', '.join(choices)}" if choices else ""

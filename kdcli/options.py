@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from kdcli.errors import MissingPathError, OptionError, did_you_mean
+from kdcli.limits import INT64, MAX_BATCH, MAX_EPOCHS, MAX_RATE, MAX_ROWS, MAX_SEED, MAX_THREADS, MAX_WORKERS
+from kdcli.shown import escaped, shown, word_of
+from kdcli.untrusted import parse_toml
 
 T = TypeVar("T")
 
@@ -55,18 +57,21 @@ class OptimOptions:
     ema_decay: float = 0.9998
 
     def __post_init__(self) -> None:
-        _require(self, "lr", lambda v: 0 < v < math.inf, "a positive number")
+        _require(self, "lr", lambda v: 0 < v <= MAX_RATE, f"a positive number, at most {MAX_RATE:g}")
         _require(self, "momentum", lambda v: 0 <= v < 1, "at least 0 and below 1")
         _require(self, "ema_decay", lambda v: 0 <= v < 1, "at least 0 and below 1")
-        for name in ("weight_decay", "warmup_steps", "clip"):  # a negative clip would turn the gradient round
+        _require(self, "weight_decay", lambda v: 0 <= v <= MAX_RATE, f"at least 0 and at most {MAX_RATE:g}")
+        for name in ("warmup_steps", "clip"):  # a negative clip would turn the gradient round
             _require(self, name, lambda v: 0 <= v < math.inf, "at least 0")
         if self.steps is not None:
             if self.schedule != "step":
                 raise OptionError(
-                    f"steps = {list(self.steps)}: schedule is '{self.schedule}', which has none; leave one out"
+                    f"steps = {shown(list(self.steps))}: schedule is '{self.schedule}', which has none; leave one out"
                 )
             if self.steps != tuple(sorted(set(self.steps))) or min(self.steps, default=1) < 1:
-                raise OptionError(f"steps = {list(self.steps)}: must be epochs, ascending, from 1 on, e.g. [8, 11]")
+                raise OptionError(
+                    f"steps = {shown(list(self.steps))}: must be epochs, ascending, from 1 on, e.g. [8, 11]"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +111,13 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         _require(self, "rules", lambda v: 1 <= v <= RULES, f"from 1 to {RULES}; a newer kdcli wrote more")
-        _require_positive(self, "epochs", "batch", "eval_every", "save_steps", "micro_batch", "threads")
-        for name in ("seed", "workers"):
-            _require(self, name, lambda v: v >= 0, "at least 0")
+        _require_range(self, 1, {"epochs": MAX_EPOCHS, "eval_every": MAX_EPOCHS, "batch": MAX_BATCH})
+        _require_range(self, 1, {"save_steps": INT64 - 1, "micro_batch": MAX_BATCH, "threads": MAX_THREADS})
+        _require_range(self, 0, {"seed": MAX_SEED, "workers": MAX_WORKERS})
         _require(self, "gradient_limit", lambda v: 0 <= v < math.inf, "at least 0; 0 is no limit")
         if self.optim.steps and self.optim.steps[-1] >= self.epochs:
             raise OptionError(
-                f"optim.steps = {list(self.optim.steps)}: a run of {self.epochs} epochs has none to train after epoch "
+                f"optim.steps = {shown(list(self.optim.steps))}: a run of {self.epochs} epochs has none to train after epoch "
                 f"{self.optim.steps[-1]}; name epochs below {self.epochs}"
             )
         if self.shuffle == "shards" and self.cache is None:
@@ -144,9 +149,8 @@ class CacheOptions:
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "micro_batch", "shard_rows", "threads")
-        for name in ("view_seed", "workers"):
-            _require(self, name, lambda v: v >= 0, "at least 0")
+        _require_range(self, 1, {"micro_batch": MAX_BATCH, "shard_rows": MAX_ROWS, "threads": MAX_THREADS})
+        _require_range(self, 0, {"view_seed": MAX_SEED, "workers": MAX_WORKERS})
         _require(self, "min_teacher_ap", lambda v: 0 <= v <= 100, "an AP from 0 to 100")
 
 
@@ -159,15 +163,15 @@ def build(cls: type[T], given: Mapping[str, Any], *, label: str = "") -> T:
     values: dict[str, Any] = {}
     for key, value in given.items():
         if key not in hints:
-            raise OptionError(f"unknown option '{label}{key}'{did_you_mean(key, hints)}")
+            raise OptionError(f"unknown option '{label}{escaped(key)}'{did_you_mean(key, hints)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             if not isinstance(value, Mapping):
-                raise OptionError(f"{label}{key} = {value!r}: must be a table")
+                raise OptionError(f"{label}{key} = {shown(value)}: must be a table")
             values[key] = build(hint, value, label=f"{label}{key}.")
         elif typing.get_origin(hint) is not None and typing.get_origin(hint).__name__ == "Mapping":
             if not isinstance(value, Mapping) or not all(isinstance(v, Mapping) for v in value.values()):
-                raise OptionError(f"{label}{key} = {value!r}: must be tables, e.g. [{label}{key}.ld]")
+                raise OptionError(f"{label}{key} = {shown(value)}: must be tables, e.g. [{label}{key}.ld]")
             values[key] = value
         else:
             values[key] = convert(f"{label}{key}", value, hint)
@@ -182,8 +186,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingPathError(f"config file '{path}' does not exist")
     try:
-        return tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return parse_toml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no TOML, or no UTF-8
         raise OptionError(f"config file '{path}' is not TOML: {error}") from error
 
 
@@ -224,24 +228,27 @@ def to_plain(options: Any) -> dict[str, Any]:
     return result
 
 
-def _require_positive(options: Any, *names: str) -> None:
-    for name in names:
-        _require(options, name, lambda v: v >= 1, "at least 1")
+def _require_range(options: Any, least: int, most: Mapping[str, int]) -> None:
+    """Raises OptionError for a field that is set, and less than ``least`` or more than ``most`` says of it."""
+    for name, limit in most.items():
+        _require(options, name, lambda v: v >= least, f"at least {least}")
+        _require(options, name, lambda v, limit=limit: v <= limit, f"at most {limit:,}")  # type: ignore[misc]
 
 
 def _require(options: Any, name: str, fits: Callable[[float], bool], wanted: str) -> None:
     """Raises OptionError when a field is set and does not fit; nan never does."""
     value = getattr(options, name)
     if value is not None and not fits(value):
-        raise OptionError(f"{name} = {value}: must be {wanted}")
+        raise OptionError(f"{name} = {shown(value)}: must be {wanted}")
 
 
 def _literal(text: str) -> Any:
     """A TOML value where it is one (numbers, true/false, quoted text), else the text itself."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = parse_toml(f"value = {text}")
+    except ValueError:
         return text
+    return found["value"] if len(found) == 1 else text  # a text of several lines may have more
 
 
 def convert(label: str, value: Any, hint: Any) -> Any:
@@ -254,7 +261,7 @@ def convert(label: str, value: Any, hint: Any) -> Any:
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise OptionError(f"{label} = {value!r}{did_you_mean(str(value), [str(c) for c in choices])}")
+            raise OptionError(f"{label} = {shown(value)}{did_you_mean(word_of(value), [str(c) for c in choices])}")
         return value
     if origin in (typing.Union, types.UnionType):
         inner = [a for a in typing.get_args(hint) if a is not type(None)]
@@ -262,15 +269,21 @@ def convert(label: str, value: Any, hint: Any) -> Any:
             return None
         return convert(label, value, inner[0])
     if origin is tuple and isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
-        return tuple(value)
+        return tuple(_int64(label, v) for v in value)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
+        return _int64(label, value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return float(_int64(label, value) if isinstance(value, int) else value)
     if hint is str and isinstance(value, str):
         return value
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: f'text, in quotes: "{value}"'}
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: f'text, in quotes: "{shown(value)}"'}
     wanted = "whole numbers in brackets, e.g. [8, 11]" if origin is tuple else kinds.get(hint, str(hint))
-    raise OptionError(f"{label} = {value!r}: must be {wanted}")
+    raise OptionError(f"{label} = {shown(value)}: must be {wanted}")
+
+
+def _int64(label: str, value: int) -> int:
+    if not -INT64 <= value < INT64:
+        raise OptionError(f"{label} = {shown(value)}: does not fit 64 bits")
+    return value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdcli.errors import OptionError
+from kdcli.limits import MAX_SIDE
 from kdcli.tensors import Region, Tensors
 
 BACKGROUND = -1  # of Targets.assigned: a negative
@@ -40,6 +41,8 @@ class Canvas:
     width: int
 
     def __post_init__(self) -> None:
+        if max(self.height, self.width) > MAX_SIDE:
+            raise OptionError(f"canvas {self}: a side has at most {MAX_SIDE:,} pixels")
         if self.height < 32 or self.width < 32 or self.height % 32 or self.width % 32:
             raise OptionError(f"canvas {self}: each side must be a positive multiple of 32, e.g. 320 or 256x320")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from kdcli.api.runs import plain
 from kdcli.engine.caching.estimate.estimate import MARGIN, Estimate, estimate
 from kdcli.engine.caching.plan import StorePlan, plan_store
 from kdcli.engine.caching.write import Part, write_store
+from kdcli.engine.runtime.distributed import started_as
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import NoSpaceError, UsageError
 from kdcli.options import CacheOptions, build
@@ -81,12 +81,12 @@ def write(plan: StorePlan, storage: Storage, part: Part | None, reporter: Progre
 
 def part_of(shard: str | None) -> Part | None:
     """What ``--shard`` says, or torchrun; None for a process that writes alone."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = started_as()
     if shard is None:
         return Part(rank, world) if world > 1 else None
     if world > 1:
         raise UsageError("--shard does not go with torchrun, which shares the work itself")
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if not found or int(found[1]) >= int(found[2]):
         raise UsageError(f"--shard '{shard}': write I/N with I from 0 to N - 1, e.g. 0/4")
     return Part(int(found[1]), int(found[2]))

@@ -11,6 +11,7 @@ import typer
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
 from kdcli.errors import UsageError
+from kdcli.limits import MAX_BATCH, MAX_ROWS, MAX_WORKERS
 from kdcli.store.info import store_info
 
 cache = typer.Typer(
@@ -30,9 +31,11 @@ def info(store: Store, json: f.Json = False) -> int:
     Example: kdcli cache info STORE --json
     """
     from rich.table import Table
+    from rich.text import Text
 
     from kdcli.cli.json_output import print_json
     from kdcli.report.console import human_console, say
+    from kdcli.report.text import plain
     from kdcli.store.image_codec import PIXELS
     from kdcli.store.manifest import read_manifest
 
@@ -67,7 +70,7 @@ def info(store: Store, json: f.Json = False) -> int:
         numbers = ["-" if error is None else f"{error[k]:.2g}" for k in ("rms", "relative", "worst")]
         if measured:
             numbers.append("-" if other is None else f"{other['relative']:.2g}")
-        table.add_row(key, tensor["encoding"], f"{tensor['bytes']:,}", *numbers)
+        table.add_row(Text(plain(key)), Text(plain(tensor["encoding"])), f"{tensor['bytes']:,}", *numbers)
     if found["images"]:
         table.add_row(PIXELS, found["images"]["encoding"], f"{found['images']['bytes']:,}")
     console.print(table)
@@ -79,7 +82,7 @@ def verify(
     store: Store,
     teacher: Annotated[str | None, typer.Option(help="Run this teacher again on some rows.")] = None,
     data: Annotated[str | None, typer.Option(help="Data set of --teacher (default: where the store is from).")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows for --teacher.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Rows for --teacher.")] = 32,
     device: Annotated[
         str | None, typer.Option(help="Device for --teacher (default: the one that wrote the store).")
     ] = None,
@@ -115,9 +118,11 @@ def bench(
     store: Store,
     method: Annotated[str | None, typer.Option(help="Read what these methods read (default: everything).")] = None,
     workers: Annotated[str | None, typer.Option(help="Numbers of data workers, e.g. 0,1,2.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 16,
-    rows: Annotated[int, typer.Option(min=1, help="Rows to read for each number.")] = 2000,
-    step_ms: Annotated[float | None, typer.Option(min=0.001, help="A training step, for the forecast.")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Rows a batch.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Rows to read for each number.")] = 2000,
+    step_ms: Annotated[
+        float | None, typer.Option(min=0.001, max=1e9, help="A training step, for the forecast.")
+    ] = None,
     json: f.Json = False,
 ) -> int:
     """Read random rows with some numbers of data workers: rows/s, MB/s, and the share of a step that would wait.
@@ -137,8 +142,8 @@ def bench(
         numbers = [int(n) for n in workers.split(",")] if workers else default_workers()
     except ValueError as error:
         raise UsageError(f"--workers '{workers}': write whole numbers, e.g. 0,1,2") from error
-    if min(numbers) < 0:
-        raise UsageError(f"--workers '{workers}': a number of processes is not negative")
+    if not 0 <= min(numbers) <= max(numbers) <= MAX_WORKERS:
+        raise UsageError(f"--workers '{workers}': a number of processes is from 0 to {MAX_WORKERS}")
     with ConsoleReporter() as reporter:
         found = run_bench(store, needs_of(store, method) if method else None, numbers, batch, rows, reporter)
     if json:

@@ -10,6 +10,7 @@ import typer
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
 from kdcli.errors import UsageError
+from kdcli.limits import MAX_BATCH, MAX_ROWS
 
 if TYPE_CHECKING:
     from kdcli.engine.caching.estimate.estimate import Estimate
@@ -30,8 +31,12 @@ def cache_teacher(
     views: f.Views = None,
     encoding: Annotated[str | None, typer.Option(help="default (8 bit where safe), compact, float16, lossless.")] = None,
     precision: Annotated[str | None, typer.Option(help="Teacher precision: fp32 (default) or bf16.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass (default 8).")] = None,
-    shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows a shard (default: 128 MB, at most 256).")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, max=MAX_BATCH, help="Images per forward pass (default 8).")
+    ] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, max=MAX_ROWS, help="Rows a shard (default: 128 MB, at most 256).")
+    ] = None,
     min_teacher_ap: Annotated[float | None, typer.Option(help="Refuse a teacher below this AP on val.")] = None,
     cache_images: Annotated[
         bool | None, typer.Option("--cache-images", help="Store the resized images too: no decoding in training.")

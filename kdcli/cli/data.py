@@ -10,6 +10,7 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
+from kdcli.limits import MAX_IMAGES, MAX_SEED
 
 data = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Make and check data sets.\n\nExample: kdcli data check DATA"
@@ -20,9 +21,9 @@ app.add_typer(data, name="data")
 @data.command(name="make-shapes")
 def make_shapes(
     out: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
-    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 300,
-    val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 100,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same images.")] = 0,
+    train: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="Training images.")] = 300,
+    val: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="Validation images.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="The same seed draws the same images.")] = 0,
 ) -> int:
     """Draw a set of textured, rotated, occluded shapes in COCO layout.
 

@@ -10,6 +10,7 @@ import typer
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
 from kdcli.errors import GateError, UsageError, pluralize
+from kdcli.limits import MAX_BATCH
 
 Checkpoint = Annotated[str, typer.Argument(help="Run folder or checkpoint file.", show_default=False)]
 
@@ -20,7 +21,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Data set folder in COCO layout.")] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "val",
     canvas: f.CanvasSize = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a forward pass.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=MAX_BATCH, help="Images a forward pass.")] = 8,
     device: f.Device = None, amp: f.Amp = None, workers: f.Workers = None, skip_bad: f.SkipBad = None,
     out: Annotated[Path | None, typer.Option(help="Folder for detections.json and metrics.json.")] = None,
     min_ap: Annotated[float | None, typer.Option(help="Exit with 6 below this AP.")] = None,

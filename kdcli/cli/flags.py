@@ -7,13 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from kdcli.limits import MAX_BATCH, MAX_EPOCHS, MAX_THREADS, MAX_WORKERS
+
 Data = Annotated[str | None, typer.Option(help="Data set folder in COCO layout.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="<detector>_<backbone>, e.g. gfl_resnet18.")]
 CanvasSize = Annotated[str | None, typer.Option("--canvas", help="Image size: 320, or HEIGHTxWIDTH, e.g. 800x1344.")]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs (default 12).")]
+Epochs = Annotated[int | None, typer.Option(min=1, max=MAX_EPOCHS, help="Epochs (default 12).")]
 Seed = Annotated[int | None, typer.Option(help="Random seed (default 0).")]
 Seeds = Annotated[str | None, typer.Option(help="Several runs, e.g. 0,1,2: a queue in OUT/seed-N that resumes.")]
-BatchSize = Annotated[int | None, typer.Option("--batch", min=1, help="Images a step (default 16).")]
+BatchSize = Annotated[int | None, typer.Option("--batch", min=1, max=MAX_BATCH, help="Images a step (default 16).")]
 Views = Annotated[
     str | None, typer.Option(help="Comma list of identity, hflip, crop-K, scale-K (default identity,hflip).")
 ]
@@ -21,14 +23,18 @@ BackboneWeights = Annotated[str | None, typer.Option(help="none, imagenet (downl
 InitFrom = Annotated[str | None, typer.Option(help="Start a new run from the weights of this run or checkpoint.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 (default auto).")]
 Amp = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16; auto: bf16 on a GPU, fp32 on a CPU.")]
-Workers = Annotated[int | None, typer.Option(min=0, help="Data workers (default: spare cores, at most 8).")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, max=MAX_WORKERS, help="Data workers (default: spare cores, at most 8).")
+]
 TeacherWorkers = Annotated[
     int | None,
-    typer.Option(min=0, help="Data workers (default: none beside a teacher on a CPU, else as in distill)."),
+    typer.Option(
+        min=0, max=MAX_WORKERS, help="Data workers (default: none beside a teacher on a CPU, else as in distill)."
+    ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the main process.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads of the main process.")]
 Shuffle = Annotated[str | None, typer.Option(help="full, or shards: for slow disks and object stores (default full).")]
-EvalEvery = Annotated[int | None, typer.Option(min=1, help="Evaluate each N epochs (default 1).")]
+EvalEvery = Annotated[int | None, typer.Option(min=1, max=MAX_EPOCHS, help="Evaluate each N epochs (default 1).")]
 SkipBad = Annotated[bool | None, typer.Option("--skip-bad", help="Leave faulty images out, and list them.")]
 Deterministic = Annotated[bool | None, typer.Option("--deterministic", help="No TF32, deterministic algorithms.")]
 GradientLimit = Annotated[

@@ -9,5 +9,5 @@ from typing import Any
 
 def print_json(value: Any) -> None:
     """The one JSON object of ``--json``, on stdout."""
-    json.dump(value, sys.stdout, indent=1)
-    sys.stdout.write("\n")
+    # JSON escapes every control character but this one, which a terminal drops
+    sys.stdout.write(json.dumps(value, indent=1).replace("\x7f", "\\u007f") + "\n")

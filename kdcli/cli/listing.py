@@ -8,13 +8,14 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
+from kdcli.limits import MAX_CLASSES
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
 Size = Annotated[str, typer.Option("--canvas", help="Image size to price, e.g. 640 or 800x1344.")]
-Classes = Annotated[int, typer.Option(min=1, help="Classes to price.")]
+Classes = Annotated[int, typer.Option(min=1, max=MAX_CLASSES, help="Classes to price.")]
 
 CAPTION = (
     "Bytes of one image in one view at {canvas} with {classes} classes: 7 boxes (1000 proposals), a neck of 256 channels,\n"

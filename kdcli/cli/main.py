@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import warnings
 from typing import TextIO
@@ -15,7 +16,8 @@ import typer
 
 from kdcli.cli import cache, cache_edit, cache_teacher, compare, convert, data, demo, evaluate, listing, train
 from kdcli.cli.app import app
-from kdcli.errors import KDError
+from kdcli.errors import KDError, NoSpaceError, OptionError
+from kdcli.shown import one_line
 
 # importing them registers their commands
 COMMANDS = (cache, cache_edit, cache_teacher, compare, convert, data, demo, evaluate, listing, train)
@@ -34,9 +36,21 @@ FIXES = {  # what helps against an OSError that nothing below here has turned in
     errno.EROFS: _ELSEWHERE,
     errno.EACCES: "; change its permissions or choose another place",
     errno.EPERM: "; change its permissions or choose another place",
-    errno.EMFILE: "; raise `ulimit -n`",
     errno.ENOENT: "; see whether the path is right",
+    errno.EFBIG: "; a file may not grow that large here: raise the limit (ulimit -f), or choose another place",
+    errno.EMFILE: "; raise the limit on open files (ulimit -n)",
+    errno.EAGAIN: "; the limit on processes (ulimit -u) or memory (ulimit -v) is reached: lower --workers and --threads",
 }
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
+MEMORY = "; lower --batch, --micro-batch, --workers or --canvas, or raise the limit on memory (ulimit -v)"
+# what PyTorch, the dynamic linker and Python's threads say when there is no memory: RuntimeErrors and an ImportError
+OUT_OF_MEMORY = (
+    "can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory", "bad_alloc",
+    "could not create a primitive", "could not create a memory object",
+)  # fmt: skip
+NO_MAPPING = ("failed to map segment", "cannot apply additional memory protection")
+NO_THREAD = ("can't start new thread", "thread constructor failed", "resource temporarily unavailable")
+PIPE_CLOSED = 141  # 128 + SIGPIPE: what a shell shows of a program that such a write ended
 
 
 def main() -> None:
@@ -53,17 +67,20 @@ def main() -> None:
     warnings.showwarning = show_warning
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    sys.exit(run(arguments, debug=debug))
+    sys.exit(flushed(run(arguments, debug=debug)))
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code. ``debug`` lets exceptions through with their traceback."""
+    for before, argument in zip(["kdcli", *arguments], arguments, strict=False):
+        if not argument or re.fullmatch("--[a-z-]+=", argument):  # --out "" would write into the current folder
+            return _fail(f"there is nothing after {argument or before}: is a variable of the shell not set?", 2)
     try:
         result = app(arguments, standalone_mode=False, prog_name="kdcli", obj=arguments)
         code = result if isinstance(result, int) else 0
         return _fail(INTERRUPTED, 130) if code == 130 else code  # typer turns Ctrl-C into an exit code
     except typer.TyperException as error:
-        return _fail(error.format_message(), error.exit_code)
+        return _fail(" ".join(error.format_message().split()), error.exit_code)
     except typer.Abort:
         return _fail(INTERRUPTED, 130)
     except KeyboardInterrupt:
@@ -73,15 +90,33 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
             raise
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        # the reader of our output went away (`kdcli ... | head`): not an error of ours
-        sys.stderr.close()
-        return 0
+        return PIPE_CLOSED  # the reader of our output went away (`kdcli ... | head`): not an error of ours
+    except SystemExit as error:  # typer and rich make that of a closed pipe
+        if isinstance(error.__context__, BrokenPipeError):
+            return PIPE_CLOSED
+        raise
     except OSError as error:
         if debug:
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "; free some space or choose another place" if full else FIXES.get(error.errno or 0, _UNKNOWN)
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}{fix}", 5 if full else 3)
+        return _fail(*_of_the_system(error))
+    except (MemoryError, RuntimeError, ImportError) as error:
+        found = _of_the_limits(error)
+        if debug or found is None:
+            raise
+        return _fail(*found)
+
+
+def flushed(code: int) -> int:
+    """``code``, or that of a closed pipe, once what was printed is on its way: Python's own attempt, at exit, would say so."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (BrokenPipeError, ValueError):  # ValueError: closed already
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+            code = code or PIPE_CLOSED
+    return code
 
 
 def show_warning(
@@ -89,11 +124,36 @@ def show_warning(
     line: str | None = None,
 ) -> None:  # fmt: skip
     """A Python warning as one line; Python's own two name the file and line of code that gave it."""
-    print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+    print(one_line(f"warning: {' '.join(str(message).split())}"), file=file or sys.stderr)
+
+
+def _of_the_system(error: OSError) -> tuple[str, int]:
+    """Message and exit code of an OSError that nothing below has turned into a message."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    fix = "; free some space or choose another place" if full else FIXES.get(error.errno or 0, _UNKNOWN)
+    fix = MEMORY if error.errno == errno.ENOMEM else fix
+    return f"{error.filename or 'a file'}: {error.strerror or error}{fix}", _code(error.errno in NO_SPACE)
+
+
+def _of_the_limits(error: Exception) -> tuple[str, int] | None:
+    """Message and exit code of what memory or threads were not enough for; None for any other error, which is a bug."""
+    text = " ".join(str(error).split())
+    low = text.lower()
+    if isinstance(error, RecursionError):
+        return None
+    if isinstance(error, MemoryError) or any(words in low for words in (*OUT_OF_MEMORY, *NO_MAPPING)):
+        return f"there is not enough memory ({text[:150] or 'MemoryError'}){MEMORY}", _code(True)
+    if any(words in low for words in NO_THREAD):
+        return f"no thread can be started ({text[:150]}){FIXES[errno.EAGAIN]}", _code(True)
+    return None
+
+
+def _code(space: bool) -> int:
+    return NoSpaceError.exit_code if space else OptionError.exit_code
 
 
 def _fail(message: str, code: int) -> int:
     from kdcli.report.lasting import LastingStream
 
-    print(f"error: {' '.join(message.split())}", file=LastingStream(sys.stderr))  # without a reader the code tells it
+    print(one_line(f"error: {message}"), file=LastingStream(sys.stderr))  # without a reader the code tells it
     return code

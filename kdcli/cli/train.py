@@ -12,6 +12,8 @@ import typer
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
 from kdcli.errors import OptionError, UsageError, pluralize
+from kdcli.limits import MAX_RUNS, MAX_SEED
+from kdcli.shown import shown
 
 
 @app.command()
@@ -109,12 +111,17 @@ def _launch(
 
 
 def _read_seeds(text: str) -> list[int]:
+    parts = text.split(",")
+    if len(parts) > MAX_RUNS:
+        raise OptionError(f"--seeds names {len(parts):,} seeds: at most {MAX_RUNS:,} runs at a time")
     try:
-        seeds = [int(part) for part in text.split(",")]
+        seeds = [int(part) for part in parts]
     except ValueError as error:
-        raise OptionError(f"--seeds '{text}': write whole numbers, e.g. 0,1,2") from error
+        raise OptionError(f"--seeds {shown(text)}: write whole numbers, e.g. 0,1,2") from error
+    if not 0 <= min(seeds) <= max(seeds) <= MAX_SEED:
+        raise OptionError(f"--seeds {shown(text)}: a seed is from 0 to {MAX_SEED:,}")
     if len(set(seeds)) != len(seeds):
-        raise OptionError(f"--seeds '{text}' names a seed twice")
+        raise OptionError(f"--seeds {shown(text)} names a seed twice")
     return seeds
 
 

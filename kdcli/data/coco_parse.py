@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kdcli.errors import DataError
 from kdcli.files import read_regular
+from kdcli.shown import shown
 
 INT64 = 2**63
 MAX_SIDE = 2**31 - 1  # heights and widths are int32
@@ -105,7 +106,8 @@ def _categories(path: Path, records: list[Any]) -> list[tuple[int, str]]:
         if not isinstance(record, dict) or not _is_id(record.get("id")) or not isinstance(record.get("name"), str):
             _fail(path, f"categories[{i}] needs a whole number 'id' and a text 'name'")
         if record["id"] in found:
-            _fail(path, f"two categories have the id {record['id']}: {found[record['id']]!r} and {record['name']!r}")
+            names = f"{shown(found[record['id']])} and {shown(record['name'])}"
+            _fail(path, f"two categories have the id {record['id']}: {names}")
         found[record["id"]] = record["name"]
     return sorted(found.items())
 
@@ -117,11 +119,11 @@ def _images(path: Path, records: list[Any]) -> dict[str, NDArray[Any]]:
             _fail(path, f"images[{i}] needs a whole number 'id' and a text 'file_name'")
         for side in (record.height, record.width):
             if not _is_number(side) or side != int(side) or not 0 < side <= MAX_SIDE:
-                _fail(path, f"image {record.id} needs 'height' and 'width' in whole pixels, not {side!r}")
+                _fail(path, f"image {record.id} needs 'height' and 'width' in whole pixels, not {shown(side)}")
         try:
             names.append(record.file_name.encode())
         except UnicodeEncodeError:
-            _fail(path, f"image {record.id}: file_name {record.file_name!r} is not valid text")
+            _fail(path, f"image {record.id}: file_name {shown(record.file_name)} is not valid text")
     ids = np.array([r.id for r in records], dtype=np.int64)
     order = np.argsort(ids, kind="stable")
     return {
@@ -166,14 +168,14 @@ def _boxes(
 
 def _check_box(path: Path, i: int, record: Any) -> None:
     if not isinstance(record, _Box):
-        known = record.get("id", "without id") if isinstance(record, dict) else "no object"
-        _fail(path, f"annotations[{i}] (id {known}) has no 'bbox' and 'image_id'; only detection annotations are read")
+        known = f"id {shown(record.get('id'))}" if isinstance(record, dict) else "no object"
+        _fail(path, f"annotations[{i}] ({known}) has no 'bbox' and 'image_id'; only detection annotations are read")
     if not _is_id(record.id) or not _is_id(record.image_id) or not _is_id(record.category_id):
-        _fail(path, f"annotations[{i}] (id {record.id!r}) needs whole numbers 'id', 'image_id' and 'category_id'")
+        _fail(path, f"annotations[{i}] (id {shown(record.id)}) needs whole numbers 'id', 'image_id' and 'category_id'")
     box = record.bbox
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(v) for v in box):
-        _fail(path, f"annotation {record.id}: bbox {box!r} is not four finite numbers [x, y, width, height]")
+        _fail(path, f"annotation {record.id}: bbox {shown(box)} is not four finite numbers [x, y, width, height]")
     if record.area is not None and not _is_number(record.area):
-        _fail(path, f"annotation {record.id}: area {record.area!r} is not a finite number")
+        _fail(path, f"annotation {record.id}: area {shown(record.area)} is not a finite number")
     if record.iscrowd not in (None, 0, 1):
-        _fail(path, f"annotation {record.id}: iscrowd {record.iscrowd!r} is neither 0 nor 1")
+        _fail(path, f"annotation {record.id}: iscrowd {shown(record.iscrowd)} is neither 0 nor 1")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from kdcli.errors import DataError, OptionError, StoreError, did_you_mean
+from kdcli.limits import MAX_VIEWS
 from kdcli.structures import Canvas
 
 PAD_RGB = (124, 116, 104)  # round(255 * ImageNet mean), so that padding is 0 after normalisation
@@ -31,6 +33,7 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 CROP_TRIES = 10
 CROP_MIN_VISIBLE = 0.25  # share of a box's area that must remain in the crop
 SCALE_RANGE = (0.6, 1.0)  # of the size that fits: short side 480 to 800 on a canvas of 800x1344 (mmdet's multi-scale)
+WHOLE = re.compile("0*[1-9][0-9]*")
 NUMBERED = ("crop", "scale")  # views that come in any number
 CROP_MIN_SIDE = 2.0  # canvas pixels, of a box in a crop
 MIN_SIDE = 1.0  # canvas pixels, of a box in the whole image
@@ -89,7 +92,9 @@ def parse_views(text: str) -> tuple[str, ...]:
         kind, dash, count = word.partition("-")
         if word in ("identity", "hflip"):
             added = [word]
-        elif kind in NUMBERED and dash and count.isascii() and count.isdigit() and int(count) >= 1:
+        elif kind in NUMBERED and dash and WHOLE.fullmatch(count):
+            if len(count) > len(str(MAX_VIEWS)) or int(count) + len(names) > MAX_VIEWS:
+                raise OptionError(f"views '{text}': an image has at most {MAX_VIEWS:,} views")
             added = [f"{kind}-{k}" for k in range(int(count))]
         else:
             fix = did_you_mean(word, ("identity", "hflip", "crop-1", "crop-4", "scale-8"))

@@ -17,6 +17,8 @@ from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec
 from kdcli.geometry.spec import JsonSpec
+from kdcli.limits import MAX_PARAMETERS, MODEL_COUNTS
+from kdcli.shown import shown, word_of
 from kdcli.structures import Canvas, Detections, Targets
 from kdcli.tensors import Tensors, TensorSpec
 
@@ -70,14 +72,20 @@ class ModelSpec(JsonSpec):
     def __post_init__(self) -> None:
         for name in ("detector", "backbone"):
             if not isinstance(getattr(self, name), str):
-                raise OptionError(f"model.{name} = {getattr(self, name)!r}: must be a name")
-        least = {"num_classes": 1, "fpn_channels": 1, "tower_convs": 0, "head_channels": 1, "reg_max": 1}
-        for name, low in least.items():
+                raise OptionError(f"model.{name} = {shown(getattr(self, name))}: must be a name")
+        for name, (low, high) in MODEL_COUNTS.items():
             value = getattr(self, name)
             if name == "head_channels" and value is None:
                 continue
-            if type(value) is not int or value < low:
-                raise OptionError(f"model.{name} = {value!r}: must be a whole number of at least {low}")
+            if type(value) is not int or not low <= value <= high:
+                wanted = f"at least {low}" if type(value) is not int or value < low else f"at most {high:,}"
+                raise OptionError(f"model.{name} = {shown(value)}: must be a whole number of {wanted}")
+        if self.head_size() > MAX_PARAMETERS:
+            raise OptionError(
+                f"neck and head of fpn_channels = {self.fpn_channels}, head_channels = {self.head_channels}, tower_convs = "
+                f"{self.tower_convs} and {self.num_classes} classes have about {self.head_size() / 1e9:.1f} billion "
+                f"parameters; at most {MAX_PARAMETERS / 1e9:g} billion"
+            )
         for name, hint in (
             ("bn", BatchNormMode),
             ("box", BoxBranch),
@@ -88,7 +96,7 @@ class ModelSpec(JsonSpec):
         ):
             value, choices = getattr(self, name), get_args(hint)
             if value not in choices:
-                raise OptionError(f"model.{name} = {value!r}{did_you_mean(str(value), choices)}")
+                raise OptionError(f"model.{name} = {shown(value)}{did_you_mean(word_of(value), choices)}")
         if len(self.image_mean) != 3 or not all(type(v) is float and 0 <= v <= 1 for v in self.image_mean):
             raise OptionError(f"model.image_mean = {self.image_mean!r}: must be three numbers in 0..1")
         if type(self.stride_in_1x1) is not bool:
@@ -98,6 +106,14 @@ class ModelSpec(JsonSpec):
         if (self.neck == "default") is (self.detector == MM_FEATURES):
             fix = "name another one" if self.neck == "default" else f"it is of {MM_FEATURES} alone, leave it out"
             raise OptionError(f"model.neck = {self.neck!r}: the model is {self.detector}; {fix}")
+
+    def head_size(self) -> int:
+        """About as many parameters as neck and head have, so that nothing is made of absurd numbers."""
+        neck, head = self.fpn_channels, self.head_channels or self.fpn_channels
+        outputs = self.num_classes + 4 * (self.reg_max + 1)
+        return 9 * (
+            8 * neck**2 + neck * head * min(1, self.tower_convs) + 2 * self.tower_convs * head**2 + head * outputs
+        )
 
     @property
     def name(self) -> str:

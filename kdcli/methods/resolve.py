@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -11,11 +10,15 @@ from typing import Any
 
 from kdcli.errors import OptionError, did_you_mean
 from kdcli.geometry.regions import RegionSpec
+from kdcli.limits import MAX_FLOAT
 from kdcli.methods import METHODS
 from kdcli.methods.base import Method, Pair, method_options
 from kdcli.options import convert
 from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOX_REGRESSION, DERIVED, FEATURES, Need
 from kdcli.userfile import run_file
+
+FACTORS = ("vlr", "cls", "loc")  # options that scale a term and are not called a weight
+LEAST_DIVISOR = 1e-6  # 1e-45 and less is 0 as a float32
 
 
 def absolute_methods(text: str) -> str:
@@ -137,12 +140,14 @@ def _check_number(option: str, value: Any) -> None:
     """Weights push towards the teacher, never away; a temperature or a reference divides."""
     if not isinstance(value, float):
         return
-    if not math.isfinite(value):
-        raise OptionError(f"{option} = {value}: must be a finite number")
-    if option.endswith("weight") and value < 0:
+    if not abs(value) <= MAX_FLOAT:
+        raise OptionError(f"{option} = {value}: must be a finite number, at most {MAX_FLOAT:g}")
+    if (option.endswith("weight") or option.rpartition(".")[2] in FACTORS) and value < 0:
         raise OptionError(f"{option} = {value}: must not be negative")
     if option.endswith(("temperature", "batch_ref")) and value <= 0:
         raise OptionError(f"{option} = {value}: must be above 0")
+    if option.endswith(("temperature", "batch_ref")) and value < LEAST_DIVISOR:
+        raise OptionError(f"{option} = {value}: must be at least {LEAST_DIVISOR:g}")
 
 
 def check_pair(

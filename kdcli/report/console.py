@@ -16,6 +16,7 @@ from rich.text import Text
 
 from kdcli.report.compare import Comparison, Group
 from kdcli.report.text import MARK, duration, millions, number, plain, signed, size, spelled, with_interval
+from kdcli.shown import one_line
 
 if TYPE_CHECKING:
     from kdcli.engine.evaluation.coco_metrics import Metrics
@@ -52,9 +53,9 @@ def human_console() -> Console:
 
 
 def say(console: Console, *lines: str) -> None:
-    """Print plain lines; in a pipe each stays one line, for grep, whatever COLUMNS says."""
+    """Print lines, each as ``one_line`` shows it; in a pipe it stays one line, for grep, whatever COLUMNS says."""
     for line in lines:
-        console.print(Text(plain(line)), soft_wrap=not console.is_terminal)
+        console.print(Text(one_line(line)), soft_wrap=not console.is_terminal)
 
 
 def show_comparison(console: Console, comparison: Comparison) -> None:
@@ -68,11 +69,11 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     if comparison.settings_diff.keys() - {"command", "method"}:
         console.print(table_of_settings(comparison))
         for footnote in comparison.footnotes:
-            console.print(Text(plain(footnote), style="yellow"))
+            console.print(Text(one_line(footnote), style="yellow"))
     for run in comparison.unfinished:
-        console.print(Text(f"left out: {plain(run.path)}: {plain(run.problem)}", style="yellow"))
+        console.print(Text(one_line(f"left out: {plain(run.path)}: {run.problem}"), style="yellow"))
     for note in comparison.notes:
-        console.print(Text(f"note: {plain(note)}", style="dim"))
+        console.print(Text(one_line(f"note: {note}"), style="dim"))
 
 
 def table_of_comparison(
@@ -89,7 +90,7 @@ def table_of_comparison(
     for group in comparison.students:
         name = Text(plain(group.name), style="bold" if group.role == "baseline" else "")
         for approximation in group.approximations:
-            name.append(f"\n{MARK} {plain(approximation)}", style="yellow")
+            name.append(f"\n{MARK} {one_line(approximation)}", style="yellow")
         table.add_row(name, *(Text(value(group)) for _, value in columns))
     return table
 

@@ -12,6 +12,7 @@ from kdcli.report import svg
 from kdcli.report.compare import Comparison, Group
 from kdcli.report.runs import flatten
 from kdcli.report.text import MARK, duration, millions, number, plain, signed, size, spelled, with_interval
+from kdcli.shown import one_line
 
 # What env.json says about one run, not about where the runs were made.
 _ONE_RUN_ONLY = frozenset({"argv", "seed", "started", "finished", "teacher", "store"})
@@ -122,7 +123,7 @@ def _results(comparison: Comparison) -> str:
 
 def _result_cells(group: Group) -> list[str]:
     name = escape(plain(group.name))
-    name += "".join(f"<br/><small>{MARK} {escape(plain(used))}</small>" for used in group.approximations)
+    name += "".join(f"<br/><small>{MARK} {escape(one_line(used))}</small>" for used in group.approximations)
     diff = "-"
     if group.diff is not None:
         diff = (
@@ -147,7 +148,7 @@ def _remarks(comparison: Comparison) -> str:
 
 
 def _soft(lines: Sequence[str]) -> str:
-    return "".join(f'<p class="soft">{escape(plain(line))}</p>' for line in lines)
+    return "".join(f'<p class="soft">{escape(one_line(line))}</p>' for line in lines)
 
 
 def _curves(comparison: Comparison) -> str:

@@ -14,6 +14,7 @@ from kdcli.report.colours import chart_colour
 from kdcli.report.compare import Comparison, Group
 from kdcli.report.runs import Run, mean_curve
 from kdcli.report.text import MARK, plain, signed, with_interval
+from kdcli.shown import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,7 +179,7 @@ def _text(name: str) -> str:
 def _add_footnotes(figure: Figure, footnotes: Sequence[str]) -> None:
     """What the marks stand for, below the panels; the figure grows by the lines, so that the panels keep their size."""
     width = int(14 * figure.get_figwidth())  # characters of 8 points that surely fit
-    lines = [_text(line) for footnote in footnotes for line in textwrap.wrap(plain(footnote), width)]
+    lines = [_text(line) for footnote in footnotes for line in textwrap.wrap(one_line(footnote), width)]
     if lines:
         figure.set_figheight(figure.get_figheight() + 0.1 + 0.16 * len(lines))
         figure.supxlabel("\n".join(lines), x=0.01, ha="left", multialignment="left", fontsize=8)

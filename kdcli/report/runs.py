@@ -7,16 +7,15 @@ final metrics, or with a file that cannot be read, keeps the reason in ``problem
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdcli.errors import MissingPathError, pluralize
+from kdcli.untrusted import parse_json, parse_toml
 
 # What differs between two runs without being a setting of the experiment: the seed, places, and how the work is spread
 # over the machine (which moves no draw and sums in another order at most), and what stops it. The data set has its own check.
@@ -172,7 +171,7 @@ def _read(path: Path, problems: list[str]) -> Mapping[str, Any]:
     """A TOML or JSON file as a dict; a missing or broken one adds to ``problems`` and reads as empty."""
     try:
         text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        data = parse_toml(text) if path.suffix == ".toml" else parse_json(text)
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
         return {}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import unicodedata
+from kdcli.shown import cut, escaped
 
 MARK = "≈"  # before the name of what approximates the paper's loss, and before the words that say how
 _MISSING = "-"
-# Marks that reorder or hide the text around them; joiners stay, some scripts need them.
-_BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff\u2028\u2029")
 
 
 def plain(text: object) -> str:
-    """``text`` on one line without control characters, lone surrogates or direction marks (names come from files)."""
-    spaced = str(text).replace("\n", " ").replace("\t", " ")
-    return "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cs") and c not in _BIDI)
+    """``text`` on one line as people may see it: control characters and direction marks written out, cut at 200 characters.
+
+    For one name or value; a whole line is ``kdcli.shown.one_line``.
+    """
+    return cut(escaped(str(text)))
 
 
 def spelled(value: object) -> str:

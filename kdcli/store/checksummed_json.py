@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdcli.errors import StoreError
+from kdcli.untrusted import parse_json
 
 CHECKSUM_FIELD = "sha256"
 CAPITAL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[0-9a-f]{0,3}[A-F]")  # of "\u00E9"; a backslash may be escaped itself
@@ -36,14 +37,11 @@ def parse(data: bytes) -> Any:
     """The JSON of a manifest or a journal file. Raises ValueError for what Python's ``json`` does not write.
 
     The checksum is of the values, and a flipped bit may spell the same ones otherwise: 1e-05 as 1E-05, \\u00e9 as \\u00E9.
-    NaN and Infinity are refused: nothing that is measured or counted here may be one.
+    NaN and Infinity are refused: nothing that is measured or counted here may be one. So is what ``parse_json`` refuses.
     """
     if CAPITAL_ESCAPE.search(data):
         raise ValueError("an escape in capital letters")
-    try:
-        return json.loads(data, parse_float=_float, parse_constant=_refuse)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    return parse_json(data, parse_float=_float, parse_constant=_refuse)
 
 
 def _float(text: str) -> float:

@@ -7,7 +7,6 @@ The chunks of a row are asked for together, as an object store answers them side
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from kdcli.store.storage.resolve import open_storage
 from kdcli.store.validation import check_readable
 from kdcli.structures import FLAGS, Entries, RowKey, flag_bits
 from kdcli.tensors import PROPOSAL_COUNT, Need
+from kdcli.untrusted import parse_json
 
 _Chunks = dict[str, tuple[ShardFile, bytes]]  # by array path
 _UNKNOWN = np.uint8(255 - sum(FLAGS.values()))  # bits that no region has
@@ -179,14 +179,14 @@ class StoreReader:
         count = self.schema.rows // len(self.views)
         try:
             header, chunk = self.storage.read_all(["image_id/zarr.json", "image_id/c/0"])
-            document = json.loads(header)
+            document = parse_json(header)
             codecs = [codec["name"] for codec in document["codecs"]]
             kind = (document["shape"], document["data_type"], codecs)
             if kind != ([count], "int64", ["bytes", "zstd", "crc32c"]) or not crc_is_right(chunk):
                 raise ValueError("another header, or a wrong checksum")
             array = ArraySpec("image_id", (count,), "int64")
             ids: NDArray[np.int64] = decompress(memoryview(chunk)[:-4], array, array.shape)
-        except (LookupError, ValueError, TypeError, RecursionError, OSError) as error:
+        except (LookupError, ValueError, TypeError, OSError) as error:
             if isinstance(error, KDError):
                 raise
             raise StoreError(f"store '{self.storage}': its image_id array is corrupt; write the store again") from error

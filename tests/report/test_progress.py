@@ -24,4 +24,4 @@ def test_a_bar_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
     assert "caching [x]" in shown
     assert "4/10" in shown
     assert "12 images/s" in shown
-    assert "a line [b]" in shown
+    assert "a\\x07 line [b]" in shown

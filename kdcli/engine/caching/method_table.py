@@ -13,11 +13,9 @@ from kdcli.engine.caching.row_sizes import missing, row_bytes, specs_at
 from kdcli.engine.teacher.specs import region_spec
 from kdcli.methods import METHODS
 from kdcli.methods.base import Method, method_options
-from kdcli.methods.resolve import resolve_options
+from kdcli.methods.resolve import FACTORS, resolve_options
 from kdcli.structures import Canvas
 from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOX_REGRESSION, TensorSpec
-
-FACTORS = ("vlr", "cls", "loc")  # options that scale a term and are not called a weight
 
 
 def method_rows(canvas: Canvas, classes: int) -> list[dict[str, Any]]:

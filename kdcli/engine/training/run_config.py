@@ -71,6 +71,8 @@ def from_flags(
         elif table in ("model", "optim"):
             merged = layer(merged, {table: values})
         else:
+            if values.get("command", command) != command:
+                raise OptionError(f"--set train.command: this is `kdcli {command}`; leave it out")
             merged = layer(merged, values)
     return RunRequest(command, merged)
 

@@ -12,7 +12,6 @@ import json
 import platform
 import shutil
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from kdcli.errors import MissingPathError, OptionError
 from kdcli.files import atomic_write_text, remove_leftovers, require_beside
 from kdcli.options import TrainOptions, build, read_toml, to_plain
 from kdcli.store.locks import lock_file, lock_folder
+from kdcli.untrusted import parse_json
 
 STATE_FILE = Path("weights") / "state.pt"
 PACKAGES = ("torch", "torchvision", "zarr", "numpy", "pycocotools", "pillow")
@@ -47,11 +47,15 @@ def create_run(out: Path, options: TrainOptions, env: Mapping[str, Any], *, over
         shutil.rmtree(dropped, ignore_errors=True)
         staging = out.with_name(f".{out.name}.creating")  # a rename makes the folder appear whole
         shutil.rmtree(staging, ignore_errors=True)
-        (staging / "weights").mkdir(parents=True)
-        (staging / "plots").mkdir()
-        atomic_write_text(staging / "env.json", json.dumps(env, indent=1) + "\n")
-        write_config(staging, options)
-        staging.rename(out)
+        try:
+            (staging / "weights").mkdir(parents=True)
+            (staging / "plots").mkdir()
+            atomic_write_text(staging / "env.json", json.dumps(env, indent=1) + "\n")
+            write_config(staging, options)
+            staging.rename(out)
+        except OSError:  # a full disk, a limit on the size of files
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
 
 
 def lock_run(run: Path) -> AbstractContextManager[bool]:
@@ -86,7 +90,7 @@ def read_config(run: Path) -> TrainOptions:
     path = run / "config.toml"
     if not path.is_file():
         raise MissingPathError(f"'{run}' is not a run folder: it has no config.toml")
-    return build(TrainOptions, {**FIRST_EDITION, **tomllib.loads(path.read_text())})
+    return build(TrainOptions, {**FIRST_EDITION, **read_toml(path)})
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 def read_env(run: Path) -> dict[str, Any]:
     """``env.json`` of a run."""
-    env: dict[str, Any] = json.loads((run / "env.json").read_text())
+    env: dict[str, Any] = parse_json((run / "env.json").read_bytes())
     return env
 
 
@@ -150,7 +154,7 @@ def read_metrics(run: Path) -> dict[str, Any] | None:
     path = run / "metrics.json"
     if not path.is_file():
         return None
-    metrics: dict[str, Any] = json.loads(path.read_text())
+    metrics: dict[str, Any] = parse_json(path.read_bytes())
     return metrics
 
 
