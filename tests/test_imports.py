@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # lowest first; a part may import itself and what lies below, never what lies beside it in its own layer
 LAYERS = [
     {"errors"},
-    {"tensors", "options", "files", "userfile", "classes"},
+    {"tensors", "options", "files", "digest", "userfile", "classes"},
     {"structures"},
     {"geometry"},
     {"data", "detectors", "methods", "store"},
