@@ -115,7 +115,9 @@ def _check_format(content: object, file: Path) -> None:
     # one flipped bit in the name of the digest would make it a file from before there was one
     strange = [key for key in content if key not in {"format", "version", *kinds, DIGEST}]
     if strange:
-        raise OptionError(f"checkpoint '{file}': has a field {strange[0]!r:.40} that kdcli does not write; copy it again")
+        raise OptionError(
+            f"checkpoint '{file}': has a field {strange[0]!r:.40} that kdcli does not write; copy it again"
+        )
 
 
 def _described(content: Mapping[str, Any], file: Path) -> tuple[ModelSpec, ClassList]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
+from kdcli.engine.loading.seen import SeenImages, short_digests
 from kdcli.engine.runtime.threads import thread_pool
 from kdcli.errors import KDError
 from kdcli.store.reader import StoreReader
@@ -29,24 +30,31 @@ _Change = Callable[[Any], Any]
 class Loader:
     """Batches (or lists of samples) in a planned order, made ahead by ``workers`` processes.
 
-    0: in this one, when they are asked for; files are read by as many threads as torch has.
+    0: in this one, when they are asked for; files are read by as many threads as torch has. ``seen``: what their images
+    must still be.
     """
 
-    def __init__(self, source: SampleSource, workers: int) -> None:
+    def __init__(self, source: SampleSource, workers: int, seen: SeenImages | None = None) -> None:
         self.source = source
+        self._seen = seen
         self._plan = _Plan()
         self._workers = workers
         self._loaders: dict[Callable[..., Any], DataLoader[Any]] = {}
 
     def samples(self, batches: list[list[Item]]) -> Iterator[list[Sample]]:
-        """The samples of each planned batch. Raises the first error that a worker met."""
+        """The samples of each planned batch. Raises the first error that a worker met, StoreError for a changed image."""
         for packed in self._run(batches, _samples_to_wire):
+            if self._seen is not None:
+                self._seen.check([p.key for p in packed], short_digests([p.content_hash for p in packed]))
             yield [_samples_from_wire(p) for p in packed]
 
     def batches(self, batches: list[list[Item]]) -> Iterator[Batch]:
-        """Collated batches in the planned order. Raises the first error that a worker met."""
+        """Collated batches in the planned order. Raises the first error that a worker met, StoreError for a changed image."""
         for wire in self._run(batches, functools.partial(_to_wire, self.source.reader)):
-            yield _from_wire(wire)
+            batch = _from_wire(wire)
+            if self._seen is not None:
+                self._seen.check(batch.keys, batch.digests)
+            yield batch
 
     def _run(self, batches: list[list[Item]], collate_fn: Callable[..., Any]) -> Iterator[Any]:
         loaded = self._ahead(batches, collate_fn) if self._workers else self._here(batches, collate_fn)

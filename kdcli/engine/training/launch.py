@@ -50,14 +50,15 @@ def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[
     if metrics is not None:
         reporter.message(f"{run} is finished")
         return run, metrics
+    before = run_folder.read_env(run)
     refuse_resume(run, stored)
     setup = prepare(stored, frozenset(to_plain(stored)), reporter)
-    before, now = run_folder.read_env(run), _environment(setup)
+    now = _environment(setup)
     changed = [k for k in ("data_sha256", "store", "teacher_sha256") if before.get(k) != now.get(k)]
     if changed:
         raise OptionError(f"--resume {run}: {', '.join(changed)} changed since the run began; start a new run")
     if stored != began and distributed.is_main():
-        run_folder.write_config(run, stored)
+        run_folder.change_config(run, {**moved, **free})
     reset_peak_memory(setup.device)
     return run, Trainer(setup, run, reporter).fit()
 

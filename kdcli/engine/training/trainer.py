@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from kdcli.detectors.base import Detector
 from kdcli.detectors.weights import export, load_detector
+from kdcli.digest import DIGEST, sealed
 from kdcli.engine.evaluation.evaluate import evaluate, plain_forward
 from kdcli.engine.loading.epoch_order import image_draws, plan_epoch
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import SampleSource
+from kdcli.engine.loading.seen import SeenImages
 from kdcli.engine.runtime import distributed
 from kdcli.engine.runtime.memory import peak_memory_bytes
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.teacher.approximations import approximations
-from kdcli.engine.training import run_folder
-from kdcli.engine.training.checkpoint import STATE_FILE, TrainingState, load_state, save_state
+from kdcli.engine.training import run_files, run_folder
+from kdcli.engine.training.checkpoint import STATE_FILE, Parts, TrainingState, load_state, save_state
 from kdcli.engine.training.guards import (
     ZeroGuard,
     gradient_norms,
@@ -34,6 +36,7 @@ from kdcli.engine.training.guards import (
 from kdcli.engine.training.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
 from kdcli.engine.training.setup import RunSetup
 from kdcli.engine.training.step import TrainStep
+from kdcli.errors import OptionError
 from kdcli.files import atomic_save, remove_leftovers
 from kdcli.structures import Batch
 from kdcli.tensors import world_mean, world_size
@@ -58,6 +61,11 @@ class Trainer:
         self.student_parameters = [p for p in setup.student.parameters() if p.requires_grad]
         self.method_parameters = [p for p in self.step.methods.parameters() if p.requires_grad]
         self.state = TrainingState()
+        self.identity: str | None = None  # of the run: a state of another one is refused
+        self.parts = Parts(
+            step=self.step, optimizer=self.optimizer, scaler=self.scaler, average=self.average, guard=self.guard,
+            seen={"train": SeenImages(setup.train), "val": SeenImages(setup.val)},
+        )  # fmt: skip
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch, evaluate, write the run folder's files, and return the final metrics."""
@@ -65,13 +73,18 @@ class Trainer:
         if distributed.is_main():
             remove_leftovers(self.run)
         distributed.barrier()
-        self.state = load_state(self.run, self.step, self.optimizer, self.scaler, self.average, self.guard)
+        self.identity = run_folder.read_env(self.run).get(DIGEST)
+        self.state = load_state(self.run, self.identity, self.parts, options.epochs)
         state = self.state
-        loader = Loader(self.setup.source, self.setup.workers)
+        loader = Loader(self.setup.source, self.setup.workers, self.parts.seen["train"])
         val_loader = self._val_loader()
         evaluation: dict[str, Any] = {}
         while state.epoch < options.epochs:
             plan = self._plan(state.epoch)
+            if state.batch >= len(plan):
+                raise OptionError(
+                    f"'{self.run / STATE_FILE}' is after {state.batch} batches of an epoch of {len(plan)}"
+                )
             self.reporter.stage(f"epoch {state.epoch + 1}/{options.epochs}", len(plan))
             self.reporter.advance(state.batch)
             self._run_epoch(loader, plan)
@@ -183,7 +196,8 @@ class Trainer:
 
     def _val_loader(self) -> Loader:
         made = self.setup
-        return Loader(SampleSource.for_evaluation(made.val, made.canvas, made.student), made.workers)
+        source = SampleSource.for_evaluation(made.val, made.canvas, made.student)
+        return Loader(source, made.workers, self.parts.seen["val"])
 
     def _evaluate(self, loader: Loader) -> dict[str, Any]:
         started = time.perf_counter()
@@ -270,8 +284,11 @@ class Trainer:
             "teacher_ap": None if teacher is None else teacher.ap,
             "approximations": [] if teacher is None else approximations(teacher, self.options.teacher_precision),
             "weights_sha256": {n: load_detector(f)[1].weights_sha256 for n, f in self._weights() if f.is_file()},
+            "results": run_files.history_digest(state.history),
         }
+        metrics = sealed(metrics)
         if distributed.is_main():
+            run_folder.write_results(self.run, state.history)
             run_folder.write_metrics(self.run, metrics)
             (self.run / STATE_FILE).unlink(missing_ok=True)
         distributed.barrier()  # the next run of a queue looks at these files
@@ -281,9 +298,9 @@ class Trainer:
         return [(name, self.run / "weights" / f"{name}.pt") for name in ("last", "best")]
 
     def _save(self) -> None:
-        if not distributed.is_main():
-            return
-        save_state(self.run, self.state, self.step, self.optimizer, self.scaler, self.average, self.guard)
+        seen = {split: images.to_tensor() for split, images in self.parts.seen.items()}  # of all processes
+        if distributed.is_main():
+            save_state(self.run, self.identity, self.state, self.parts, seen)
 
     def _add(self, **values: float) -> None:
         sums = self.state.sums
