@@ -104,9 +104,9 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def _check_format(content: object, file: Path) -> None:
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or type(content.get("format")) is not str or content["format"] != FORMAT:
         raise OptionError(f"checkpoint '{file}': not a kdcli checkpoint (a backbone goes to --backbone-weights)")
-    if content.get("version") != VERSION:
+    if type(content.get("version")) is not int or content["version"] != VERSION:
         raise OptionError(f"checkpoint '{file}': version {content.get('version')}, this kdcli reads {VERSION}")
     kinds = {"model": dict, "classes": list, "canvas": str, "weights": dict, "weights_sha256": str, "extra": dict}
     for key, kind in kinds.items():

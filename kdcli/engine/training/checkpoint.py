@@ -105,14 +105,14 @@ def load_state(run: Path, identity: str | None, parts: Parts, epochs: int) -> Tr
     if not path.exists():
         return TrainingState()
     state: object = load_torch(path, what="state")
-    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+    if not isinstance(state, dict) or type(state.get("version")) is not int or state["version"] != STATE_VERSION:
         raise OptionError(f"'{path}' was written by another version of kdcli; start the run again")
     try:
         if not is_intact(state):
             raise OptionError("its content does not match its digest")
+        require_parts(state, parts.step, parts.optimizer, parts.scaler, parts.average)
         if state.get("run") not in (None, identity):
             raise OptionError("it is of another run")
-        require_parts(state, parts.step, parts.optimizer, parts.scaler, parts.average)
         progress = TrainingState(**require_progress(state["progress"], epochs))
         for split, seen in parts.seen.items():
             if "seen" in state:

@@ -11,7 +11,7 @@ import json
 import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from kdcli.digest import digest_of, is_intact
@@ -19,14 +19,10 @@ from kdcli.errors import MissingPathError, OptionError
 
 LARGEST = 2**63  # of any number in these files: beyond it no counter of ours goes, and torch takes no seed
 
-# Fields of config.toml that decide nothing of what is computed, or say where things are that are known by their contents, or
-# were read before the first step: a person may have to change them by hand where a run goes on on another machine.
-NOT_BOUND = frozenset(
-    {
-        *("data", "cache", "teacher", "init_from", "backbone_weights", "method"),
-        *("device", "workers", "threads", "save_steps", "gradient_limit"),
-    }
-)
+# Fields of config.toml that say where things are that are known by their contents, or how the work is spread over the machine:
+# a person may have to change them by hand where a run goes on on another one.
+NOT_BOUND = frozenset({"data", "cache", "teacher", "device", "workers", "threads", "save_steps", "gradient_limit"})
+PLACES = ("backbone_weights", "init_from")  # of files that were read before the first step: bound by their name alone
 
 Check = Callable[[Any], bool]
 
@@ -81,7 +77,8 @@ def _table_of(check: Check) -> Check:
 
 CONFIG: Mapping[str, Check] = {
     "command": _command, "seed": _whole, "epochs": _natural, "model": _model, "method": _method, "canvas": _text,
-    **dict.fromkeys(("data", "teacher", "cache"), _text),
+    **dict.fromkeys(("data", "teacher", "cache", "device", "backbone_weights", "init_from"), _text),
+    **dict.fromkeys(("workers", "threads", "save_steps"), _natural), "gradient_limit": _count,
 }  # fmt: skip
 
 ENV: Mapping[str, Check] = {
@@ -94,10 +91,12 @@ METRICS: Mapping[str, Check] = {
     **dict.fromkeys(
         ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "ar", "best_ap", "teacher_ap"), _or_none(_percent)
     ),
+    "epochs": _natural,
+    "wall_s": _count,
     **dict.fromkeys(
-        ("wall_s", "seconds_per_epoch", "images_per_s", "train_images_per_s", "data_wait_percent"), _or_none(_count)
+        ("seconds_per_epoch", "images_per_s", "train_images_per_s", "data_wait_percent"), _or_none(_count)
     ),
-    **dict.fromkeys(("epochs", "best_epoch", "peak_memory_bytes", "store_bytes", "parameters"), _or_none(_natural)),
+    **dict.fromkeys(("best_epoch", "peak_memory_bytes", "store_bytes", "parameters"), _or_none(_natural)),
     "per_class": _table_of(_or_none(_percent)), "approximations": _texts, "weights_sha256": _table_of(_text),
     "results": _text,
 }  # fmt: skip
@@ -116,8 +115,9 @@ def read_environment(run: Path) -> dict[str, Any]:
 def read_metrics(run: Path) -> dict[str, Any]:
     """``metrics.json``, the final numbers. Raises as ``read_settings``; MissingPathError: the run is unfinished."""
     metrics = _checked(run / "metrics.json", METRICS, json.loads)
-    if "ap" not in metrics:
-        raise OptionError("metrics.json has no ap")
+    missing = [name for name in ("ap", "epochs", "wall_s") if name not in metrics]
+    if missing:
+        raise OptionError(f"metrics.json has no {missing[0]}")
     return metrics
 
 
@@ -149,7 +149,11 @@ def history_digest(history: Sequence[Mapping[str, Any]]) -> str:
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """Of a ``config.toml``, as a table: what must stay as the run began. ``env.json`` keeps it."""
-    return digest_of({key: value for key, value in settings.items() if key not in NOT_BOUND})
+    bound = {key: value for key, value in settings.items() if key not in NOT_BOUND}
+    bound |= {key: PurePath(bound[key]).name for key in PLACES if key in bound}
+    if "method" in bound:  # one from a file is its class: the file may have moved
+        bound["method"] = [name.strip().rpartition(":")[2] for name in str(bound["method"]).split(",")]
+    return digest_of(bound)
 
 
 def require_bound(settings: Mapping[str, Any], env: Mapping[str, Any]) -> None:

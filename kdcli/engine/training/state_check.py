@@ -19,7 +19,7 @@ PARTS = ("version", "progress", "module", "optimizer", "scaler", "average", "rng
 SINCE_DIGESTS = ("run", "seen", "digest")  # either all or none of them are there
 
 # what an optimiser keeps of each parameter; all are of its shape, but AdamW's count of steps
-BUFFERS = {"SGD": ("momentum_buffer",), "AdamW": ("exp_avg", "exp_avg_sq", "step")}
+BUFFERS = {"SGD": {"momentum_buffer"}, "AdamW": {"exp_avg", "exp_avg_sq", "step"}}
 
 # of a row of results.csv, and of the sums of an epoch that has begun: what the end of the epoch and of the run read
 ROW_FIELDS = ("epoch", "epoch_s", "images_per_s", "data_wait_percent")
@@ -97,15 +97,13 @@ def _same_optimizer(saved: object, optimizer: torch.optim.Optimizer) -> None:
     if not isinstance(saved, dict) or set(saved) != set(ours) or not isinstance(saved["state"], dict):
         raise OptionError("its optimiser is none")
     groups = saved["param_groups"]
-    if not isinstance(groups, list) or [g.get("params") if isinstance(g, dict) else None for g in groups] != [
-        g["params"] for g in ours["param_groups"]
-    ]:
+    if not isinstance(groups, list) or list(map(_members, groups)) != list(map(_members, ours["param_groups"])):
         raise OptionError("its optimiser is of other parameters")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, buffers in saved["state"].items():
         if type(number) is not int or not 0 <= number < len(parameters):
             raise OptionError("its optimiser is of other parameters")
-        if not isinstance(buffers, dict) or tuple(sorted(buffers)) != BUFFERS[name]:
+        if not isinstance(buffers, dict) or set(buffers) != BUFFERS[name]:
             raise OptionError(f"its optimiser is not {name}")
         for buffer, value in buffers.items():
             parameter = parameters[number]
@@ -114,6 +112,11 @@ def _same_optimizer(saved: object, optimizer: torch.optim.Optimizer) -> None:
                 raise OptionError(
                     f"{buffer} of parameter {number} is {_shown(value)}, the parameter {_shown(parameter)}"
                 )
+
+
+def _members(group: object) -> list[int] | None:
+    numbers = group.get("params") if isinstance(group, dict) else None
+    return numbers if isinstance(numbers, list) and all(type(n) is int for n in numbers) else None
 
 
 def _random_states(rng: object, cuda_rng: object) -> None:
