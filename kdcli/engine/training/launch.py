@@ -41,16 +41,17 @@ def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[
     stored = began = run_folder.read_config(run)
     if stored.command != request.command:
         raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
+    metrics = run_folder.read_metrics(run)
+    before = run_folder.read_env(run) if metrics is None else None  # damage is named before what follows from it
     fields = resolved_fields(request.fields, stored)
     moved = {name: fields[name] for name in CONTENT_FIELDS if fields.get(name) and getattr(began, name)}
     free = {name: fields[name] for name in FREE_FIELDS if name in fields}
     stored = build(TrainOptions, layer(to_plain(began), moved, free))
     run_folder.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))
-    metrics = run_folder.read_metrics(run)
     if metrics is not None:
         reporter.message(f"{run} is finished")
         return run, metrics
-    before = run_folder.read_env(run)
+    assert before is not None
     refuse_resume(run, stored)
     setup = prepare(stored, frozenset(to_plain(stored)), reporter)
     now = _environment(setup)
