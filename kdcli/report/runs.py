@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kdcli.digest import DIGEST
 from kdcli.engine.training import run_files
 from kdcli.errors import MissingPathError, OptionError, pluralize
 
@@ -124,7 +125,7 @@ def load_run(folder: Path) -> Run:
 
     config = read(run_files.read_settings, {})
     env = read(run_files.read_environment, {}) if (folder / "env.json").exists() else {}
-    if config and env:
+    if env and not problems:
         read(lambda _: run_files.require_bound(config, env), None)
     history = read(run_files.read_history, ())
     metrics: Mapping[str, Any] = {}
@@ -136,6 +137,8 @@ def load_run(folder: Path) -> Run:
         metrics = read(run_files.read_metrics, {})
         if metrics and metrics["ap"] is None:
             problems.append("metrics.json has no AP: the evaluated split has no ground truth")
+        if metrics.get("run") not in (None, env.get(DIGEST)):
+            problems.append("metrics.json and env.json are not of one run")
         if metrics.get("results", run_files.history_digest(history)) != run_files.history_digest(history):
             problems.append("results.csv is not what metrics.json has the digest of")
     return Run(

@@ -98,7 +98,7 @@ METRICS: Mapping[str, Check] = {
     ),
     **dict.fromkeys(("best_epoch", "peak_memory_bytes", "store_bytes", "parameters"), _or_none(_natural)),
     "per_class": _table_of(_or_none(_percent)), "approximations": _texts, "weights_sha256": _table_of(_text),
-    "results": _text,
+    "results": _text, "run": _or_none(_text),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdcli.detectors.base import Detector
 from kdcli.detectors.weights import export, load_detector
-from kdcli.digest import DIGEST, sealed
+from kdcli.digest import DIGEST
 from kdcli.engine.evaluation.evaluate import evaluate, plain_forward
 from kdcli.engine.loading.epoch_order import image_draws, plan_epoch
 from kdcli.engine.loading.loader import Loader
@@ -23,9 +23,9 @@ from kdcli.engine.loading.seen import SeenImages
 from kdcli.engine.runtime import distributed
 from kdcli.engine.runtime.memory import peak_memory_bytes
 from kdcli.engine.runtime.progress import ProgressReporter
-from kdcli.engine.teacher.approximations import approximations
-from kdcli.engine.training import run_files, run_folder
+from kdcli.engine.training import run_folder
 from kdcli.engine.training.checkpoint import STATE_FILE, Parts, TrainingState, load_state, save_state
+from kdcli.engine.training.final_metrics import final_metrics
 from kdcli.engine.training.guards import (
     ZeroGuard,
     gradient_norms,
@@ -268,34 +268,17 @@ class Trainer:
             self.step.eval()
             evaluation = self._evaluate(self._val_loader())
         distributed.barrier()  # the weights are written
-        teacher = self.setup.teacher
-        seconds = [row["epoch_s"] for row in state.history]
-        metrics = {
-            **{k: v for k, v in evaluation.items() if k != "evaluation_s"},
-            "best_ap": state.best_ap,
-            "best_epoch": state.best_epoch,
-            "epochs": state.epoch,
-            "wall_s": state.wall_s,
-            "seconds_per_epoch": sum(seconds) / len(seconds),
-            "peak_memory_bytes": state.peak_memory_bytes,
-            "train_images_per_s": state.history[-1]["images_per_s"],
-            "data_wait_percent": state.history[-1]["data_wait_percent"],
-            "store_bytes": None if teacher is None else teacher.store_bytes,
-            "teacher_ap": None if teacher is None else teacher.ap,
-            "approximations": [] if teacher is None else approximations(teacher, self.options.teacher_precision),
-            "weights_sha256": {n: load_detector(f)[1].weights_sha256 for n, f in self._weights() if f.is_file()},
-            "results": run_files.history_digest(state.history),
-        }
-        metrics = sealed(metrics)
+        weights = [(name, self.run / "weights" / f"{name}.pt") for name in ("last", "best")]
+        hashes = {name: load_detector(file)[1].weights_sha256 for name, file in weights if file.is_file()}
+        metrics = final_metrics(
+            state, evaluation, self.setup.teacher, self.options.teacher_precision, hashes, self.identity
+        )
         if distributed.is_main():
             run_folder.write_results(self.run, state.history)
             run_folder.write_metrics(self.run, metrics)
             (self.run / STATE_FILE).unlink(missing_ok=True)
         distributed.barrier()  # the next run of a queue looks at these files
         return metrics
-
-    def _weights(self) -> list[tuple[str, Path]]:
-        return [(name, self.run / "weights" / f"{name}.pt") for name in ("last", "best")]
 
     def _save(self) -> None:
         seen = {split: images.to_tensor() for split, images in self.parts.seen.items()}  # of all processes
