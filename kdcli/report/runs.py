@@ -116,18 +116,20 @@ def load_run(folder: Path) -> Run:
     """Read one run folder; whatever is missing or broken in it becomes ``problem``."""
     problems: list[str] = []
 
-    def read(reader: Callable[[Path], T], nothing: T) -> T:
+    def read(reader: Callable[[Path], T], otherwise: T) -> T:
         try:
             return reader(folder)
         except (OptionError, MissingPathError) as error:
             problems.append(str(error))
-            return nothing
+            return otherwise
 
-    config = read(run_files.read_settings, {})
-    env = read(run_files.read_environment, {}) if (folder / "env.json").exists() else {}
+    nothing: dict[str, Any] = {}
+    config = read(run_files.read_settings, nothing)
+    env = read(run_files.read_environment, nothing) if (folder / "env.json").exists() else nothing
     if env and not problems:
         read(lambda _: run_files.require_bound(config, env), None)
-    history = read(run_files.read_history, ())
+    no_rows: tuple[dict[str, float], ...] = ()
+    history = read(run_files.read_history, no_rows)
     metrics: Mapping[str, Any] = {}
     if not (folder / "metrics.json").exists():
         of = f" of {config['epochs']}" if "epochs" in config else ""

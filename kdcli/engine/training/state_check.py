@@ -6,7 +6,7 @@ that are too short, and read beyond them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def require_parts(
 
 def require_progress(progress: object, epochs: int) -> dict[str, Any]:
     """``progress`` as the fields of a TrainingState for a run of ``epochs``. Raises OptionError for what is none."""
-    kinds = {
+    kinds: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys(("epoch", "batch", "step", "peak_memory_bytes"), _natural),
         "wall_s": _number,
         "best_ap": lambda v: v is None or _number(v),
