@@ -111,9 +111,11 @@ def load_torch(path: Path, *, what: str) -> Any:
         raise MissingPathError(f"{what} '{path}': no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a torn or foreign file fails in the zip reader, the unpickler or a constructor
+        if (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):  # EINVAL: torn, its zip directory points before it
+            raise
         reason = str(error).split("\n", 1)[0][:120] or type(error).__name__
         raise OptionError(f"{what} '{path}': not a PyTorch file of plain tensors, or torn ({reason})") from error
 

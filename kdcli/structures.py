@@ -161,6 +161,7 @@ class Batch:
     keys: list[RowKey]
     entries: Entries | None = None  # where sparse teacher tensors are read; None in plain training
     rows: Tensors = field(default_factory=dict)  # stored teacher arrays, still encoded; empty with a live teacher
+    digests: bytes = b""  # of the image files, eight bytes each: see engine/loading/seen.py
 
     def to(self, device: torch.device) -> Batch:
         """A copy on ``device``; stored arrays travel as their 8-bit codes and are decoded there."""

@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"limits", "shown"},
     {"errors", "untrusted"},
-    {"tensors", "options", "files", "userfile", "classes", "processes"},
+    {"tensors", "options", "files", "digest", "userfile", "classes", "processes"},
     {"structures"},
     {"geometry"},
     {"data", "detectors", "methods", "store"},

@@ -9,7 +9,6 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
-from kdcli.errors import GateError
 
 
 @app.command()
@@ -18,7 +17,9 @@ def compare(
     baseline: Annotated[Path | None, typer.Option(help="The run whose group is the baseline.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML file.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for PNG plots.")] = None,
-    fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit with 6 if a group is below.")] = False,
+    fail_if_worse: Annotated[
+        bool, typer.Option("--fail-if-worse", help="Exit 6 if a run is worse or not comparable.")
+    ] = False,
     json: f.Json = False,
 ) -> int:
     """Compare runs: mean, standard deviation and 95 % interval over seeds, difference to the baseline, costs.
@@ -29,7 +30,8 @@ def compare(
     from kdcli.cli.outputs import require_file, require_folder
     from kdcli.report.compare import compare as make_comparison
     from kdcli.report.compare import load_runs
-    from kdcli.report.console import human_console, show_comparison
+    from kdcli.report.console import human_console, say, show_comparison
+    from kdcli.report.gates import require_no_worse
     from kdcli.report.html import write_html
     from kdcli.report.plots import write_plots
 
@@ -45,9 +47,9 @@ def compare(
         write_plots(comparison, plots)
     if json:
         print_json(comparison.to_json())
+        say(human_console(), *(f"left out: {run.path}: {run.problem}" for run in comparison.unfinished))
     else:
         show_comparison(human_console(), comparison)
-    worse = [g.name for g in comparison.groups if g.diff is not None and g.diff.mean < 0]
-    if fail_if_worse and worse:
-        raise GateError(f"below the baseline: {', '.join(worse)}")
+    if fail_if_worse:
+        require_no_worse(comparison)
     return 0

@@ -9,7 +9,7 @@ import typer
 
 from kdcli.cli import flags as f
 from kdcli.cli.app import app
-from kdcli.errors import GateError, UsageError, pluralize
+from kdcli.errors import UsageError, pluralize
 from kdcli.limits import MAX_BATCH
 
 Checkpoint = Annotated[str, typer.Argument(help="Run folder or checkpoint file.", show_default=False)]
@@ -37,8 +37,10 @@ def evaluate(
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
     from kdcli.report.console import human_console, table_of_metrics
+    from kdcli.report.gates import require_ap, require_reachable
     from kdcli.report.progress import ConsoleReporter
 
+    require_reachable(min_ap)
     if data is None:
         raise UsageError("--data is missing: name the data set folder")
     if out is not None:
@@ -56,8 +58,7 @@ def evaluate(
     else:
         more = {"images/s": f"{scores.images_per_s:.1f}", "parameters": f"{scores.parameters:,}"}
         human_console().print(table_of_metrics(scores.metrics, more=more, title=f"{checkpoint} on {split}"))
-    if min_ap is not None and (scores.metrics.ap is None or scores.metrics.ap < min_ap):
-        raise GateError(f"AP {scores.metrics.ap} is below --min-ap {min_ap:g}")
+    require_ap(scores.metrics.ap, min_ap)
     return 0
 
 

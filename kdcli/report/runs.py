@@ -6,16 +6,18 @@ final metrics, or with a file that cannot be read, keeps the reason in ``problem
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from kdcli.errors import MissingPathError, pluralize
-from kdcli.untrusted import parse_json, parse_toml
+from kdcli.digest import DIGEST
+from kdcli.engine.training import run_files
+from kdcli.errors import MissingPathError, OptionError, pluralize
+
+T = TypeVar("T")
 
 # What differs between two runs without being a setting of the experiment: the seed, places, and how the work is spread
 # over the machine (which moves no draw and sums in another order at most), and what stops it. The data set has its own check.
@@ -113,18 +115,34 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 def load_run(folder: Path) -> Run:
     """Read one run folder; whatever is missing or broken in it becomes ``problem``."""
     problems: list[str] = []
-    config = _read(folder / "config.toml", problems)
-    env = _read(folder / "env.json", problems) if (folder / "env.json").is_file() else {}
-    history = _read_history(folder / "results.csv", problems)
+
+    def read(reader: Callable[[Path], T], otherwise: T) -> T:
+        try:
+            return reader(folder)
+        except (OptionError, MissingPathError) as error:
+            problems.append(str(error))
+            return otherwise
+
+    nothing: dict[str, Any] = {}
+    config = read(run_files.read_settings, nothing)
+    env = read(run_files.read_environment, nothing) if (folder / "env.json").exists() else nothing
+    if env and not problems:
+        read(lambda _: run_files.require_bound(config, env), None)
+    no_rows: tuple[dict[str, float], ...] = ()
+    history = read(run_files.read_history, no_rows)
     metrics: Mapping[str, Any] = {}
-    if not (folder / "metrics.json").is_file():
+    if not (folder / "metrics.json").exists():
         of = f" of {config['epochs']}" if "epochs" in config else ""
         done = f"{len(history)}{of} epochs" if of else pluralize(len(history), "epoch")
         problems.append(f"unfinished: no metrics.json after {done}")
     else:
-        metrics = _read(folder / "metrics.json", problems)
-        if metrics and metrics.get("ap") is None:
+        metrics = read(run_files.read_metrics, {})
+        if metrics and metrics["ap"] is None:
             problems.append("metrics.json has no AP: the evaluated split has no ground truth")
+        if metrics.get("run") not in (None, env.get(DIGEST)):
+            problems.append("metrics.json and env.json are not of one run")
+        if metrics.get("results", run_files.history_digest(history)) != run_files.history_digest(history):
+            problems.append("results.csv is not what metrics.json has the digest of")
     return Run(
         path=folder,
         config=config,
@@ -165,36 +183,3 @@ def _run_folders(root: Path) -> Iterator[Path]:
         elif "zarr.json" in files:
             children.clear()
         children.sort()
-
-
-def _read(path: Path, problems: list[str]) -> Mapping[str, Any]:
-    """A TOML or JSON file as a dict; a missing or broken one adds to ``problems`` and reads as empty."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = parse_toml(text) if path.suffix == ".toml" else parse_json(text)
-    except FileNotFoundError:
-        problems.append(f"{path.name} is missing")
-        return {}
-    except ValueError as error:  # not UTF-8, not TOML, not JSON
-        problems.append(f"{path.name} cannot be read ({error})")
-        return {}
-    if not isinstance(data, dict):
-        problems.append(f"{path.name} does not hold a table")
-        return {}
-    return data
-
-
-def _read_history(path: Path, problems: list[str]) -> tuple[Mapping[str, float], ...]:
-    """Rows of results.csv by epoch; an epoch written twice (a resumed run) counts as written last."""
-    if not path.is_file():
-        return ()
-    rows: dict[float, dict[str, float]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                row = {key: float(cell) for key, cell in line.items() if key is not None and cell}
-                rows[row["epoch"]] = row
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        problems.append(f"results.csv cannot be read ({error})")
-        return ()
-    return tuple(rows[epoch] for epoch in sorted(rows))

@@ -114,6 +114,11 @@ def _set(key: str, value: object) -> Callable[[dict[str, Any]], None]:
     return lambda content: content.__setitem__(key, value)
 
 
+def _rename_backbone(content: dict[str, Any]) -> None:
+    content["model"].update(backbone="resnet19")
+    del content["digest"]  # a file from before there was one is checked as far as its parts tell
+
+
 def _drop_weight(content: dict[str, Any]) -> None:
     del content["weights"]["neck.p7.weight"]
 
@@ -128,10 +133,19 @@ def _drop_weight(content: dict[str, Any]) -> None:
         (_set("classes", CLASSES.to_json()[:1]), "1 classes for 2 outputs"),
         (_set("classes", ["cat", "dog"]), "'classes' is not a list of ids and names"),
         (_set("canvas", "33"), "multiple of 32"),
-        (lambda c: c["model"].update(backbone="resnet19"), "did you mean 'resnet18'"),
+        (_rename_backbone, "did you mean 'resnet18'"),
         (lambda c: c["model"].pop("num_classes"), "'num_classes' is missing"),
-        (lambda c: c["model"].update(num_classes=3), "size mismatch"),
+        (lambda c: c["model"].update(num_classes=3), "2 classes for 3 outputs"),
         (_drop_weight, "neck.p7.weight"),
+        (lambda c: c["model"].update(tower_convs=2), "content does not match its digest"),
+        (lambda c: c["classes"][0].update(name="cow"), "content does not match its digest"),
+        (_set("canvas", "256x352"), "content does not match its digest"),
+        (lambda c: c["extra"].update(ap=99.0), "content does not match its digest"),
+        (lambda c: c["extra"]["optimiser"]["momentum"].add_(1), "content does not match its digest"),
+        (_set("digesu", "0"), "has a field 'digesu'"),
+        (lambda c: c["weights"].update({"neck.p7.weight": 1}), "not names and tensors"),
+        (lambda c: c["weights"].update({"neck.p7.weight": c["weights"]["neck.p7.weight"].half()}), "is torch.float16"),
+        (_set("classes", [{"id": 7.5, "name": "cat"}, {"id": 9, "name": "dog"}]), "not a list of ids and names"),
         (lambda c: c["weights"]["neck.p7.weight"].add_(1), "corrupt"),
     ],
 )

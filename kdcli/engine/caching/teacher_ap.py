@@ -20,11 +20,12 @@ def measure_teacher(plan: StorePlan, reporter: ProgressReporter) -> float | None
 
     Raises GateError when it is below ``min_teacher_ap``.
     """
-    root, forward = Path(plan.options.data), plan.teacher.forward
+    root, forward, least = Path(plan.options.data), plan.teacher.forward, plan.options.min_teacher_ap
     if not scores(plan):
         reporter.message(f"{forward.detector.spec.name} gives features only: the teacher's AP is left out")
         return None
     if not has_split(root, "val"):
+        require_able(None, least)
         reporter.message("no val split: the teacher's AP is not measured")
         return None
     val: Dataset = open_split(root, "val")
@@ -38,7 +39,7 @@ def measure_teacher(plan: StorePlan, reporter: ProgressReporter) -> float | None
     )  # fmt: skip
     ap = found.metrics.ap
     reporter.message(f"teacher AP on val: {'not defined' if ap is None else f'{ap:.1f}'}")
-    require_able(ap, plan.options.min_teacher_ap)
+    require_able(ap, least)
     return ap
 
 
@@ -48,8 +49,15 @@ def scores(plan: StorePlan) -> bool:
 
 
 def require_able(ap: float | None, least: float) -> None:
-    """Raises GateError when a measured AP is below ``--min-teacher-ap``: a teacher that knows nothing teaches nothing."""
-    if ap is not None and ap < least:
+    """Raises GateError when the AP is below ``--min-teacher-ap``, or was not measured: a teacher that knows nothing teaches
+    nothing.
+    """
+    if ap is None and least > 0:
+        raise GateError(
+            f"--min-teacher-ap {least:g} cannot be answered: the data set has no val split with ground truth to measure the "
+            "teacher on; nothing was written. Add one, or leave the gate out"
+        )
+    if ap is not None and not ap >= least:
         raise GateError(
             f"the teacher has {ap:.1f} AP on val, below --min-teacher-ap {least:g}; nothing was written. Check its "
             "canvas and classes, or lower the gate"

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from kdcli.data.coco import Dataset
 from kdcli.engine.loading.samples import Item, Sample, SampleSource, collate
+from kdcli.engine.loading.seen import SeenImages, short_digests
 from kdcli.engine.loading.workers import attempt, batches_ahead, begin, made_by
 from kdcli.engine.runtime.threads import thread_pool
 from kdcli.errors import KDError
@@ -34,26 +35,36 @@ _Change = Callable[[Any], Any]
 class Loader:
     """Batches (or lists of samples) in a planned order, made ahead by ``workers`` processes.
 
-    0: in this one, when they are asked for; files are read by as many threads as torch has.
+    0: in this one, when they are asked for; files are read by as many threads as torch has. ``seen``: what their images
+    must still be.
     """
 
-    def __init__(self, source: SampleSource, workers: int) -> None:
+    def __init__(self, source: SampleSource, workers: int, seen: SeenImages | None = None) -> None:
         self.source = source
+        self._seen = seen
         self._plan = _Plan()
         self._workers = workers
         self._at = multiprocessing.RawArray("q", [NOTHING] * workers)  # the image that each worker reads
         self._loaders: dict[Callable[..., Any], DataLoader[Any]] = {}
 
     def samples(self, batches: list[list[Item]]) -> Iterator[list[Sample]]:
-        """The samples of each planned batch. Raises the first error that a worker met, WorkerError when one dies."""
+        """The samples of each planned batch.
+
+        Raises the first error that a worker met, WorkerError when one dies, StoreError for a changed image.
+        """
         for packed in self._run(batches, _samples_to_wire, 0):
+            if self._seen is not None:
+                self._seen.check([p.key for p in packed], short_digests([p.content_hash for p in packed]))
             yield [_samples_from_wire(p) for p in packed]
 
     def batches(self, batches: list[list[Item]]) -> Iterator[Batch]:
         """Collated batches in the planned order. Raises as ``samples``, and NoSpaceError without shared memory for them."""
         size = max(map(len, batches), default=0) * self._shared_bytes()
         for wire in self._run(batches, functools.partial(_to_wire, self.source.reader), size):
-            yield _from_wire(wire)
+            batch = _from_wire(wire)
+            if self._seen is not None:
+                self._seen.check(batch.keys, batch.digests)
+            yield batch
 
     def _shared_bytes(self) -> int:
         """What travels of one image in shared memory: its canvas, and large rows of a store."""

@@ -22,6 +22,7 @@ from kdcli.data import coco
 from kdcli.data.images import read_image
 from kdcli.data.views import Geometry, render, to_canvas, view_geometry
 from kdcli.detectors.base import Detector
+from kdcli.engine.loading.seen import short_digests
 from kdcli.errors import KDError, StoreError
 from kdcli.geometry.assign import AssignerSpec, assign, follows_from_positives, from_positives
 from kdcli.geometry.grid import Grid
@@ -295,4 +296,7 @@ def collate(samples: Sequence[Sample], reader: StoreReader | None) -> Batch:
         assigned=torch.stack([s.assigned for s in samples]),
         valid=torch.stack([s.valid for s in samples]),
     )
-    return Batch(torch.stack([s.image for s in samples]), targets, [s.key for s in samples], entries, rows)
+    return Batch(
+        torch.stack([s.image for s in samples]), targets, [s.key for s in samples], entries, rows,
+        short_digests([s.content_hash for s in samples]),
+    )  # fmt: skip

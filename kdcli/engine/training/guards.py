@@ -52,7 +52,7 @@ def require_sane_gradients(
             f"{name}: its first gradient norm is {norm:.3g}, {norm / max(detection, 1e-12):.0f} times that of the "
             f"detection loss ({detection:.3g})"
         )
-        if limit and norm > limit * detection:
+        if limit and not norm <= limit * detection:  # true for nan too
             raise GateError(
                 f"{found}, the limit is {limit:g}; lower its weight (--set {options[name]}=...), or allow it with "
                 "--gradient-limit 0 (published weights can need it on a student trained from scratch)"

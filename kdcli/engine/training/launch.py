@@ -43,27 +43,29 @@ def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[
     stored = began = run_folder.read_config(run)
     if stored.command != request.command:
         raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
+    metrics = run_folder.read_metrics(run)
+    before = run_folder.read_env(run) if metrics is None else None  # damage is named before what follows from it
     fields = resolved_fields(request.fields, stored)
     moved = {name: fields[name] for name in CONTENT_FIELDS if fields.get(name) and getattr(began, name)}
     free = {name: fields[name] for name in FREE_FIELDS if name in fields}
     stored = build(TrainOptions, layer(to_plain(began), moved, free))
     run_folder.refuse_changes(run, stored, build(TrainOptions, layer(to_plain(stored), fields)))
-    metrics = run_folder.read_metrics(run)
     if metrics is not None:
         reporter.message(f"{run} is finished")
         if distributed.is_main():
             run_folder.tidy_finished(run)
         return run, metrics
+    assert before is not None
     refuse_resume(run, stored)
     setup = prepare(stored, frozenset(to_plain(stored)), reporter)
-    before, now = run_folder.read_env(run), _environment(setup)
+    now = _environment(setup)
     changed = [k for k in ("data_sha256", "store", "teacher_sha256") if before.get(k) != now.get(k)]
     if changed:
         raise OptionError(f"--resume {run}: {', '.join(changed)} changed since the run began; start a new run")
     reset_peak_memory(setup.device)
     with _held(run):
         if stored != began and distributed.is_main():
-            run_folder.write_config(run, stored)
+            run_folder.change_config(run, {**moved, **free})
         return run, Trainer(setup, run, reporter).fit()
 
 

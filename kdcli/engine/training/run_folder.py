@@ -12,8 +12,8 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +23,12 @@ import tomli_w
 import torch
 
 from kdcli import __version__
+from kdcli.digest import sealed
+from kdcli.engine.training import run_files
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.files import atomic_write_text, remove_leftovers, require_beside
 from kdcli.options import TrainOptions, build, read_toml, to_plain
 from kdcli.store.locks import lock_file, lock_folder
-from kdcli.untrusted import parse_json
 
 STATE_FILE = Path("weights") / "state.pt"
 PACKAGES = ("torch", "torchvision", "zarr", "numpy", "pycocotools", "pillow")
@@ -86,11 +87,11 @@ def require_free(out: Path, *, overwrite: bool) -> None:
 
 
 def read_config(run: Path) -> TrainOptions:
-    """The options of a run. Raises MissingPathError when there is no run."""
-    path = run / "config.toml"
-    if not path.is_file():
+    """The options of a run. Raises MissingPathError when there is no run, OptionError when they are damaged."""
+    if not (run / "config.toml").exists():
         raise MissingPathError(f"'{run}' is not a run folder: it has no config.toml")
-    return build(TrainOptions, {**FIRST_EDITION, **read_toml(path)})
+    with _named(run):
+        return build(TrainOptions, {**FIRST_EDITION, **run_files.read_settings(run)})
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -101,14 +102,25 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def read_env(run: Path) -> dict[str, Any]:
-    """``env.json`` of a run."""
-    env: dict[str, Any] = parse_json((run / "env.json").read_bytes())
-    return env
+    """``env.json`` of a run. Raises OptionError when it is damaged, or when config.toml is not what it was."""
+    with _named(run):
+        env = run_files.read_environment(run)
+        run_files.require_bound(run_files.read_settings(run), env)
+        return env
+
+
+@contextmanager
+def _named(run: Path) -> Iterator[None]:
+    """Errors of one of its files with the run and the fix."""
+    try:
+        yield
+    except (OptionError, MissingPathError) as error:
+        raise type(error)(f"run '{run}': {error}; restore it from a copy, or start a new run") from error
 
 
 def environment(options: TrainOptions, **hashes: Any) -> dict[str, Any]:
-    """Versions, hardware, arguments and hashes of what a run read."""
-    return {
+    """Versions, hardware, arguments, and hashes of what a run read and of its settings; its digest is the run's identity."""
+    found = {
         "kdcli": __version__,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -118,8 +130,10 @@ def environment(options: TrainOptions, **hashes: Any) -> dict[str, Any]:
         "argv": sys.argv,
         "seed": options.seed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": run_files.settings_digest(to_plain(options)),
         **hashes,
     }
+    return sealed(found)
 
 
 def hardware() -> str:
@@ -150,12 +164,11 @@ def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def read_metrics(run: Path) -> dict[str, Any] | None:
-    """Final metrics, or None for an unfinished run."""
-    path = run / "metrics.json"
-    if not path.is_file():
+    """Final metrics, or None for an unfinished run. Raises OptionError when they are damaged."""
+    if not (run / "metrics.json").exists():
         return None
-    metrics: dict[str, Any] = parse_json(path.read_bytes())
-    return metrics
+    with _named(run):
+        return run_files.read_metrics(run)
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -169,6 +182,13 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_config(run: Path, options: TrainOptions) -> None:
     """``config.toml``: the options, resolved; it runs again as it is."""
     atomic_write_text(run / "config.toml", tomli_w.dumps(to_plain(options)))
+
+
+def change_config(run: Path, changes: Mapping[str, Any]) -> None:
+    """Put ``changes`` into ``config.toml``. What else it says stays as it is, options that it is too old to name too."""
+    with _named(run):
+        settings = run_files.read_settings(run)
+    atomic_write_text(run / "config.toml", tomli_w.dumps({**FIRST_EDITION, **settings, **changes}))
 
 
 def refuse_changes(run: Path, stored: TrainOptions, asked: TrainOptions) -> None:

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from kdcli.detectors.base import Detector
 from kdcli.detectors.weights import export, load_detector
+from kdcli.digest import DIGEST
 from kdcli.engine.evaluation.evaluate import evaluate, plain_forward
 from kdcli.engine.loading.epoch_order import image_draws, plan_epoch
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import SampleSource
+from kdcli.engine.loading.seen import SeenImages
 from kdcli.engine.runtime import distributed
 from kdcli.engine.runtime.memory import peak_memory_bytes
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.stopping import Stopped, held
-from kdcli.engine.teacher.approximations import approximations
 from kdcli.engine.training import run_folder
-from kdcli.engine.training.checkpoint import TrainingState, load_state, save_state
+from kdcli.engine.training.checkpoint import Parts, TrainingState, load_state, save_state
+from kdcli.engine.training.final_metrics import final_metrics
 from kdcli.engine.training.guards import (
     ZeroGuard,
     gradient_norms,
@@ -35,6 +37,7 @@ from kdcli.engine.training.guards import (
 from kdcli.engine.training.optim import WeightAverage, check_ownership, lr_factor, make_optimizer, scaled_lr
 from kdcli.engine.training.setup import RunSetup
 from kdcli.engine.training.step import TrainStep
+from kdcli.errors import OptionError
 from kdcli.files import atomic_save, remove_leftovers
 from kdcli.structures import Batch
 from kdcli.tensors import world_mean, world_size
@@ -59,6 +62,11 @@ class Trainer:
         self.student_parameters = [p for p in setup.student.parameters() if p.requires_grad]
         self.method_parameters = [p for p in self.step.methods.parameters() if p.requires_grad]
         self.state = TrainingState()
+        self.identity: str | None = None  # of the run: a state of another one is refused
+        self.parts = Parts(
+            step=self.step, optimizer=self.optimizer, scaler=self.scaler, average=self.average, guard=self.guard,
+            seen={"train": SeenImages(setup.train), "val": SeenImages(setup.val)},
+        )  # fmt: skip
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch, evaluate, write the run folder's files, and return the final metrics."""
@@ -66,14 +74,19 @@ class Trainer:
         if distributed.is_main():
             remove_leftovers(self.run)
         distributed.barrier()
-        self.state = load_state(self.run, self.step, self.optimizer, self.scaler, self.average, self.guard)
+        self.identity = run_folder.read_env(self.run).get(DIGEST)
+        self.state = load_state(self.run, self.identity, self.parts, options.epochs)
         state = self.state
-        loader = Loader(self.setup.source, self.setup.workers)
+        loader = Loader(self.setup.source, self.setup.workers, self.parts.seen["train"])
         val_loader = self._val_loader()
         evaluation: dict[str, Any] = {}
         try:
             while state.epoch < options.epochs:
                 plan = self._plan(state.epoch)
+                if state.batch >= len(plan):
+                    raise OptionError(
+                        f"'{self.run / run_folder.STATE_FILE}' is after {state.batch} batches of an epoch of {len(plan)}"
+                    )
                 self.reporter.stage(f"epoch {state.epoch + 1}/{options.epochs}", len(plan))
                 self.reporter.advance(state.batch)
                 self._run_epoch(loader, plan)
@@ -190,7 +203,8 @@ class Trainer:
 
     def _val_loader(self) -> Loader:
         made = self.setup
-        return Loader(SampleSource.for_evaluation(made.val, made.canvas, made.student), made.workers)
+        source = SampleSource.for_evaluation(made.val, made.canvas, made.student)
+        return Loader(source, made.workers, self.parts.seen["val"])
 
     def _evaluate(self, loader: Loader) -> dict[str, Any]:
         started = time.perf_counter()
@@ -261,36 +275,22 @@ class Trainer:
             self.step.eval()
             evaluation = self._evaluate(self._val_loader())
         distributed.barrier()  # the weights are written
-        teacher = self.setup.teacher
-        seconds = [row["epoch_s"] for row in state.history]
-        metrics = {
-            **{k: v for k, v in evaluation.items() if k != "evaluation_s"},
-            "best_ap": state.best_ap,
-            "best_epoch": state.best_epoch,
-            "epochs": state.epoch,
-            "wall_s": state.wall_s,
-            "seconds_per_epoch": sum(seconds) / len(seconds),
-            "peak_memory_bytes": state.peak_memory_bytes,
-            "train_images_per_s": state.history[-1]["images_per_s"],
-            "data_wait_percent": state.history[-1]["data_wait_percent"],
-            "store_bytes": None if teacher is None else teacher.store_bytes,
-            "teacher_ap": None if teacher is None else teacher.ap,
-            "approximations": [] if teacher is None else approximations(teacher, self.options.teacher_precision),
-            "weights_sha256": {n: load_detector(f)[1].weights_sha256 for n, f in self._weights() if f.is_file()},
-        }
+        weights = [(name, self.run / "weights" / f"{name}.pt") for name in ("last", "best")]
+        hashes = {name: load_detector(file)[1].weights_sha256 for name, file in weights if file.is_file()}
+        metrics = final_metrics(
+            state, evaluation, self.setup.teacher, self.options.teacher_precision, hashes, self.identity
+        )
         if distributed.is_main():
+            run_folder.write_results(self.run, state.history)
             run_folder.write_metrics(self.run, metrics)
             (self.run / run_folder.STATE_FILE).unlink(missing_ok=True)
         distributed.barrier()  # the next run of a queue looks at these files
         return metrics
 
-    def _weights(self) -> list[tuple[str, Path]]:
-        return [(name, self.run / "weights" / f"{name}.pt") for name in ("last", "best")]
-
     def _save(self) -> None:
-        if not distributed.is_main():
-            return
-        save_state(self.run, self.state, self.step, self.optimizer, self.scaler, self.average, self.guard)
+        seen = {split: images.to_tensor() for split, images in self.parts.seen.items()}  # of all processes
+        if distributed.is_main():
+            save_state(self.run, self.identity, self.state, self.parts, seen)
 
     def _add(self, **values: float) -> None:
         sums = self.state.sums
