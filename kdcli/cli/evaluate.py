@@ -22,6 +22,7 @@ def evaluate(
     canvas: f.CanvasSize = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images a forward pass.")] = 8,
     device: f.Device = None, amp: f.Amp = None, workers: f.Workers = None, skip_bad: f.SkipBad = None,
+    clip_boxes: f.ClipBoxes = None, exif: f.Exif = None,
     out: Annotated[Path | None, typer.Option(help="Folder for detections.json and metrics.json.")] = None,
     min_ap: Annotated[float | None, typer.Option(help="Exit with 6 below this AP.")] = None,
     json: f.Json = False,
@@ -46,7 +47,8 @@ def evaluate(
     with ConsoleReporter() as reporter:
         scores = evaluate_checkpoint(
             checkpoint, data, split=split, canvas=canvas, batch=batch, device=device or "auto", amp=amp or "auto",
-            workers=workers, skip_bad=bool(skip_bad), reporter=reporter,
+            workers=workers, skip_bad=bool(skip_bad), clip_boxes=bool(clip_boxes), exif=exif or "auto",
+            reporter=reporter,
         )  # fmt: skip
     if out is not None:
         write_scores(out, scores)

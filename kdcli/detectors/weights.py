@@ -79,7 +79,8 @@ def load_detector(path: Path | str) -> tuple[Detector, CheckpointMeta]:
     try:
         classes = ClassList.from_json(content["classes"])
     except (LookupError, TypeError, ValueError) as error:
-        raise OptionError(f"checkpoint '{file}': 'classes' is not a list of ids and names") from error
+        why = f" ({error})" if isinstance(error, ValueError) else ""
+        raise OptionError(f"checkpoint '{file}': 'classes' is not a list of ids and names, each once{why}") from error
     meta = CheckpointMeta(file, classes, content["canvas"], content["weights_sha256"], content["extra"])
     return detector.eval(), meta
 

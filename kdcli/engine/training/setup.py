@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcli.data.check_splits import shared_pictures
 from kdcli.data.coco import Dataset, open_split
+from kdcli.data.reading import Reading
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.base import Detector, ModelSpec
 from kdcli.detectors.build import build_detector, default_keys, default_lr, family_of, parse_model_name
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.loading.samples import SampleSource
-from kdcli.engine.loading.selection import usable, with_boxes
+from kdcli.engine.loading.selection import require_boxes_on, usable, with_boxes
 from kdcli.engine.runtime.device import make_deterministic, pick_amp, pick_device
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import pick_workers, set_threads
@@ -26,6 +28,7 @@ from kdcli.errors import DataError, OptionError, UsageError
 from kdcli.methods.base import Method
 from kdcli.methods.resolve import absolute_methods, find_methods, resolve_all
 from kdcli.options import TrainOptions
+from kdcli.store.reader import StoreReader
 from kdcli.store.storage.resolve import absolute
 from kdcli.structures import Canvas
 from kdcli.tensors import world_size
@@ -71,20 +74,27 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     canvas = side.canvas if side and "canvas" not in given else Canvas.parse(options.canvas)
     views = side.views if side and side.views and "views" not in given else parse_views(options.views)
 
-    image_store = side.reader if side and side.reader and side.reader.schema.images else None
-    positions = usable(train, options.skip_bad, reporter, image_store)
+    reader = side.reader if side else None
+    options = with_reading_of(options, reader)
+    reading = Reading(options.exif, options.clip_boxes)
+    image_store = reader if reader and reader.schema.images else None
+    trained = usable(train, options.skip_bad, reporter, image_store, reading=reading, trains=True)
+    train, positions = trained.dataset, trained.positions
+    require_boxes_on(train, positions, canvas, reporter)
     if options.skip_empty:
         positions = with_boxes(train, positions, reporter)
-    val_bad = frozenset(range(val.num_images)) - frozenset(usable(val, options.skip_bad, reporter).tolist())
+    scored = usable(val, options.skip_bad, reporter, reading=reading, trains=False)
+    for shared in shared_pictures(trained.report, scored.report):
+        reporter.message(f"warning: {shared}")
     torch.manual_seed(options.seed)
     student = make_student(options, len(train.classes))
     options = to_today(options, student, reporter)
     resolved = resolve_all(methods, default_keys(student.spec.detector), options.methods, student.region_defaults)
-    if side and side.reader:
-        resolved = inherit_regions(resolved, methods, side.reader, options.methods)
-        for line in written_otherwise(resolved, methods, side.reader, options.methods):
+    if reader:
+        resolved = inherit_regions(resolved, methods, reader, options.methods)
+        for line in written_otherwise(resolved, methods, reader, options.methods):
             reporter.message(line)
-    view_seed = side.reader.manifest.view_seed if side and side.reader else 0
+    view_seed = reader.manifest.view_seed if reader else 0
     source = SampleSource.for_training(train, canvas, student, view_seed=view_seed)
     options = replace(
         options,
@@ -103,10 +113,19 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
             reporter.message(f"{name}: {warning}")
     bound = bind_teacher(side, student, methods, options, source, positions, views, device) if side else None
     return RunSetup(
-        options=options, train=train, val=val, positions=positions, val_left_out=val_bad, canvas=canvas, views=views,
-        device=device, amp=amp, workers=pick_workers(options.workers), student=student,
+        options=options, train=train, val=scored.dataset, positions=positions, val_left_out=scored.left_out, canvas=canvas,
+        views=views, device=device, amp=amp, workers=pick_workers(options.workers), student=student,
         methods=bound.methods if bound else {}, source=bound.source if bound else source, teacher=bound,
     )  # fmt: skip
+
+
+def with_reading_of(options: TrainOptions, reader: StoreReader | None) -> TrainOptions:
+    """The options with what the store of ``reader`` says of how its data set is read, where the user said nothing."""
+    if reader is None:
+        return options
+    record = reader.manifest.dataset
+    exif = "ignore" if record.exif is not None and options.exif == "auto" else options.exif
+    return replace(options, exif=exif, clip_boxes=options.clip_boxes or record.boxes is not None)
 
 
 def make_student(options: TrainOptions, num_classes: int) -> Detector:
