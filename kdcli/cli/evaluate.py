@@ -68,7 +68,7 @@ def predict(
     source: Annotated[Path, typer.Argument(help="Image, or folder of images.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the drawings and detections.json.")],
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw detections from this score.")] = 0.3,
-    canvas: f.CanvasSize = None, device: f.Device = None, json: f.Json = False,
+    canvas: f.CanvasSize = None, device: f.Device = None, exif: f.Exif = None, json: f.Json = False,
 ) -> int:  # fmt: skip
     """Draw detections on images, and write them to detections.json.
 
@@ -81,6 +81,7 @@ def predict(
     from kdcli.engine.evaluation.predict import image_files, predict_files, require_images
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
+    from kdcli.options import Exif, convert
     from kdcli.report.draw import draw_detections, save_png
     from kdcli.report.progress import ConsoleReporter
     from kdcli.structures import Canvas
@@ -91,14 +92,15 @@ def predict(
     target, chosen = Canvas.parse(canvas or meta.canvas), pick_device(device or "auto")
     keep_freed_memory(chosen)
     names = meta.classes.names
+    turned = convert("exif", exif or "auto", Exif) != "ignore"
     files = image_files(source)
-    require_images(files)
+    require_images(files, turned)
     stems = [file.stem for file in files]  # a.jpg and a.png must not draw over each other
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
     with ConsoleReporter() as reporter:
         reporter.stage("predict", len(files))
-        for found in predict_files(detector, files, target, chosen, meta.classes, out / "detections.json"):
+        for found in predict_files(detector, files, target, chosen, meta.classes, out / "detections.json", turned):
             keep = found.scores >= score
             labels = [names[k] for k in found.labels[keep]]
             picture = draw_detections(found.pixels, found.boxes[keep], labels, found.scores[keep], classes=names)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcli.data.check_boxes import BoxFindings, check_boxes
+from kdcli.data.check_boxes import BEYOND, BoxFindings, check_boxes
 from kdcli.data.check_files import (
     FileFindings,
     Progress,
@@ -63,9 +63,10 @@ class CheckReport:
         if fatal:
             raise DataError(f"{self.where}: {first.message}")
         if not skip_bad:
+            beyond = "clip such boxes with --clip-boxes, " if first.kind in BEYOND else ""
             raise DataError(
                 f"{self.where} has {pluralize(len(self.faults), 'fault')}, first {first.kind}: {first.message}; "
-                "list them with kdcli data check, or leave the images out with --skip-bad"
+                f"list them with kdcli data check, {beyond}or leave the images out with --skip-bad"
             )
         if len(self.bad_images) == self.num_images:
             raise DataError(f"{self.where}: every image has a fault, first {first.kind}: {first.message}")

@@ -11,6 +11,7 @@ from kdcli.data.coco import Dataset
 from kdcli.data.coco_boxes import MAX_OVER, Mask
 from kdcli.data.findings import Fault, Warned, box_name, warned
 
+BEYOND = OUTSIDE, OVER = "box outside", "box over the border"  # kinds of faults that --clip-boxes cures
 MANY = 0.1  # share of the boxes from which on a run says that they are dropped
 MOST = 0.5
 NEARLY_ALL = 0.99
@@ -39,9 +40,7 @@ def check_boxes(dataset: Dataset, clip: bool) -> BoxFindings:
     thin = all_thin & ~outside & ~far
     trained = ~crowd & (notes.category >= 0) & ~all_thin
     real = int((~crowd).sum())
-    faults = [] if clip else [
-        *_beyond(dataset, outside, "box outside"), *_beyond(dataset, far, "box over the border")
-    ]  # fmt: skip
+    faults = [] if clip else [*_beyond(dataset, outside, OUTSIDE), *_beyond(dataset, far, OVER)]
 
     def named(kind: str, mask: Mask, loud: bool) -> list[Warned]:
         rows = np.flatnonzero(mask)
@@ -84,7 +83,7 @@ def _beyond(dataset: Dataset, mask: Mask, kind: str) -> list[Fault]:
     for row in np.flatnonzero(mask).tolist():
         image = int(owner[row])
         size = f"{notes.heights[image]}x{notes.widths[image]}"
-        by = "wholly outside" if kind == "box outside" else f"{over[row]:.1f} px over the border of"
+        by = "wholly outside" if kind == OUTSIDE else f"{over[row]:.1f} px over the border of"
         box = notes.boxes_xywh[row].tolist()
         message = f"annotation {notes.annotation_ids[row]}: box {box} lies {by} the image of {size} (height x width)"
         faults.append(Fault(kind, box_name(dataset, row, image), message, image))
