@@ -98,8 +98,8 @@ def check_dataset(
     if files:
         asked = replace(dataset, exif=reading.exif != "ignore")
         found = look_at_files(asked, decode, progress)
-        dataset, proven = settle_exif(asked, found.orientations, reading.exif)
-        about_files = orientation_warnings(dataset, found.orientations, proven)
+        dataset, proven = settle_exif(asked, found.orientations, reading)
+        about_files = orientation_warnings(dataset, found.orientations, proven, reading.exif)
     twice, same = repeated_files(dataset)
     if found.digests is not None:
         same += repeated_pictures(dataset, found.digests)

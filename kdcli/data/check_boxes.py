@@ -67,7 +67,8 @@ def check_boxes(dataset: Dataset, clip: bool) -> BoxFindings:
         warnings += named("box over the border by more than 2 px, clipped", far, True)
         warnings += named("box wholly outside of its image, dropped", outside, True)
     form = _corner_form(dataset, far | outside)
-    nothing = None if trained.any() else _why_none(dataset, outside, relative, all_thin)
+    left = (trained & ~relative).any()  # a relative box of a whole image, [0, 0, 1, 1], has a side of 1
+    nothing = None if left else _why_none(dataset, outside, relative, all_thin)
     return BoxFindings(
         faults=(*form, *faults), warnings=tuple(warnings), trained=trained,
         clip=clip and bool((far | outside).any()), nothing=nothing,

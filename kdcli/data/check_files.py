@@ -12,6 +12,7 @@ from kdcli.data.findings import Fault, Warned, image_name, warned
 from kdcli.data.images import ImageSizeError, decode_image, probe_image
 from kdcli.data.reading import Orientations, over_images, sort_orientations
 from kdcli.errors import DataError, MissingPathError
+from kdcli.options import Exif
 
 NO_ORIENTATIONS = Orientations()
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -67,23 +68,29 @@ def look_at_files(dataset: Dataset, decode: bool, progress: Progress | None) -> 
     return FileFindings(tuple(faults), sort_orientations(dataset, tags), tuple(digests) if decode else None)
 
 
-def orientation_warnings(dataset: Dataset, found: Orientations, proven: bool | None) -> list[Warned]:
-    """What is done with EXIF orientations; loud where some are a matter of the rule, or speak against it."""
+def orientation_warnings(dataset: Dataset, found: Orientations, proven: bool | None, exif: Exif) -> list[Warned]:
+    """What is done with EXIF orientations: loud where a rule decided or sizes contradict it, not where the user did."""
+    mixed = bool(found.turned and found.stored)
     lines = []
     for positions, kind in (
         (found.turned, "image with an EXIF quarter turn, turned: its annotated size is that of the turned picture"),
         (found.stored, "image with an EXIF quarter turn, not turned: its annotated size is that in the file"),
     ):
-        mixed = bool(found.turned and found.stored)
-        lines += warned(kind, [image_name(dataset, i) for i in positions], loud=mixed or bool(found.open))
+        lines += warned(kind, [image_name(dataset, i) for i in positions], loud=mixed)
+    if proven is None:
+        why = (
+            "no size in the data set shows whether boxes are of the turned pictures; say so with --exif apply or ignore"
+        )
+    elif proven is dataset.exif:
+        why = f"as {'most' if mixed else 'the'} sizes of quarter turns in the data set say"
+    else:
+        why = "against what the sizes of quarter turns in the data set say"
+    if exif != "auto" and proven in (None, dataset.exif):
+        why = f"as --exif {exif} says"
     done = "turned" if dataset.exif else "not turned"
-    why = "no size in the data set shows whether boxes are of the turned pictures; say so with --exif apply or ignore"
-    if proven is not None:
-        why = "as the sizes of quarter turns in the data set say"
-        if proven is not dataset.exif:
-            why = "against what the sizes of quarter turns in the data set say"
-    kind = f"image with an EXIF half turn, a mirror, or a square one with a quarter turn, {done}: {why}"
-    return lines + warned(kind, [image_name(dataset, i) for i in found.open], loud=True)
+    kind = f"image with an EXIF half turn or mirror, or a square one with a quarter turn, {done}"
+    loud = mixed or exif == "auto" or proven not in (None, dataset.exif)
+    return lines + warned(f"{kind}: {why}", [image_name(dataset, i) for i in found.open], loud)
 
 
 def repeated_files(dataset: Dataset) -> tuple[list[Fault], list[Warned]]:

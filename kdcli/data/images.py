@@ -133,7 +133,7 @@ def _orientation(
     if not turn and expected != (height, width):
         fix = "correct the record or the file"
         if is_turned(tag, (height, width), expected, True):
-            fix = "which its EXIF orientation gives it: leave out --exif ignore"
+            fix = "its EXIF orientation turns it to that size: leave out --exif ignore"
         raise ImageSizeError(
             f"image {path} is {height}x{width} (height x width) but its annotation record says "
             f"{expected[0]}x{expected[1]}; {fix}"

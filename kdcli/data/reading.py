@@ -30,6 +30,9 @@ class Reading:
 
     exif: Exif = "auto"
     clip_boxes: bool = False
+    like_ignored: bool = (
+        False  # auto, and sizes say nothing: as in the split that this one goes with, which ignores them
+    )
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,16 @@ def sort_orientations(dataset: Dataset, tags: dict[int, tuple[int, tuple[int, in
     return Orientations(**{kind: tuple(positions) for kind, positions in kinds.items()})
 
 
-def settle_exif(dataset: Dataset, found: Orientations, exif: Exif) -> tuple[Dataset, bool | None]:
+def settle_exif(dataset: Dataset, found: Orientations, reading: Reading) -> tuple[Dataset, bool | None]:
     """``dataset`` with its rule for orientations, and what proves that rule, None when nothing does.
 
     A split that has something to decide and no proof goes by the other one of its set: train by val, any other by train.
     """
     proven = found.proven
-    if proven is None and found.open and exif == "auto":
-        proven = _of_sibling(dataset).proven
-    if exif == "auto":
-        ignore = proven is False and bool(found.open)
-    else:
-        ignore = exif == "ignore" and bool(found.open or found.turned)
-    return replace(dataset, exif=not ignore), proven
+    if proven is None and found.open and reading.exif == "auto":
+        proven = False if reading.like_ignored else _of_sibling(dataset).proven
+    ignore = proven is False if reading.exif == "auto" else reading.exif == "ignore"
+    return replace(dataset, exif=not (ignore and found.open)), proven  # without such images nothing is read otherwise
 
 
 def _of_sibling(dataset: Dataset) -> Orientations:

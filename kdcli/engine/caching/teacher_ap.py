@@ -28,7 +28,7 @@ def measure_teacher(plan: StorePlan, reporter: ProgressReporter) -> float | None
     if not has_split(root, "val"):
         reporter.message("no val split: the teacher's AP is not measured")
         return None
-    reading = Reading(plan.options.exif, plan.options.clip_boxes)
+    reading = Reading(plan.options.exif, plan.options.clip_boxes, not plan.source.dataset.exif)
     used = usable(open_split(root, "val"), plan.options.skip_bad, reporter, reading=reading, trains=False)
     val = used.dataset
     reporter.stage("teacher AP", len(used.positions))

@@ -28,7 +28,6 @@ from kdcli.errors import DataError, OptionError, UsageError
 from kdcli.methods.base import Method
 from kdcli.methods.resolve import absolute_methods, find_methods, resolve_all
 from kdcli.options import TrainOptions
-from kdcli.store.reader import StoreReader
 from kdcli.store.storage.resolve import absolute
 from kdcli.structures import Canvas
 from kdcli.tensors import world_size
@@ -75,14 +74,21 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     views = side.views if side and side.views and "views" not in given else parse_views(options.views)
 
     reader = side.reader if side else None
-    options = with_reading_of(options, reader)
+    record = reader.manifest.dataset if reader else None
+    if record is not None and record.boxes is not None:
+        options = replace(options, clip_boxes=True)
     reading = Reading(options.exif, options.clip_boxes)
     image_store = reader if reader and reader.schema.images else None
-    trained = usable(train, options.skip_bad, reporter, image_store, reading=reading, trains=True)
+    as_written = record is not None and record.exif is not None and options.exif == "auto"
+    trained = usable(
+        train, options.skip_bad, reporter, image_store, trains=True,
+        reading=replace(reading, exif="ignore") if as_written else reading,
+    )  # fmt: skip
     train, positions = trained.dataset, trained.positions
     require_boxes_on(train, positions, canvas, reporter)
     if options.skip_empty:
         positions = with_boxes(train, positions, reporter)
+    reading = replace(reading, like_ignored=not train.exif)
     scored = usable(val, options.skip_bad, reporter, reading=reading, trains=False)
     for shared in shared_pictures(trained.report, scored.report):
         reporter.message(f"warning: {shared}")
@@ -117,15 +123,6 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
         views=views, device=device, amp=amp, workers=pick_workers(options.workers), student=student,
         methods=bound.methods if bound else {}, source=bound.source if bound else source, teacher=bound,
     )  # fmt: skip
-
-
-def with_reading_of(options: TrainOptions, reader: StoreReader | None) -> TrainOptions:
-    """The options with what the store of ``reader`` says of how its data set is read, where the user said nothing."""
-    if reader is None:
-        return options
-    record = reader.manifest.dataset
-    exif = "ignore" if record.exif is not None and options.exif == "auto" else options.exif
-    return replace(options, exif=exif, clip_boxes=options.clip_boxes or record.boxes is not None)
 
 
 def make_student(options: TrainOptions, num_classes: int) -> Detector:
