@@ -13,6 +13,8 @@ from pathlib import Path
 # parts of the names of fonts with many scripts, asked first: reading the characters of a font takes milliseconds
 BROAD = ("cjk", "unifont", "fallback", "arialuni", "arial unicode", "wqy", "msyh", "yahei", "noto")
 
+SCORE = frozenset(map(ord, "0123456789."))  # stands behind a name
+
 
 def writable(text: str) -> tuple[str, str | None]:
     """``text`` as it can be drawn, and the font file that has all of it; None: the usual font."""
@@ -22,7 +24,7 @@ def writable(text: str) -> tuple[str, str | None]:
     usual = dejavu()
     if wanted <= characters(usual):
         return text, usual
-    found = _font_with(wanted)
+    found = _font_with(wanted | SCORE)
     if found is not None:
         return text, found
     known = characters(usual)
