@@ -22,6 +22,8 @@ from kdcli.untrusted import parse_toml
 
 T = TypeVar("T")
 
+Exif = Literal["auto", "apply", "ignore"]  # the EXIF orientation of images: auto: what the sizes of a data set prove
+
 RULES = 2  # of training and methods, see kdcli/engine/training/old_runs.py: which edition a new run begins under
 
 
@@ -95,6 +97,8 @@ class TrainOptions:
     eval_every: int = 1  # epochs
     save_steps: int = 1000  # a resumable state is written every so many steps, and after each epoch
     skip_bad: bool = False
+    clip_boxes: bool = False  # clip boxes beyond the border instead of refusing them
+    exif: Exif = "auto"
     skip_empty: bool = False  # train on no image without a box to train on, as mmdet does
     deterministic: bool = False
     gradient_limit: float = 100.0  # distill: a term's first gradient over detection's, at most; 0: no limit
@@ -146,6 +150,8 @@ class CacheOptions:
     compile: bool = False  # the teacher's forward, by torch.compile: last digits differ
     cache_images: bool = False  # store the canvases too: training then opens no image file
     skip_bad: bool = False
+    clip_boxes: bool = False
+    exif: Exif = "auto"
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -41,6 +41,8 @@ class CacheSettings(TypedDict, total=False):
     compile: bool
     cache_images: bool
     skip_bad: bool
+    clip_boxes: bool
+    exif: Literal["auto", "apply", "ignore"]
     methods: Mapping[str, Mapping[str, Any]]  # options of each method: what --set ld.imitation=gi says
 
 

@@ -37,6 +37,8 @@ class RunSettings(TypedDict, total=False):
     save_steps: int
     skip_bad: bool
     skip_empty: bool
+    clip_boxes: bool
+    exif: Literal["auto", "apply", "ignore"]
     deterministic: bool
     optim: Mapping[str, Any]  # table [optim]
     rules: int  # the edition that numbers of a config.toml are meant under (docs/training.md)

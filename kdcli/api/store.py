@@ -29,6 +29,7 @@ from kdcli.data.coco import Dataset, open_split
 from kdcli.data.views import Geometry, to_canvas
 from kdcli.detectors.build import default_keys
 from kdcli.engine.loading.epoch_order import drawn_views, image_draws, ordered_batches
+from kdcli.engine.loading.selection import as_stored
 from kdcli.engine.runtime.device import pick_device
 from kdcli.engine.teacher.binding import stored_definition, stored_teacher
 from kdcli.engine.teacher.match import require_match
@@ -71,7 +72,8 @@ def open_store(
         )
     dataset = None
     if data is not None:
-        dataset = open_split(Path(data), reader.manifest.dataset.split)
+        record = reader.manifest.dataset
+        dataset = as_stored(open_split(Path(data), record.split), record)
         require_match(reader, dataset, reader.schema.canvas, (), None)
     return Store(side, text, given, tuple(sorted(needs)), dataset)
 
@@ -94,6 +96,7 @@ class Store:
         self._bare = reader.restricted((), pixels=False)
         self._pixels: StoreReader | None = reader.restricted((), pixels=True) if reader.schema.images else None
         self._definition = stored_definition(reader)
+        self._exif = reader.manifest.dataset.exif is None
         self._assigner = reader.manifest.assigner_spec
         self._canvases: dict[int, Canvas] = {}  # by row: the orientations that were asked for
 
@@ -137,7 +140,7 @@ class Store:
         """
         key = row_key(image_id, name)
         row = self._bare.read(key)
-        return StoreView(key, Geometry.from_array(row.geometry), row.content.hex())
+        return StoreView(key, Geometry.from_array(row.geometry), row.content.hex(), self._exif)
 
     def image(self, image_id: int, view: str = "identity") -> Tensor:
         """The pixels that the teacher saw: [3, H, W] uint8, from the store (``--cache-images``) or the file in ``data``.
@@ -207,7 +210,7 @@ class Store:
         boxes_of = None if targets is None else row_targets(targets, named)
         rows = self._rows.read_all(named, shared=get_worker_info() is not None)
         views = tuple(
-            StoreView(key, Geometry.from_array(row.geometry), row.content.hex())
+            StoreView(key, Geometry.from_array(row.geometry), row.content.hex(), self._exif)
             for key, row in zip(named, rows, strict=True)
         )
         canvas = one_canvas(views)

@@ -27,6 +27,7 @@ class StoreView:
     key: RowKey
     geometry: Geometry
     content_sha256: str  # of the image file that the teacher saw
+    exif: bool = True  # EXIF orientations are applied where the annotated size allows; not in every store
 
     @property
     def canvas(self) -> Canvas:
@@ -46,7 +47,7 @@ class StoreView:
         OptionError for a path or anything else.
         """
         if isinstance(image, Image.Image):
-            pixels: Any = to_rgb(image, (self.geometry.height, self.geometry.width), f"of {self.key}")
+            pixels: Any = to_rgb(image, (self.geometry.height, self.geometry.width), f"of {self.key}", self.exif)
         else:
             pixels = image
         if isinstance(pixels, np.ndarray):
@@ -70,7 +71,7 @@ class StoreView:
 
         Raises StoreError when its bytes are others, MissingPathError or DataError when it is not there or no image.
         """
-        pixels, digest = read_image(Path(path), (self.geometry.height, self.geometry.width))
+        pixels, digest = read_image(Path(path), (self.geometry.height, self.geometry.width), self.exif)
         if digest.hex() != self.content_sha256:
             raise StoreError(f"{self.key}: {path} is not the image file that the teacher saw; write the store again")
         return views.render(pixels, self.geometry)

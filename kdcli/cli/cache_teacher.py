@@ -45,7 +45,7 @@ def cache_teacher(
         bool | None, typer.Option("--compile", help="Compile the teacher: faster after a minute, last digits differ.")
     ] = None,
     device: f.Device = None, threads: f.Threads = None, workers: f.TeacherWorkers = None, skip_bad: f.SkipBad = None,
-    config: f.Config = None, set_: f.Set = None,
+    clip_boxes: f.ClipBoxes = None, exif: f.Exif = None, config: f.Config = None, set_: f.Set = None,
     shard: Annotated[
         str | None, typer.Option(help="Part I of N, e.g. 0/4: other processes write the others at the same time.")
     ] = None,
@@ -70,6 +70,7 @@ def cache_teacher(
         data=data, teacher=teacher, method=method, split=split, canvas=canvas, views=views, encoding=encoding,
         precision=precision, micro_batch=micro_batch, shard_rows=shard_rows, min_teacher_ap=min_teacher_ap,
         cache_images=cache_images, compile=compile_, device=device, threads=threads, workers=workers, skip_bad=skip_bad,
+        clip_boxes=clip_boxes, exif=exif,
     )  # fmt: skip
     fields = layer(read_toml(config) if config else {}, given)
     options = _options(fields, set_ or [])

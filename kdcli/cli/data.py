@@ -42,20 +42,27 @@ def make_shapes(
 @data.command()
 def check(
     root: Annotated[Path, typer.Argument(help="Data set folder.", show_default=False)],
+    clip_boxes: f.ClipBoxes = None, exif: f.Exif = None,
     json: f.Json = False,
-) -> int:
+) -> int:  # fmt: skip
     """List what is wrong with a data set; exits with 3 on a fault.
 
-    Faults: missing or corrupt images, unknown categories, duplicate ids, boxes outside, no train or val split, splits
-    of different categories. Warnings: boxes over the border by up to 2 px (clipped), sides under 1 px (dropped).
+    Faults: missing or corrupt images, unknown categories, duplicate ids, one file under several ids with other boxes,
+    boxes outside, no box to train on, no train or val split, splits of different categories. Warnings: boxes over the
+    border by up to 2 px (clipped), sides under 1 px (dropped), impossible areas, EXIF orientations, names that look alike,
+    classes that one split lacks, images in both splits.
 
     Example: kdcli data check DATA
     """
     from kdcli.cli.json_output import print_json
-    from kdcli.data.check import category_fault, check_dataset, missing_report, open_splits
+    from kdcli.data.check import check_dataset
+    from kdcli.data.check_splits import category_fault, class_warnings, missing_report, open_splits, shared_pictures
+    from kdcli.data.reading import Reading
+    from kdcli.options import Exif, convert
     from kdcli.report.progress import ConsoleReporter
 
     found = {}
+    reading = Reading(convert("exif", exif or "auto", Exif), bool(clip_boxes))
     opened, refused = open_splits(root)
     with ConsoleReporter() as reporter:
         for split, error in refused.items():
@@ -71,9 +78,13 @@ def check(
                 reporter.advance(done - seen)
                 seen = done
 
-            report = check_dataset(dataset, progress=moved)
-            if split == "val" and "train" in opened and (fault := category_fault(opened["train"], dataset)):
-                report = replace(report, faults=(fault, *report.faults))
+            report = check_dataset(dataset, progress=moved, reading=reading, trains=split == "train")
+            if split == "val" and "train" in opened:
+                fault = category_fault(opened["train"], dataset)
+                both = [*shared_pictures(found["train"], report), *class_warnings(opened["train"], dataset)]
+                report = replace(
+                    report, faults=(*([fault] if fault else []), *report.faults), warnings=(*both, *report.warnings)
+                )
             reporter.message(
                 f"{split}: {report.num_images} images ({report.num_empty} without boxes), {report.num_boxes} boxes, "
                 f"{report.num_crowd} crowd"
@@ -81,7 +92,7 @@ def check(
             for fault in report.faults:
                 reporter.message(f"  fault: {fault.kind}: {fault.where}: {fault.message}")
             for warned in report.warnings:
-                reporter.message(f"  warning: {warned.count} x {warned.kind}, e.g. {'; '.join(warned.examples[:2])}")
+                reporter.message(f"  warning: {warned}")
             found[split] = report
     if json:
         print_json(

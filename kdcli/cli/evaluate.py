@@ -23,6 +23,7 @@ def evaluate(
     canvas: f.CanvasSize = None,
     batch: Annotated[int, typer.Option("--batch", min=1, max=MAX_BATCH, help="Images a forward pass.")] = 8,
     device: f.Device = None, amp: f.Amp = None, workers: f.Workers = None, skip_bad: f.SkipBad = None,
+    clip_boxes: f.ClipBoxes = None, exif: f.Exif = None,
     out: Annotated[Path | None, typer.Option(help="Folder for detections.json and metrics.json.")] = None,
     min_ap: Annotated[float | None, typer.Option(help="Exit with 6 below this AP.")] = None,
     json: f.Json = False,
@@ -49,7 +50,8 @@ def evaluate(
     with ConsoleReporter() as reporter:
         scores = evaluate_checkpoint(
             checkpoint, data, split=split, canvas=canvas, batch=batch, device=device or "auto", amp=amp or "auto",
-            workers=workers, skip_bad=bool(skip_bad), reporter=reporter,
+            workers=workers, skip_bad=bool(skip_bad), clip_boxes=bool(clip_boxes), exif=exif or "auto",
+            reporter=reporter,
         )  # fmt: skip
     if out is not None:
         write_scores(out, scores)
@@ -68,7 +70,7 @@ def predict(
     source: Annotated[Path, typer.Argument(help="Image, or folder of images.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the drawings and detections.json.")],
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw detections from this score.")] = 0.3,
-    canvas: f.CanvasSize = None, device: f.Device = None, json: f.Json = False,
+    canvas: f.CanvasSize = None, device: f.Device = None, exif: f.Exif = None, json: f.Json = False,
 ) -> int:  # fmt: skip
     """Draw detections on images, and write them to detections.json.
 
@@ -81,6 +83,7 @@ def predict(
     from kdcli.engine.evaluation.predict import image_files, predict_files, require_images
     from kdcli.engine.runtime.device import pick_device
     from kdcli.engine.runtime.memory import keep_freed_memory
+    from kdcli.options import Exif, convert
     from kdcli.report.draw import draw_detections, save_png
     from kdcli.report.progress import ConsoleReporter
     from kdcli.structures import Canvas
@@ -91,14 +94,15 @@ def predict(
     target, chosen = Canvas.parse(canvas or meta.canvas), pick_device(device or "auto")
     keep_freed_memory(chosen)
     names = meta.classes.names
+    turned = convert("exif", exif or "auto", Exif) != "ignore"
     files = image_files(source)
-    require_images(files)
+    require_images(files, turned)
     stems = [file.stem for file in files]  # a.jpg and a.png must not draw over each other
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
     with ConsoleReporter() as reporter:
         reporter.stage("predict", len(files))
-        for found in predict_files(detector, files, target, chosen, meta.classes, out / "detections.json"):
+        for found in predict_files(detector, files, target, chosen, meta.classes, out / "detections.json", turned):
             keep = found.scores >= score
             labels = [names[k] for k in found.labels[keep]]
             picture = draw_detections(found.pixels, found.boxes[keep], labels, found.scores[keep], classes=names)

@@ -36,6 +36,13 @@ Threads = Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU t
 Shuffle = Annotated[str | None, typer.Option(help="full, or shards: for slow disks and object stores (default full).")]
 EvalEvery = Annotated[int | None, typer.Option(min=1, max=MAX_EPOCHS, help="Evaluate each N epochs (default 1).")]
 SkipBad = Annotated[bool | None, typer.Option("--skip-bad", help="Leave faulty images out, and list them.")]
+ClipBoxes = Annotated[
+    bool | None, typer.Option("--clip-boxes", help="Clip boxes beyond the border instead of refusing them.")
+]
+Exif = Annotated[
+    str | None,
+    typer.Option(help="EXIF orientation: auto, apply or ignore (default auto: what the annotated sizes prove)."),
+]
 Deterministic = Annotated[bool | None, typer.Option("--deterministic", help="No TF32, deterministic algorithms.")]
 GradientLimit = Annotated[
     float | None,

@@ -22,7 +22,8 @@ def train(
     seed: f.Seed = None, seeds: f.Seeds = None, batch: f.BatchSize = None, views: f.Views = None,
     backbone_weights: f.BackboneWeights = None, init_from: f.InitFrom = None, device: f.Device = None,
     amp: f.Amp = None, workers: f.Workers = None, threads: f.Threads = None, eval_every: f.EvalEvery = None,
-    skip_bad: f.SkipBad = None, deterministic: f.Deterministic = None, config: f.Config = None, set_: f.Set = None,
+    skip_bad: f.SkipBad = None, clip_boxes: f.ClipBoxes = None, exif: f.Exif = None,
+    deterministic: f.Deterministic = None, config: f.Config = None, set_: f.Set = None,
     out: f.OutRun = None, resume: f.Resume = None, overwrite: f.Overwrite = False, json: f.Json = False,
 ) -> int:  # fmt: skip
     """Train a detector without distillation: a teacher, or a student's baseline.
@@ -32,7 +33,7 @@ def train(
     given = f.collect(
         data=data, canvas=canvas, epochs=epochs, seed=seed, batch=batch, views=views, backbone_weights=backbone_weights,
         init_from=init_from, device=device, amp=amp, workers=workers, threads=threads, eval_every=eval_every,
-        skip_bad=skip_bad, deterministic=deterministic,
+        skip_bad=skip_bad, clip_boxes=clip_boxes, exif=exif, deterministic=deterministic,
     )  # fmt: skip
     return _launch("train", given, model, config, set_, seeds, out, resume, overwrite, json)
 
@@ -47,7 +48,7 @@ def distill(
     backbone_weights: f.BackboneWeights = None, init_from: f.InitFrom = None, device: f.Device = None,
     amp: f.Amp = None, workers: f.Workers = None, threads: f.Threads = None, eval_every: f.EvalEvery = None,
     shuffle: f.Shuffle = None, gradient_limit: f.GradientLimit = None, skip_bad: f.SkipBad = None,
-    deterministic: f.Deterministic = None,
+    clip_boxes: f.ClipBoxes = None, exif: f.Exif = None, deterministic: f.Deterministic = None,
     config: f.Config = None, set_: f.Set = None, out: f.OutRun = None, resume: f.Resume = None,
     overwrite: f.Overwrite = False, json: f.Json = False,
 ) -> int:  # fmt: skip
@@ -59,7 +60,7 @@ def distill(
         data=data, cache=cache, teacher=teacher, method=method, canvas=canvas, epochs=epochs, seed=seed, batch=batch,
         views=views, backbone_weights=backbone_weights, init_from=init_from, device=device, amp=amp, workers=workers,
         threads=threads, eval_every=eval_every, shuffle=shuffle, gradient_limit=gradient_limit, skip_bad=skip_bad,
-        deterministic=deterministic,
+        clip_boxes=clip_boxes, exif=exif, deterministic=deterministic,
     )  # fmt: skip
     return _launch("distill", given, model, config, set_, seeds, out, resume, overwrite, json)
 

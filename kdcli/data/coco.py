@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcli.classes import ClassList
+from kdcli.data.coco_boxes import MIN_SIDE, clip_xyxy, outside, owners, usable_area
 from kdcli.data.coco_index import Annotations, load_annotations
+from kdcli.data.coco_names import with_distinct_names
 from kdcli.errors import DataError, MissingPathError, OptionError
 
 __all__ = ["Annotations", "Dataset", "coco_dict", "has_split", "load_annotations", "open_split"]
-
-MIN_SIDE = 1.0  # image pixels: a thinner box is never trained on
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,8 @@ class Dataset:
     images_dir: Path
     annotations_path: Path
     annotations: Annotations
+    exif: bool = True  # the EXIF orientation is applied where the turned image has the annotated size
+    clip: bool = False  # boxes beyond the border are clipped, for training and for scoring
 
     @property
     def num_images(self) -> int:
@@ -58,7 +60,8 @@ class Dataset:
     def image_path(self, i: int) -> Path:
         """Where image ``i`` lies. Raises DataError for a name that would leave the image folder.
 
-        Links inside the folder, or the folder itself being one, are the owner's choice and are followed.
+        A name with backslashes, as Windows writes it, means folders, unless a file of this very name is there. Links inside
+        the folder, or the folder itself being one, are the owner's choice and are followed.
         """
         name = self.file_name(i)
         windows = PureWindowsPath(name)  # splits at / and \ alike, so that a store moves between systems
@@ -68,7 +71,10 @@ class Dataset:
                 f"{self.annotations_path}: image {self.image_id(i)} has the file_name {name!r}, which is not a plain "
                 f"path inside {self.images_dir}; correct it"
             )
-        return self.images_dir / name
+        path = self.images_dir / name
+        if "\\" in name and not path.exists():
+            return self.images_dir.joinpath(*windows.parts)
+        return path
 
     def index_of(self, image_id: int) -> int:
         """The position of the image with this id. Raises DataError when there is none."""
@@ -78,12 +84,19 @@ class Dataset:
         return i
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells two data sets apart, as JSON: hash of the annotations, categories in order, number of images."""
+        """What tells two data sets apart, as JSON: hash of the annotations, categories in order, number of images, and
+        what ``reading`` says.
+        """
         return {
             "annotations_sha256": self.annotations.sha256,
             "categories": [[c.id, c.name] for c in self.classes],
             "num_images": self.num_images,
+            **self.reading(),
         }
+
+    def reading(self) -> dict[str, str]:
+        """In what it is not read as usual: pixels or boxes that the files alone would not give. Empty for most."""
+        return {**({} if self.exif else {"exif": "ignored"}), **({"boxes": "clipped"} if self.clip else {})}
 
     def box_rows(self, i: int) -> slice:
         """The rows of image ``i`` in the box arrays of ``annotations``."""
@@ -103,14 +116,6 @@ class Dataset:
         return xyxy[keep].astype(np.float32), labels[keep].astype(np.int64)
 
 
-def clip_xyxy(xywh: NDArray[np.float64], height: int | NDArray[Any], width: int | NDArray[Any]) -> NDArray[np.float64]:
-    """Boxes [M, 4] xywh -> [M, 4] xyxy clipped to ``height`` x ``width`` (one size, or one for each box)."""
-    corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-    limits = np.stack([width, height, width, height], axis=-1)  # [4] or [M, 4]
-    clipped: NDArray[np.float64] = np.minimum(np.maximum(corners, 0.0), limits)
-    return clipped
-
-
 def has_split(root: Path, split: str) -> bool:
     """True when ``root`` holds the annotation file of ``split`` in one of the two layouts."""
     return any(annotations.is_file() for annotations, _ in _layouts(Path(root), split))
@@ -119,7 +124,8 @@ def has_split(root: Path, split: str) -> bool:
 def open_split(root: Path, split: str) -> Dataset:
     """Open ``split`` of the data set under ``root``.
 
-    Raises MissingPathError naming what was looked for, and DataError when the JSON is no COCO detection file.
+    Raises MissingPathError naming what was looked for, and DataError when the JSON is no COCO detection file, or has two
+    categories of one name with boxes.
     """
     root = Path(root)
     if not root.is_dir():
@@ -130,7 +136,8 @@ def open_split(root: Path, split: str) -> Dataset:
         if annotations_path.is_file():
             if not images_dir.is_dir():
                 raise MissingPathError(f"{annotations_path} is there, but not its image folder {images_dir}")
-            return Dataset(root, split, images_dir, annotations_path, load_annotations(annotations_path))
+            notes = with_distinct_names(load_annotations(annotations_path), annotations_path)
+            return Dataset(root, split, images_dir, annotations_path, notes)
     for annotations_path, _ in layouts:
         if annotations_path.exists():
             raise DataError(f"{annotations_path} is not a file; put the annotations of {split} there")
@@ -151,20 +158,28 @@ def coco_dict(dataset: Dataset) -> dict[str, Any]:
     """The split as a dictionary for ``pycocotools.coco.COCO().dataset``, crowd boxes included, boxes as in the file.
 
     Image and category ids are the file's own. Annotations are numbered 1..M in the order of the arrays, because
-    pycocotools takes an annotation with the id 0 for an unmatched one and merges those that share an id.
+    pycocotools takes an annotation with the id 0 for an unmatched one and merges those that share an id. An area that
+    cannot be is the box's own; with ``clip`` boxes end at the border, and those outside are left out.
     """
     notes = dataset.annotations
-    image_of = np.repeat(notes.image_ids, np.diff(notes.box_offsets))
+    owner = owners(notes)
+    boxes, area = notes.boxes_xywh, usable_area(notes)
+    rows = np.flatnonzero(notes.category >= 0)
+    if dataset.clip:
+        corners = clip_xyxy(boxes, notes.heights[owner], notes.widths[owner])
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        area = np.minimum(area, np.maximum(boxes[:, 2:], 0).prod(axis=1))
+        rows = rows[~outside(notes)[rows]]
     annotations = [
         {
             "id": row + 1,
-            "image_id": int(image_of[row]),
+            "image_id": int(notes.image_ids[owner[row]]),
             "category_id": dataset.classes[notes.category[row]].id,
-            "bbox": notes.boxes_xywh[row].tolist(),
-            "area": float(notes.area[row]),
+            "bbox": boxes[row].tolist(),
+            "area": float(area[row]),
             "iscrowd": int(notes.crowd[row]),
         }
-        for row in np.flatnonzero(notes.category >= 0).tolist()
+        for row in rows.tolist()
     ]
     images = [
         {"id": dataset.image_id(i), "file_name": dataset.file_name(i), "height": h, "width": w}

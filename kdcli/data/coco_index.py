@@ -55,6 +55,7 @@ class Annotations:
     orphans: NDArray[np.int64]  # [O, 2] annotation id and image id of annotations whose image is not listed
     categories: ClassList
     sha256: str  # of the JSON file, hexadecimal
+    dropped: tuple[Category, ...] = ()  # categories without boxes that had the name of another one
 
     def file_name(self, i: int) -> str:
         """The ``file_name`` of image ``i``, as written in the file."""
@@ -161,7 +162,9 @@ def _hash_file(path: Path) -> str:
 def _annotations(arrays: dict[str, NDArray[Any]]) -> Annotations:
     header = json.loads(arrays["header"].tobytes())
     categories = ClassList(Category(id_, name) for id_, name in header["categories"])
-    return Annotations(**{name: arrays[name] for name in ARRAYS}, categories=categories, sha256=header["sha256"])
+    return Annotations(
+        **{name: arrays[name] for name in ARRAYS}, categories=categories, dropped=(), sha256=header["sha256"]
+    )
 
 
 def _save_index(annotations: Annotations, index: Path) -> None:

@@ -10,29 +10,19 @@ import hashlib
 import io
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from kdcli.data.exif import is_turned, orientation_of, placed, stored_size
 from kdcli.errors import DataError, MissingPathError
 from kdcli.files import read_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXIF_ORIENTATION = 0x0112
-TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SWAPS_SIDES = (5, 6, 7, 8)
 # what Pillow raises on bytes that are not the picture they claim to be; the bomb warning is refused like the error
 UNREADABLE = (
     OSError,
@@ -54,25 +44,27 @@ class ImageSizeError(DataError):
     """An image does not have the size that its annotation record gives."""
 
 
-def read_image(path: Path, expected_size: tuple[int, int]) -> tuple[Tensor, bytes]:
+def read_image(path: Path, expected_size: tuple[int, int], exif: bool = True) -> tuple[Tensor, bytes]:
     """Decode ``path``: (uint8 RGB [3, h, w], contiguous; sha256 of the file, 32 bytes).
 
     ``expected_size``: (height, width) of the annotation record, pixels. The EXIF orientation is applied if the image
-    turned by it has this size. Raises MissingPathError, DataError for a file that cannot be decoded whole, and
-    ImageSizeError for another size.
+    turned by it has this size; with ``exif`` False never. Raises MissingPathError, DataError for a file that cannot be
+    decoded whole, and ImageSizeError for another size.
     """
     import torch  # here, so that kdcli data check starts without it
 
-    pixels, digest = decode_image(path, expected_size)
+    pixels, digest = decode_image(path, expected_size, exif)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), digest
 
 
-def decode_image(path: Path, expected_size: tuple[int, int]) -> tuple[NDArray[np.uint8], bytes]:
+def decode_image(
+    path: Path, expected_size: tuple[int, int], exif: bool = True
+) -> tuple[NDArray[np.uint8], bytes]:  # fmt: skip
     """`read_image` without torch: (uint8 RGB [h, w, 3], sha256 of the file). Raises the same errors."""
     data = _read_bytes(path)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pixels = to_rgb(image, expected_size, path)
+            pixels = to_rgb(image, expected_size, path, exif)
     except DataError:
         raise
     except UNREADABLE as error:
@@ -80,21 +72,26 @@ def decode_image(path: Path, expected_size: tuple[int, int]) -> tuple[NDArray[np
     return pixels, hashlib.sha256(data).digest()
 
 
-def to_rgb(image: Image.Image, expected_size: tuple[int, int], name: Path | str) -> NDArray[np.uint8]:
+def to_rgb(
+    image: Image.Image, expected_size: tuple[int, int], name: Path | str, exif: bool = True
+) -> NDArray[np.uint8]:  # fmt: skip
     """The pixels of an opened ``image`` as `read_image` gives them: uint8 RGB [h, w, 3], turned by its EXIF orientation.
 
     ``name``: what messages call it. Raises DataError for pixels of no known range and ImageSizeError for another size.
     """
-    turn = _orientation(image, expected_size, name)
-    return _rgb(image if turn is None else image.transpose(turn), name)
+    tag, turn = _orientation(image, expected_size, name, exif)
+    return _rgb(placed(image, tag, turn), name)
 
 
-def probe_image(path: Path, expected_size: tuple[int, int]) -> None:
-    """Look at the header of ``path`` alone; raises as `read_image` does for a missing file, no image, another size."""
+def probe_image(path: Path, expected_size: tuple[int, int], exif: bool = True) -> tuple[int, tuple[int, int]]:
+    """The orientation tag of ``path`` (1: upright) and the (height, width) in the file; looks at its header alone.
+
+    Raises as `read_image` does for a missing file, no image, another size.
+    """
     try:
         with Image.open(path) as image:
-            if image.size != (expected_size[1], expected_size[0]):  # asking a PNG for its EXIF decodes it
-                _orientation(image, expected_size, path)
+            tag, _ = _orientation(image, expected_size, path, exif)
+            return tag, stored_size(image)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -124,21 +121,25 @@ def _unreadable(path: Path, error: BaseException) -> DataError:
     return DataError(f"image {path} cannot be decoded ({reason}); replace the file")
 
 
-def _orientation(image: Image.Image, expected: tuple[int, int], path: Path | str) -> Image.Transpose | None:
-    """How to turn the image so that it has the ``expected`` (height, width); None to leave it."""
-    width, height = image.size
+def _orientation(
+    image: Image.Image, expected: tuple[int, int], path: Path | str, exif: bool
+) -> tuple[int, bool]:  # fmt: skip
+    """The orientation tag of the image, and whether the image is turned by it to have the ``expected`` (height, width)."""
+    height, width = stored_size(image)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:  # Pillow itself only warns up to twice the limit
         raise DataError(f"image {path} has {width * height} pixels, over the limit of {limit}; scale it down")
-    exif: Any = image.getexif().get(EXIF_ORIENTATION, 1)
-    if exif in TRANSPOSE and expected == ((width, height) if exif in SWAPS_SIDES else (height, width)):
-        return TRANSPOSE[exif]
-    if expected != (height, width):
+    tag = orientation_of(image)
+    turn = is_turned(tag, (height, width), expected, exif)
+    if not turn and expected != (height, width):
+        fix = "correct the record or the file"
+        if is_turned(tag, (height, width), expected, True):
+            fix = "its EXIF orientation turns it to that size: leave out --exif ignore"
         raise ImageSizeError(
             f"image {path} is {height}x{width} (height x width) but its annotation record says "
-            f"{expected[0]}x{expected[1]}; correct the record or the file"
+            f"{expected[0]}x{expected[1]}; {fix}"
         )
-    return None
+    return tag, turn
 
 
 def _rgb(image: Image.Image, path: Path | str) -> NDArray[np.uint8]:

@@ -133,7 +133,10 @@ def _described(content: Mapping[str, Any], file: Path) -> tuple[ModelSpec, Class
     for entry in entries:
         if not isinstance(entry, dict) or type(entry.get("id")) is not int or type(entry.get("name")) is not str:
             raise OptionError(f"checkpoint '{file}': 'classes' is not a list of ids and names")
-    return spec, ClassList.from_json(entries)
+    try:
+        return spec, ClassList.from_json(entries)
+    except ValueError as error:
+        raise OptionError(f"checkpoint '{file}': 'classes' is not a list of ids and names, each once ({error})") from error
 
 
 def _beside_weights(content: Mapping[str, Any]) -> dict[str, Any]:

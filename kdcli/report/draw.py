@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kdcli.files import atomic_write_bytes
 from kdcli.report.colours import colour_of, text_on
+from kdcli.report.fonts import writable
 from kdcli.report.text import plain
 
 _LEGIBLE = 640  # pixels of the long side below which a picture is enlarged, so that 12-pixel labels do not cover it
@@ -40,7 +41,7 @@ def draw_detections(
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(picture)
     line = max(3, round(max(picture.size) / 220))
-    font = ImageFont.load_default(max(12, round(max(picture.size) / 45)))
+    height = max(12, round(max(picture.size) / 45))
     order = list(classes) or sorted(set(labels))
     scaled = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale
     ranked = range(len(labels)) if scores is None else np.argsort(np.asarray(scores), kind="stable").tolist()
@@ -50,8 +51,11 @@ def draw_detections(
         _outline(pen, rects[i], colours[i], line)
     taken: list[_Rect] = []
     for i in reversed(ranked):  # the best label chooses its place first
-        text = plain(labels[i]) if scores is None else f"{plain(labels[i])} {float(scores[i]):.2f}"
-        taken.append(_label(pen, text, rects[i], colours[i], font, picture.size, taken))
+        name, file = writable(plain(labels[i]))
+        if name != plain(labels[i]):  # no font has it all: its number in the class list tells what it is
+            name = f"{order.index(labels[i])} {name}"
+        text = name if scores is None else f"{name} {float(scores[i]):.2f}"
+        taken.append(_label(pen, text, rects[i], colours[i], _font(file, height), picture.size, taken))
     return picture
 
 
@@ -59,7 +63,8 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Put images in a row, each under its caption, scaled to the height of the tallest."""
     height = max(picture.height for _, picture in panels)
     images = [_of_height(picture, height) for _, picture in panels]
-    font = ImageFont.load_default(max(14, height // 24))
+    letters = max(14, height // 24)
+    font = _font(None, letters)
     gap = max(6, height // 60)
     strip = _text_size(font, "Ag")[1] + 2 * gap
     width = sum(picture.width for picture in images) + gap * (len(images) + 1)
@@ -67,7 +72,9 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     left = gap
     for (caption, _), picture in zip(panels, images, strict=True):
-        text = _fitted(plain(caption), font, picture.width)
+        name, file = writable(plain(caption))
+        font = _font(file, letters)
+        text = _fitted(name, font, picture.width)
         pen.text((left, strip // 2), text, fill="#000000", font=font, anchor="lm")
         sheet.paste(picture, (left, strip))
         left += picture.width + gap
@@ -79,6 +86,11 @@ def save_png(picture: Image.Image, path: Path) -> None:
     data = io.BytesIO()
     picture.save(data, "PNG")
     atomic_write_bytes(path, data.getvalue())
+
+
+def _font(file: str | None, height: int) -> Font:
+    """The font of a file, or the usual one, of letters of ``height`` pixels."""
+    return ImageFont.load_default(height) if file is None else ImageFont.truetype(file, height)
 
 
 def _of_height(picture: Image.Image, height: int) -> Image.Image:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kdcli.files import atomic_write_bytes
 from kdcli.report.colours import chart_colour
 from kdcli.report.compare import Comparison, Group
+from kdcli.report.fonts import dejavu, family_of, writable
 from kdcli.report.runs import Run, mean_curve
 from kdcli.report.text import MARK, plain, signed, with_interval
 from kdcli.shown import one_line
@@ -172,7 +173,7 @@ def _label(group: Group) -> str:
 
 def _text(name: str) -> str:
     """A name as matplotlib draws it literally: dollars start no formula, a leading underscore does not hide it."""
-    shown = plain(name).replace("$", r"\$")
+    shown = writable(plain(name))[0].replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
@@ -185,8 +186,20 @@ def _add_footnotes(figure: Figure, footnotes: Sequence[str]) -> None:
         figure.supxlabel("\n".join(lines), x=0.01, ha="left", multialignment="left", fontsize=8)
 
 
+def _choose_fonts(figure: Figure) -> None:
+    """Give every text that DejaVu cannot write the font that can; where none can, ``_text`` has written it otherwise."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        _, font = writable(text.get_text())
+        if font not in (None, dejavu()):
+            text.set_fontfamily(["DejaVu Sans", family_of(font)])
+
+
 def _save(figure: Figure, path: Path) -> None:
     """Write the PNG, all or nothing. Raises NoSpaceError when the disk is full."""
+    _choose_fonts(figure)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=_DPI)
     atomic_write_bytes(path, data.getvalue())

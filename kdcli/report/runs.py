@@ -20,8 +20,11 @@ from kdcli.errors import MissingPathError, OptionError, pluralize
 T = TypeVar("T")
 
 # What differs between two runs without being a setting of the experiment: the seed, places, and how the work is spread
-# over the machine (which moves no draw and sums in another order at most), and what stops it. The data set has its own check.
-_NOT_SETTINGS = frozenset({"seed", "out", "data", "workers", "threads", "save_steps", "gradient_limit"})
+# over the machine (which moves no draw and sums in another order at most), and what stops it. The data set has its own check,
+# with how it was read: what --clip-boxes and --exif changed is in its hash.
+_NOT_SETTINGS = frozenset(
+    {"seed", "out", "data", "clip_boxes", "exif", "workers", "threads", "save_steps", "gradient_limit"}
+)
 _NOT_LOSSES = frozenset(
     {
         *("epoch", "lr", "AP", "AP50", "AP75", "grad_norm", "images_per_s"),

@@ -162,7 +162,7 @@ class Manifest:
         return {
             **identity,
             "teacher": self.teacher.to_json(),
-            "dataset": {"categories": self.dataset.fingerprint()["categories"]},
+            "dataset": {"categories": self.dataset.fingerprint()["categories"], **self.dataset.reading()},
             "added_on": {key: run.to_json() for key, run in self.added_on.items()},
             "schema": {name: value for name, value in identity["schema"].items() if name not in ROWS},
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from kdcli.store.arrays import MAX_DIMS
 from kdcli.store.comparison import compare
@@ -124,6 +124,8 @@ class DatasetRecord:
     num_images: int
     split: str
     left_out: tuple[int, ...]  # image ids without rows, sorted
+    exif: Literal["ignored"] | None = None  # None: orientations were applied where the annotated size allows
+    boxes: Literal["clipped"] | None = None  # None: an image with a box beyond its border was refused or left out
 
     @staticmethod
     def of(fingerprint: Mapping[str, Any], split: str, left_out: tuple[int, ...]) -> DatasetRecord:
@@ -136,7 +138,12 @@ class DatasetRecord:
             "annotations_sha256": self.annotations_sha256,
             "categories": [list(category) for category in self.categories],
             "num_images": self.num_images,
+            **self.reading(),
         }
+
+    def reading(self) -> dict[str, Any]:
+        """In what the data set was not read as usual; empty for most."""
+        return {name: value for name, value in (("exif", self.exif), ("boxes", self.boxes)) if value is not None}
 
     def differences(self, ours: DatasetRecord) -> list[str]:
         """Fields in which ``ours`` is another data set, as ``dataset.field: store X, here Y``."""
@@ -153,12 +160,19 @@ class DatasetRecord:
         for category in field(data, "categories", list):
             require(isinstance(category, list) and [type(v) for v in category] == [int, str], "categories")
             categories.append((category[0], category[1]))
+        for values in zip(*categories, strict=True):  # ids, names: classes are found by either
+            require(len(set(values)) == len(values), "categories")
+        exif, boxes = data.get("exif"), data.get("boxes")
+        require(exif in (None, "ignored"), "exif")
+        require(boxes in (None, "clipped"), "boxes")
         return DatasetRecord(
             annotations_sha256=field(data, "annotations_sha256", str),
             categories=tuple(categories),
             num_images=field(data, "num_images", int),
             split=field(data, "split", str),
             left_out=whole_numbers(data, "left_out"),
+            exif=exif,
+            boxes=boxes,
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcli.data.coco import open_split
+from kdcli.engine.loading.selection import as_stored
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import OptionError, StoreError
 from kdcli.methods.resolve import all_needs, completed, find_methods
@@ -118,7 +119,7 @@ def merge(stores: Sequence[Where], out: Where, data: str | None, reporter: Progr
     datasets = [reader.manifest.dataset for reader in readers]
     dataset = datasets[0]
     if data is not None:
-        split = open_split(Path(data), dataset.split)
+        split = as_stored(open_split(Path(data), dataset.split), dataset)
         dataset = DatasetRecord.of(split.fingerprint(), split.split, ())
         everything = split.annotations.image_ids
     elif len({replace(d, left_out=()) for d in datasets}) == 1:

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from kdcli.data.coco import open_split
+from kdcli.data.reading import Reading
 from kdcli.data.views import parse_views
 from kdcli.detectors.build import default_keys
 from kdcli.detectors.features import require_head
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.loading.samples import Item, SampleSource
-from kdcli.engine.loading.selection import usable
+from kdcli.engine.loading.selection import require_boxes_on, usable
 from kdcli.engine.runtime.device import pick_device
 from kdcli.engine.runtime.distributed import take_local_gpu
 from kdcli.engine.runtime.progress import ProgressReporter
@@ -87,7 +88,10 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
     for name, method in methods.items():
         check_pair(name, method, resolved[name], pair, detector.spec.name, detector.spec.name)
     needs = all_needs(methods, resolved)
-    positions = usable(dataset, options.skip_bad, reporter)
+    reading = Reading(options.exif, options.clip_boxes)
+    used = usable(dataset, options.skip_bad, reporter, reading=reading, trains=True)
+    dataset, positions = used.dataset, used.positions
+    require_boxes_on(dataset, positions, canvas, reporter)
     source = SampleSource.for_caching(
         dataset, canvas, detector, view_seed=options.view_seed,
         region_spec=region_spec(detector.region_defaults, methods, resolved), regions=regions_of(needs),

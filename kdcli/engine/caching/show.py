@@ -12,6 +12,7 @@ from kdcli.data.coco import open_split
 from kdcli.data.images import read_image
 from kdcli.data.views import Geometry, render
 from kdcli.engine.loading.samples import canvas_boxes
+from kdcli.engine.loading.selection import as_stored
 from kdcli.errors import StoreError
 from kdcli.geometry.derive import decode_distribution
 from kdcli.store.batch_buffers import collate_arrays
@@ -42,7 +43,8 @@ def read_for_show(store: Where, data: str | None, image_id: int, view: str | Non
     Raises StoreError when the row is not in the store, or annotations or image are not those that it was written from.
     """
     reader = StoreReader(store)
-    dataset = open_split(Path(data or reader.manifest.origin.data), reader.manifest.dataset.split)
+    record = reader.manifest.dataset
+    dataset = as_stored(open_split(Path(data or reader.manifest.origin.data), record.split), record)
     differences = reader.manifest.run_differences(dataset.fingerprint())
     if differences:
         raise StoreError(f"store '{store}' belongs to another data set: {'; '.join(differences)}")
@@ -53,7 +55,7 @@ def read_for_show(store: Where, data: str | None, image_id: int, view: str | Non
     if row.image is not None:
         image = torch.from_numpy(row.image)
     else:
-        pixels, content = read_image(dataset.image_path(position), (geometry.height, geometry.width))
+        pixels, content = read_image(dataset.image_path(position), (geometry.height, geometry.width), dataset.exif)
         if content != row.content:
             raise StoreError(f"{key}: the image file is not the one that the teacher saw")
         image = render(pixels, geometry)

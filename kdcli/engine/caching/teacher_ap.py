@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdcli.data.coco import Dataset, has_split, open_split
+from kdcli.data.coco import has_split, open_split
+from kdcli.data.reading import Reading
 from kdcli.detectors.base import MM_FEATURES
 from kdcli.engine.caching.plan import StorePlan
 from kdcli.engine.evaluation.evaluate import evaluate
@@ -28,14 +29,15 @@ def measure_teacher(plan: StorePlan, reporter: ProgressReporter) -> float | None
         require_able(None, least)
         reporter.message("no val split: the teacher's AP is not measured")
         return None
-    val: Dataset = open_split(root, "val")
-    keep = set(usable(val, plan.options.skip_bad, reporter).tolist())
-    reporter.stage("teacher AP", len(keep))
+    reading = Reading(plan.options.exif, plan.options.clip_boxes, not plan.source.dataset.exif)
+    used = usable(open_split(root, "val"), plan.options.skip_bad, reporter, reading=reading, trains=False)
+    val = used.dataset
+    reporter.stage("teacher AP", len(used.positions))
     source = SampleSource.for_evaluation(val, plan.source.canvas, forward.detector)
     found = evaluate(
         forward.detector, val, plan.source.canvas, device=plan.teacher.device, batch=forward.micro_batch,
         loader=Loader(source, plan.teacher.workers), forward=forward.outputs, relabel=forward.relabel,
-        left_out=frozenset(range(val.num_images)) - keep, advance=reporter.advance,
+        left_out=used.left_out, advance=reporter.advance,
     )  # fmt: skip
     ap = found.metrics.ap
     reporter.message(f"teacher AP on val: {'not defined' if ap is None else f'{ap:.1f}'}")

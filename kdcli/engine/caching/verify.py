@@ -150,6 +150,7 @@ def plan_of_store(
         "view_seed": manifest.view_seed, "precision": run.precision, "micro_batch": run.micro_batch,
         "threads": run.threads, "device": (device or run.device) if runs else "cpu",
         "compile": runs and bool(run.compile), "shard_rows": schema.shard_rows, "skip_bad": bool(dataset.left_out),
+        "exif": "apply" if dataset.exif is None else "ignore", "clip_boxes": dataset.boxes is not None,
         "encoding": encoding, "methods": layer(manifest.method_options, settings or {}),
     }  # fmt: skip
     plan = plan_store(build(CacheOptions, fields), reporter)

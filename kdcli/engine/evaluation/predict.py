@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from kdcli.classes import ClassList
+from kdcli.data.exif import orientation_of, stored_size, turned_size
 from kdcli.data.images import decode_image
 from kdcli.data.views import render, to_image, view_geometry
 from kdcli.detectors.base import Detector
@@ -46,25 +47,28 @@ def image_files(source: Path) -> list[Path]:
     return files
 
 
-def require_images(files: Sequence[Path]) -> None:
+def require_images(files: Sequence[Path], exif: bool = True) -> None:
     """Decode every file once, so that a bad one is named before anything is written. Raises DataError.
 
     Decoding is a small part of detecting and drawing; a header alone would not show that the rest is cut off.
     """
     for file in files:
-        decode_image(file, _size(file))
+        decode_image(file, _size(file, exif), exif)
 
 
 def predict_files(
     detector: Detector, files: Sequence[Path], canvas: Canvas, device: torch.device,
-    classes: ClassList, detections: Path,
+    classes: ClassList, detections: Path, exif: bool = True,
 ) -> Iterator[Prediction]:  # fmt: skip
-    """Detect on each file in turn; when all are done, write COCO results to ``detections`` (image_id = file name)."""
+    """Detect on each file in turn; when all are done, write COCO results to ``detections`` (image_id = file name).
+
+    ``exif``: turn images by their EXIF orientation.
+    """
     detector.to(device).eval()
     category_ids = np.array(classes.ids)
     results: list[dict[str, Any]] = []
     for file in files:
-        pixels, _ = decode_image(file, _size(file))
+        pixels, _ = decode_image(file, _size(file, exif), exif)
         geometry = view_geometry(canvas, pixels.shape[0], pixels.shape[1], "identity", 0, 0)
         image = render(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), geometry)
         with torch.no_grad():
@@ -78,12 +82,12 @@ def predict_files(
     write_detections(detections, results)
 
 
-def _size(file: Path) -> tuple[int, int]:
-    """(height, width) after the EXIF orientation: no annotation says how the image should lie."""
+def _size(file: Path, exif: bool) -> tuple[int, int]:
+    """(height, width), with ``exif`` after the EXIF orientation: no annotation says how the image should lie."""
     try:
         with Image.open(file) as image:
-            turned = image.getexif().get(274, 1) >= 5  # orientations 5-8 swap the sides
-            return (image.width, image.height) if turned else (image.height, image.width)
+            stored = stored_size(image)
+            return turned_size(orientation_of(image), stored) if exif else stored
     except (UnidentifiedImageError, OSError) as error:
         reason = "of no known image format" if isinstance(error, UnidentifiedImageError) else error.strerror or error
         raise DataError(f"image '{file}' cannot be opened ({reason}); replace or remove the file") from error

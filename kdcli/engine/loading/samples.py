@@ -184,7 +184,8 @@ class SampleSource:
                 found.append(LoadedImage(geometry, torch.from_numpy(row.image), row.content, row))
                 continue
             if decoded is None:
-                decoded = read_image(self.dataset.image_path(position), (geometry.height, geometry.width))
+                size = geometry.height, geometry.width
+                decoded = read_image(self.dataset.image_path(position), size, self.dataset.exif)
             pixels, content_hash = decoded
             found.append(LoadedImage(geometry, render(pixels, geometry), content_hash, row))
         return found

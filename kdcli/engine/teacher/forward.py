@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcli.classes import ClassList
+from kdcli.classes import ClassList, look_alike
 from kdcli.detectors.base import Detector
 from kdcli.detectors.read import read
 from kdcli.engine.loading.samples import Sample, collate
@@ -191,9 +191,12 @@ def class_order(teacher: ClassList, dataset: ClassList) -> tuple[int, ...]:
     known = teacher.names
     missing = [name for name in dataset.names if name not in known]
     if missing:
+        alike = {name: look_alike(name, known) for name in missing}
+        near = [f"{other!r} is not {name!r}" for name, other in alike.items() if other is not None]
         raise DataError(
             f"the teacher does not know {', '.join(repr(m) for m in missing)}; it knows "
             f"{', '.join(repr(c) for c in known[:10])}; classes are matched by name"
+            + (f", letter by letter: {', '.join(near)}" if near else "")
         )
     return tuple(known.index(name) for name in dataset.names)
 

@@ -100,6 +100,8 @@ def queue(
 
 def _environment(setup: RunSetup) -> dict[str, Any]:
     data = setup.train.annotations.sha256 + setup.val.annotations.sha256
+    # pixels or boxes that a run without these would not have; nothing for most, whose hash stays what it was
+    data += "".join(f"{s.split} {s.reading()}" for s in (setup.train, setup.val) if s.reading())
     return run_folder.environment(
         setup.options,
         data_sha256=hashlib.sha256(data.encode()).hexdigest(),

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcli.data.check_splits import shared_pictures
 from kdcli.data.coco import Dataset, open_split
+from kdcli.data.reading import Reading
 from kdcli.data.views import format_views, parse_views
 from kdcli.detectors.base import Detector, ModelSpec
 from kdcli.detectors.build import build_detector, default_keys, default_lr, family_of, parse_model_name
 from kdcli.detectors.weights import load_detector
 from kdcli.engine.loading.samples import SampleSource
-from kdcli.engine.loading.selection import usable, with_boxes
+from kdcli.engine.loading.selection import require_boxes_on, usable, with_boxes
 from kdcli.engine.runtime.device import make_deterministic, pick_amp, pick_device
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.engine.runtime.threads import pick_workers, set_threads
@@ -71,20 +73,34 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
     canvas = side.canvas if side and "canvas" not in given else Canvas.parse(options.canvas)
     views = side.views if side and side.views and "views" not in given else parse_views(options.views)
 
-    image_store = side.reader if side and side.reader and side.reader.schema.images else None
-    positions = usable(train, options.skip_bad, reporter, image_store)
+    reader = side.reader if side else None
+    record = reader.manifest.dataset if reader else None
+    if record is not None and record.boxes is not None:
+        options = replace(options, clip_boxes=True)
+    reading = Reading(options.exif, options.clip_boxes)
+    image_store = reader if reader and reader.schema.images else None
+    as_written = record is not None and record.exif is not None and options.exif == "auto"
+    trained = usable(
+        train, options.skip_bad, reporter, image_store, trains=True,
+        reading=replace(reading, exif="ignore") if as_written else reading,
+    )  # fmt: skip
+    train, positions = trained.dataset, trained.positions
+    require_boxes_on(train, positions, canvas, reporter)
     if options.skip_empty:
         positions = with_boxes(train, positions, reporter)
-    val_bad = frozenset(range(val.num_images)) - frozenset(usable(val, options.skip_bad, reporter).tolist())
+    reading = replace(reading, like_ignored=not train.exif)
+    scored = usable(val, options.skip_bad, reporter, reading=reading, trains=False)
+    for shared in shared_pictures(trained.report, scored.report):
+        reporter.message(f"warning: {shared}")
     torch.manual_seed(options.seed)
     student = make_student(options, len(train.classes))
     options = to_today(options, student, reporter)
     resolved = resolve_all(methods, default_keys(student.spec.detector), options.methods, student.region_defaults)
-    if side and side.reader:
-        resolved = inherit_regions(resolved, methods, side.reader, options.methods)
-        for line in written_otherwise(resolved, methods, side.reader, options.methods):
+    if reader:
+        resolved = inherit_regions(resolved, methods, reader, options.methods)
+        for line in written_otherwise(resolved, methods, reader, options.methods):
             reporter.message(line)
-    view_seed = side.reader.manifest.view_seed if side and side.reader else 0
+    view_seed = reader.manifest.view_seed if reader else 0
     source = SampleSource.for_training(train, canvas, student, view_seed=view_seed)
     options = replace(
         options,
@@ -103,8 +119,8 @@ def prepare(options: TrainOptions, given: frozenset[str], reporter: ProgressRepo
             reporter.message(f"{name}: {warning}")
     bound = bind_teacher(side, student, methods, options, source, positions, views, device) if side else None
     return RunSetup(
-        options=options, train=train, val=val, positions=positions, val_left_out=val_bad, canvas=canvas, views=views,
-        device=device, amp=amp, workers=pick_workers(options.workers), student=student,
+        options=options, train=train, val=scored.dataset, positions=positions, val_left_out=scored.left_out, canvas=canvas,
+        views=views, device=device, amp=amp, workers=pick_workers(options.workers), student=student,
         methods=bound.methods if bound else {}, source=bound.source if bound else source, teacher=bound,
     )  # fmt: skip
 

@@ -87,9 +87,9 @@ def test_a_loader_that_is_given_up_leaves_the_threads_alone(source: SampleSource
 def test_neighbours_share_one_reading(source: SampleSource, monkeypatch: pytest.MonkeyPatch) -> None:
     read, real = [], samples.read_image
 
-    def read_image(path: Path, size: tuple[int, int]) -> tuple[Tensor, bytes]:
+    def read_image(path: Path, size: tuple[int, int], exif: bool) -> tuple[Tensor, bytes]:
         read.append(path)
-        return real(path, size)
+        return real(path, size, exif)
 
     monkeypatch.setattr(samples, "read_image", read_image)
     for items in batches():
