@@ -91,9 +91,11 @@ def load_torch(path: Path, *, what: str, foreign: bool = False) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals([(Inert, n) for n in INERT if foreign]):
             warnings.simplefilter("ignore")  # torch's, on a pickle protocol that it then refuses or reads
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, OptionError):
+    except OptionError:
         raise
     except Exception as error:  # a torn or foreign file fails in the zip reader, the unpickler or a constructor
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which PyTorch makes of a file that is cut off
+            raise
         raise _no_torch_file(path, what, error) from error
 
 
@@ -115,7 +117,7 @@ def _no_torch_file(path: Path, what: str, error: Exception) -> OptionError:
     said = f"{what} '{path}': not a PyTorch file of plain tensors"
     text = str(error)
     if match := re.search(r"GLOBAL ([^\s]+)", text):  # torch's word for a name in a pickle
-        named = match[1][:100]
+        named = match[1][:100].encode("unicode_escape").decode()
         if named.startswith(("ultralytics.", "models.yolo", "models.common")):
             return OptionError(f"{said}: a model of Ultralytics ({named}), which kdcli cannot read")
         return ForeignObjectsError(f"{said}: it holds {named}, and kdcli makes no objects of a file")

@@ -137,11 +137,11 @@ def build_to_fill(spec: ModelSpec, weights: Mapping[str, Tensor]) -> Detector:
 
 def _require_enough(spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
     given = count_elements(weights.values())
-    wanted = spec.tower_convs
-    if spec.tower_convs <= len(weights):  # else it takes minutes to make its modules, even without memory
+    wanted = max(getattr(spec, name) or 0 for name in ORDINARY)
+    if wanted <= given and spec.tower_convs <= len(weights):  # else its modules alone would take minutes
         with torch.device("meta"):
             wanted = count_elements(build_detector(replace(spec, bn="train")).state_dict().values())
-    if wanted > given:
+    if wanted > given or spec.tower_convs > len(weights):
         sizes = ", ".join(f"{name} = {getattr(spec, name)}" for name in ORDINARY)
         raise OptionError(f"its weights are {given} numbers, too few for a {spec.name} of {sizes}; the file is damaged")
 

@@ -45,7 +45,7 @@ def name_content(content: object) -> str:
     """What ``content`` is that holds no weights of another library."""
     if not isinstance(content, Mapping):
         return f"it holds a {type(content).__name__}"
-    if content.get("format") == "kdcli.checkpoint":
+    if is_said(content.get("format"), "kdcli.checkpoint"):
         return "it is a checkpoint of kdcli: give it to --init-from or --teacher as it is"
     if {"progress", "module", "optimizer"} <= content.keys():
         return "it is the state of a run of kdcli, which --resume reads; the weights are in last.pt beside it"
@@ -54,6 +54,24 @@ def name_content(content: object) -> str:
     if not content:
         return "it is empty"
     return f"it has {', '.join(repr(str(key)[:40]) for key in list(content)[:5])}"
+
+
+def name_checkpoint(content: object) -> str:
+    """What stands in the place of a checkpoint of kdcli, and where it belongs."""
+    if isinstance(content, Mapping):
+        state = next((content[key] for key in KEYS if is_state_dict(content.get(key))), content)
+        if is_state_dict(state):
+            if any(name.endswith(("roi_heads.box_predictor.cls_score.bias", "cls_logits.bias")) for name in state):
+                return "a detector of torchvision: make it one with kdcli convert --from torchvision"
+            if any(name.endswith("backbone.conv1.weight") for name in state):
+                return "a detector of mmdet: make it one with kdcli convert --from mmdet"
+            return "a backbone goes to --backbone-weights"
+    return name_content(content)
+
+
+def is_said(value: object, expected: str | int) -> bool:
+    """Whether a value out of a file, which may be a tensor or true for 1, is the ``expected`` one."""
+    return type(value) is type(expected) and value == expected
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from kdcli.classes import ClassList
 from kdcli.detectors.base import Detector, ModelSpec
 from kdcli.detectors.build import build_to_fill
-from kdcli.detectors.soundness import require_finite, require_plain, require_same_kinds
-from kdcli.detectors.state_dicts import KEYS, is_state_dict, name_content
+from kdcli.detectors.soundness import require_finite, require_plain
+from kdcli.detectors.state_dicts import is_said, name_checkpoint
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.files import load_torch
 from kdcli.structures import Canvas
@@ -72,7 +72,6 @@ def load_detector(path: Path | str) -> tuple[Detector, CheckpointMeta]:
         spec = ModelSpec.from_json(content["model"])
         Canvas.parse(content["canvas"])
         detector = build_to_fill(spec, weights)
-        require_same_kinds(detector.state_dict(), weights, "the weights")
         detector.load_state_dict(weights, strict=True)
     except (OptionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -82,9 +81,10 @@ def load_detector(path: Path | str) -> tuple[Detector, CheckpointMeta]:
     require_finite(weights, f"checkpoint '{file}'")
     if len(content["classes"]) != spec.num_classes:
         raise OptionError(f"checkpoint '{file}': {len(content['classes'])} classes for {spec.num_classes} outputs")
-    if not all(_is_category(entry) for entry in content["classes"]):
-        raise OptionError(f"checkpoint '{file}': 'classes' is not a list of ids and names")
-    classes = ClassList.from_json(content["classes"])
+    try:
+        classes = ClassList.from_json(content["classes"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise OptionError(f"checkpoint '{file}': 'classes' is not a list of ids and names") from error
     meta = CheckpointMeta(file, classes, content["canvas"], content["weights_sha256"], content["extra"])
     return detector.eval(), meta
 
@@ -109,36 +109,14 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _is_category(entry: object) -> bool:
-    """Whether it is ``{"id": ..., "name": ...}`` with an id that COCO files can have."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        return False
-    return type(entry.get("id")) is int and abs(entry["id"]) < 2**63
-
-
 def _check_format(content: object, file: Path) -> None:
-    said = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not isinstance(said, str) or said != FORMAT:
-        raise OptionError(f"checkpoint '{file}': not a kdcli checkpoint ({_name_foreign(content)})")
-    version = content.get("version")
-    if type(version) is not int or version != VERSION:
-        raise OptionError(f"checkpoint '{file}': version {str(version)[:40]}, this kdcli reads {VERSION}")
+    if not isinstance(content, dict) or not is_said(content.get("format"), FORMAT):
+        raise OptionError(f"checkpoint '{file}': not a kdcli checkpoint ({name_checkpoint(content)})")
+    if not is_said(content.get("version"), VERSION):
+        raise OptionError(
+            f"checkpoint '{file}': version {repr(content.get('version'))[:40]}, this kdcli reads {VERSION}"
+        )
     kinds = {"model": dict, "classes": list, "canvas": str, "weights": dict, "weights_sha256": str, "extra": dict}
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
             raise OptionError(f"checkpoint '{file}': '{key}' is missing or not a {kind.__name__}")
-    if not is_state_dict(content["weights"]) or not all(isinstance(name, str) for name in content["model"]):
-        raise OptionError(f"checkpoint '{file}': 'model' or 'weights' is not what kdcli writes; the file is damaged")
-
-
-def _name_foreign(content: object) -> str:
-    """What stands in the place of a checkpoint, and where it belongs."""
-    if isinstance(content, dict):
-        state = next((content[key] for key in KEYS if is_state_dict(content.get(key))), content)
-        if is_state_dict(state):
-            if any(name.endswith(("roi_heads.box_predictor.cls_score.bias", "cls_logits.bias")) for name in state):
-                return "a detector of torchvision: make it one with kdcli convert --from torchvision"
-            if any("backbone.conv1.weight" in name for name in state):
-                return "a detector of mmdet: make it one with kdcli convert --from mmdet"
-            return "a backbone goes to --backbone-weights"
-    return name_content(content)

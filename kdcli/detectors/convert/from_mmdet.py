@@ -105,7 +105,7 @@ def _fcos_variant(file: MmdetFile) -> FcosVariant:
 def _require_anchors(kind: str, config: str) -> None:
     """Raises OptionError when the config has other anchors than ours; of one size, no weight shows them."""
     ours = recipe_of(ModelSpec(kind, "resnet18", 1)).grid.base_scale
-    for side in re.findall(r"\boctave_base_scale=\s*([\d.]+)", config):
+    for side in re.findall(r"\boctave_base_scale=\s*(\d{1,9}(?:\.\d{1,9})?)\b", config):
         if float(side) != ours:
             raise OptionError(f"the config in the file has octave_base_scale={side}, kdcli's {kind} {ours:g}")
 

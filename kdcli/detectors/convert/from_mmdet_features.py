@@ -128,8 +128,8 @@ def find_neck(given: FeatureNeck | None, config: str, weights: Mapping[str, Tens
 
 def _by_shape(weights: Mapping[str, Tensor]) -> str | None:
     """What the first extra conv reads, by its input channels; None where C5 and P5 have the same number."""
-    channels = weights["neck.fpn_convs.3.conv.weight"].shape[1]
-    wide, narrow = (weights[f"neck.{part}.2.conv.weight"].shape[1] for part in ("lateral_convs", "fpn_convs"))
+    keys = (f"neck.{part}.conv.weight" for part in ("fpn_convs.3", "lateral_convs.2", "fpn_convs.2"))
+    channels, wide, narrow = (size_of(weights, key, inputs=True) for key in keys)
     if wide == narrow:
         return None
     return {wide: "on_input", narrow: "on_output"}.get(channels)

@@ -69,10 +69,10 @@ def deformable_of(weights: Mapping[str, Tensor]) -> Dcn:
     return versions[outputs.pop()]
 
 
-def size_of(weights: Mapping[str, Tensor], key: str) -> int:
-    """Outputs of the layer whose weight is ``key``. Raises OptionError where there is none."""
+def size_of(weights: Mapping[str, Tensor], key: str, *, inputs: bool = False) -> int:
+    """Outputs (``inputs``: what it reads) of the layer whose weight is ``key``. Raises OptionError where there is none."""
     if key not in weights:
         raise OptionError(f"no '{key}' among the weights: not a plain model of mmdet's configs")
     if weights[key].ndim not in (2, 4) or not weights[key].numel():  # linear, conv
         raise OptionError(f"'{key}' has the shape {tuple(weights[key].shape)}: not a plain model of mmdet's configs")
-    return len(weights[key])
+    return weights[key].shape[1 if inputs else 0]

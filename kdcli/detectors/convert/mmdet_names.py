@@ -55,7 +55,7 @@ def renamed(weights: Mapping[str, Tensor], *, two_stage: bool) -> dict[str, Tens
     state, unknown, scales = {}, [], {}
     for key, value in weights.items():
         tower, scale = _TOWER.fullmatch(key), _SCALE.fullmatch(key)
-        if scale and not two_stage and value.numel() == 1:
+        if scale and not two_stage and value.numel() == 1 and value.is_floating_point():
             scales[int(scale[1])] = value.reshape(())
         elif tower and not two_stage:
             place = int(tower[2]) * (3 if normed else 2) + (tower[3] == "gn")  # conv, norm if any, relu
