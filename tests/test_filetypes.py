@@ -55,7 +55,7 @@ def test_what_other_libraries_put_beside_weights_is_inert(tmp_path: Path) -> Non
         buffer = found["hub"]["log_scalars"]["loss"]
         assert type(buffer) is Inert
         assert vars(buffer) == {}
-        with pytest.raises(OptionError, match="it holds mmengine.logging.history_buffer.HistoryBuffer"):
+        with pytest.raises(OptionError, match="it holds mmengine"):
             load_torch(tmp_path / "a.pth", what="checkpoint")  # of kdcli, which writes none
 
 

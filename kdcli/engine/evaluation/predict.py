@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdcli.classes import ClassList
-from kdcli.data.images import UNREADABLE, decode_image, unreadable
+from kdcli.data.images import UNREADABLE, decode_image, require_within_limit, unreadable
 from kdcli.data.views import render, to_image, view_geometry
 from kdcli.detectors.base import Detector
 from kdcli.engine.evaluation.coco_metrics import coco_results, write_detections
@@ -99,8 +99,11 @@ def _look(file: Path) -> tuple[tuple[int, int], int]:
     """(height, width) after the EXIF orientation, since no annotation says how the image should lie; number of frames."""
     try:
         with Image.open(file) as image:
+            require_within_limit(image, file)
             turned = image.getexif().get(274, 1) in (5, 6, 7, 8)  # these orientations swap the sides
             size = (image.width, image.height) if turned else (image.height, image.width)
             return size, getattr(image, "n_frames", 1) if image.format in FRAMES else 1
+    except DataError:
+        raise
     except UNREADABLE as error:
         raise unreadable(file, error) from error
