@@ -8,6 +8,8 @@ from pathlib import Path
 
 HEAD = 512  # bytes; tar has its mark at 257
 
+A_TEXT = "a text", ""  # that says nothing of where it comes from
+
 _LFS = b"version https://git-lfs.github.com/spec/"
 _UNPACK, _AGAIN = "unpack it", "download it again"
 # place, bytes there -> what such a file is, and what to do about it where that does not depend on what was wanted
@@ -78,7 +80,7 @@ def _name_text(head: bytes) -> tuple[str, str] | None:
             head.decode("utf-8", "strict" if len(head) < HEAD else "ignore")
         except UnicodeDecodeError:
             return None
-        return "a text", ""
+        return A_TEXT
     return None
 
 

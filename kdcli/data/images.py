@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from kdcli.errors import DataError, MissingPathError
-from kdcli.filetypes import name_file
+from kdcli.filetypes import A_TEXT, name_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,7 +140,7 @@ def unreadable(path: Path, error: BaseException) -> DataError:
     reason, fix = " ".join(str(error).split())[:200] or type(error).__name__, "replace the file"
     if isinstance(error, UnidentifiedImageError):  # its own text names a BytesIO object by its address
         reason = "of no known image format"
-        if path.is_file() and (known := name_file(path)) is not None:
+        if path.is_file() and (known := name_file(path)) is not None and known != A_TEXT:
             head = ", with a damaged header" if known[0].endswith("picture") else ""
             reason, fix = f"it is {known[0]}{head}", known[1] or fix
     elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
