@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from kdcli.classes import Category, ClassList
 from kdcli.cli.main import run
 from kdcli.detectors.backbones import Backbone, load_backbone_weights
 from kdcli.detectors.base import ModelSpec
-from kdcli.detectors.build import build_detector
+from kdcli.detectors.build import build_detector, build_to_fill
 from kdcli.detectors.convert.file import convert_file
 from kdcli.detectors.soundness import require_sound, zero_kernels
-from kdcli.detectors.weights import export, load_detector, weights_sha256
+from kdcli.detectors.weights import export, load_detector
 from kdcli.errors import OptionError
 from kdcli.files import atomic_save
 from tests.support.mmdet_case import config_text, weights
@@ -95,29 +96,32 @@ def test_a_variance_below_zero_and_other_shapes_are_refused(tmp_path: Path) -> N
 
 
 def test_checkpoints_of_ours(tmp_path: Path) -> None:
-    """With a right sha256, as of a run that diverged."""
-    torch.manual_seed(1)
-    content = export(build_detector(SPEC), CLASSES, "64", {})
-    good, file = content["weights"], tmp_path / "a.pt"
-    for key, change, words in (
-        ("head.cls.weight", _one(float("nan")), "'head.cls.weight' holds NaN"),
-        ("head.scales", _one(float("inf")), "'head.scales' holds an infinite number"),
-        ("backbone.conv1.1.running_var", _one(-1.0), "holds a variance of -1"),
-        ("head.cls.weight", lambda v: v.to(torch.complex64), "'head.cls.weight' is complex"),
+    """As a run that diverged writes them, all checksums right."""
+    file = tmp_path / "a.pt"
+    for key, value, words in (
+        ("head.cls.weight", float("nan"), "'head.cls.weight' holds NaN"),
+        ("head.scales", float("inf"), "'head.scales' holds an infinite number"),
+        ("backbone.conv1.1.running_var", -1.0, "holds a variance of -1"),
     ):
-        changed = {**good, key: change(good[key])}
-        atomic_save({**content, "weights": changed, "weights_sha256": weights_sha256(changed)}, file)
+        detector = build_detector(SPEC)
+        detector.state_dict()[key].view(-1)[0] = value
+        atomic_save(export(detector, CLASSES, "64", {}), file)
         with pytest.raises(OptionError, match=words):
             load_detector(file)
+    content = export(build_detector(SPEC), CLASSES, "64", {})
+    changed = {**content["weights"], "head.cls.weight": content["weights"]["head.cls.weight"].to(torch.complex64)}
+    atomic_save({**content, "weights": changed}, file)
+    with pytest.raises(OptionError, match=r"a\.pt': 'head\.cls\.weight' is complex"):
+        load_detector(file)
 
 
-@pytest.mark.full
-def test_numbers_that_its_weights_cannot_fill(tmp_path: Path) -> None:
-    content, file = export(build_detector(SPEC), CLASSES, "64", {}), tmp_path / "a.pt"
-    for field, value in (("fpn_channels", 32_000), ("tower_convs", 10**9), ("num_classes", 2**70), ("reg_max", 10**12)):
-        atomic_save({**content, "model": {**content["model"], field: value}}, file)
-        with pytest.raises(OptionError, match=rf"its weights are \d+ numbers, too few for .*{field} = {value}"):
-            load_detector(file)
+@pytest.mark.parametrize(
+    ("field", "value"), [("fpn_channels", 32_000), ("tower_convs", 10**9), ("num_classes", 2**70), ("reg_max", 10**12)]
+)
+def test_numbers_that_its_weights_cannot_fill(field: str, value: int) -> None:
+    given = {"w": torch.empty(10**7)}
+    with pytest.raises(OptionError, match=rf"its weights are 10000000 numbers, too few for .*{field} = {value}"):
+        build_to_fill(replace(SPEC, **{field: value}), given)  # type: ignore[arg-type]
 
 
 def test_a_wide_detector_is_not_refused(tmp_path: Path) -> None:
