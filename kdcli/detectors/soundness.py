@@ -25,8 +25,8 @@ def require_plain(weights: Mapping[str, Tensor], where: str) -> None:
     ``torch.zeros(1).expand(10**12)`` is 4 bytes of a file, and what is made from its shape 4 TB.
     """
     for name, value in weights.items():
-        if not isinstance(name, str):
-            raise OptionError(f"{where}: a weight has a {type(name).__name__} as its name; the file is damaged")
+        if not isinstance(name, str) or not isinstance(value, Tensor):  # whatever the file holds under 'weights'
+            raise OptionError(f"{where}: holds {_shown(str(name))}, a {type(value).__name__}: not names and tensors")
         kind = _kind(value)
         if kind is not None:
             raise OptionError(f"{where}: {_shown(name)} is {kind}; save plain weights")
