@@ -10,12 +10,16 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from kdcli.errors import MissingPathError, NoSpaceError, OptionError
+from kdcli.filetypes import name_file
 
 # what a file system says that cannot sync a folder, or anything: an extra safety against a power cut, and no reason to stop
 NO_SYNC = (
@@ -99,25 +103,82 @@ def require_beside(path: Path) -> None:
         )
 
 
-def load_torch(path: Path, *, what: str) -> Any:
+class ForeignObjectsError(OptionError):
+    """A file holds objects beside tensors and plain values. They are not made, whatever they are."""
+
+
+class Inert:
+    """Stands in a loaded file for an object of another library that is not made: it ignores what it is given."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+# What mmcv, mmengine and training loops put beside the weights. Only the names are known here: nothing is imported or called.
+INERT = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "mmengine.config.config.ConfigDict",
+    "builtins.getattr",  # how a HistoryBuffer names its methods
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
+
+
+def load_torch(path: Path, *, what: str, foreign: bool = False) -> Any:
     """Read a file of ``torch.save`` to the CPU without unpickling anything but tensors and plain values.
 
-    ``what`` names the file in errors, e.g. ``"checkpoint"``. Raises MissingPathError, or OptionError for a file that
-    is no such file. Bytes of tensors are not checked by PyTorch: a flipped bit in one is read as data.
+    ``what`` names the file in errors, e.g. ``"checkpoint"``. ``foreign``: of another library; what INERT names is an
+    ``Inert`` in what is returned. Raises MissingPathError, ForeignObjectsError, or OptionError for a file that is no such
+    file, naming it for what it is. Bytes of tensors are not checked by PyTorch: a flipped bit in one is read as data.
     """
     import torch
 
     if not path.is_file():
         raise MissingPathError(f"{what} '{path}': no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _require_no_bomb(path, what)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(Inert, n) for n in INERT if foreign]):
+            warnings.simplefilter("ignore")  # torch's, on a pickle protocol that it then refuses or reads
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OptionError:
+        raise
     except Exception as error:  # a torn or foreign file fails in the zip reader, the unpickler or a constructor
-        if (
-            isinstance(error, OSError) and error.errno != errno.EINVAL
-        ):  # EINVAL: torn, its zip directory points before it
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which PyTorch makes of a file that is cut off
             raise
-        reason = str(error).split("\n", 1)[0][:120] or type(error).__name__
-        raise OptionError(f"{what} '{path}': not a PyTorch file of plain tensors, or torn ({reason})") from error
+        raise _no_torch_file(path, what, error) from error
+
+
+def _require_no_bomb(path: Path, what: str) -> None:
+    """PyTorch takes memory for what an entry claims to unpack to; torch.save packs nothing, so that it is in the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError):
+        return  # an old file, or none
+    if claimed > path.stat().st_size:
+        raise OptionError(
+            f"{what} '{path}': claims to unpack to {claimed} bytes, more than it has; load it where it was made and write "
+            "it again with torch.save"
+        )
+
+
+def _no_torch_file(path: Path, what: str, error: Exception) -> OptionError:
+    said = f"{what} '{path}': not a PyTorch file of plain tensors"
+    text = str(error)
+    if match := re.search(r"GLOBAL ([^\s]+)", text):  # torch's word for a name in a pickle
+        named = match[1][:100].encode("unicode_escape").decode()
+        if named.startswith(("ultralytics.", "models.yolo", "models.common")):
+            return OptionError(f"{said}: a model of Ultralytics ({named}), which kdcli cannot read")
+        return ForeignObjectsError(f"{said}: it holds {named}, and kdcli makes no objects of a file")
+    known = name_file(path)
+    if known is not None:
+        name, fix = known
+        return OptionError(f"{said} but {name}{f'; {fix}' if fix else '; name a file of torch.save'}")
+    unpickler = re.search(r"WeightsUnpickler error: (.*)", text)
+    reason = unpickler[1] if unpickler else text.split("\n", 1)[0]
+    return OptionError(f"{said}, or torn ({reason.strip()[:120] or type(error).__name__}); copy or save it again")
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:

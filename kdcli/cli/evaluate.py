@@ -95,8 +95,8 @@ def predict(
     keep_freed_memory(chosen)
     names = meta.classes.names
     turned = convert("exif", exif or "auto", Exif) != "ignore"
-    files = image_files(source)
-    require_images(files, turned)
+    files, left_out = image_files(source)
+    several = require_images(files, turned)
     stems = [file.stem for file in files]  # a.jpg and a.png must not draw over each other
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -110,6 +110,10 @@ def predict(
             save_png(picture, name)
             drawn.append({"image": str(found.file), "drawn": str(name), "detections": int(keep.sum())})
             reporter.advance(1)
+        if left_out:
+            reporter.message(f"left out {pluralize(left_out, 'name')} in {source}: hidden, or no file")
+        if several:
+            reporter.message(f"{pluralize(several, 'image')} of several frames or pages: the first was taken")
         reporter.message(f"{pluralize(len(drawn), 'drawing')} and detections.json in {out}")
     if json:
         print_json({"images": drawn})

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
+import stat
 import struct
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from kdcli.data.exif import is_turned, orientation_of, placed, stored_size
 from kdcli.errors import DataError, MissingPathError
 from kdcli.files import read_regular
+from kdcli.filetypes import A_TEXT, name_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +38,18 @@ UNREADABLE = (
     EOFError,
     OverflowError,
     NotImplementedError,
+    RuntimeError,  # of AVIF's decoder
+    MemoryError,
     struct.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+# formats that another program would have to draw (Pillow starts Ghostscript) or that Pillow only recognises
+DRAWN_ELSEWHERE = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
+MAX_TEXT = "MAX_TEXT_"  # in Pillow's word for a PNG with more compressed text than it takes: 1 MB in a chunk
+
+# Pillow's own remarks on odd files; what is wrong with a picture is said here, in one line that names it
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageSizeError(DataError):
@@ -68,7 +80,7 @@ def decode_image(
     except DataError:
         raise
     except UNREADABLE as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return pixels, hashlib.sha256(data).digest()
 
 
@@ -89,6 +101,7 @@ def probe_image(path: Path, expected_size: tuple[int, int], exif: bool = True) -
     Raises as `read_image` does for a missing file, no image, another size.
     """
     try:
+        _require_file(path)
         with Image.open(path) as image:
             tag, _ = _orientation(image, expected_size, path, exif)
             return tag, stored_size(image)
@@ -97,7 +110,7 @@ def probe_image(path: Path, expected_size: tuple[int, int], exif: bool = True) -
     except FileNotFoundError as error:
         raise _missing(path) from error
     except UNREADABLE as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -106,29 +119,55 @@ def _read_bytes(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise _missing(path) from error
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
+
+
+def _require_file(path: Path) -> None:
+    """Raises OSError for what a reader would wait for or read for ever: a pipe, a device. 2 us."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("no regular file")
 
 
 def _missing(path: Path) -> MissingPathError:
     return MissingPathError(f"image {path} does not exist; restore it or remove it from the annotations")
 
 
-def _unreadable(path: Path, error: BaseException) -> DataError:
+def unreadable(path: Path, error: BaseException) -> DataError:
+    """The error for a picture on which Pillow, or reading it, raised ``error``: one of ``UNREADABLE``."""
+    reason, fix = " ".join(str(error).split())[:200] or type(error).__name__, "replace the file"
     if isinstance(error, UnidentifiedImageError):  # its own text names a BytesIO object by its address
         reason = "of no known image format"
-    else:
-        reason = " ".join(str(error).split()) or type(error).__name__
-    return DataError(f"image {path} cannot be decoded ({reason}); replace the file")
+        if path.is_file() and (known := name_file(path)) is not None and known != A_TEXT:
+            head = ", with a damaged header" if known[0].endswith("picture") else ""
+            reason, fix = f"it is {known[0]}{head}", known[1] or fix
+    elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        pixels = re.search(r"\((\d+) pixels\)", reason)
+        return _too_large(path, pixels[1] if pixels else "too many")
+    elif MAX_TEXT in reason:
+        reason, fix = "it holds over 1 MB of text beside its pixels", "save it again without its metadata"
+    elif isinstance(error, MemoryError):
+        reason = "not enough memory for it"
+    return DataError(f"image {path} cannot be decoded ({reason}); {fix}")
+
+
+def require_within_limit(image: Image.Image, path: Path | str) -> None:
+    """Raise DataError for more pixels than Pillow's limit, up to twice of which it only warns. Before asking for the EXIF:
+    to find that of a PNG Pillow decodes it, 19 s for 100 million pixels that are not there."""
+    limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+    if limit is not None and pixels > limit:
+        raise _too_large(path, pixels)
+
+
+def _too_large(path: Path | str, pixels: int | str) -> DataError:
+    return DataError(f"image {path} has {pixels} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}; scale it down")
 
 
 def _orientation(
     image: Image.Image, expected: tuple[int, int], path: Path | str, exif: bool
 ) -> tuple[int, bool]:  # fmt: skip
     """The orientation tag of the image, and whether the image is turned by it to have the ``expected`` (height, width)."""
+    require_within_limit(image, path)
     height, width = stored_size(image)
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:  # Pillow itself only warns up to twice the limit
-        raise DataError(f"image {path} has {width * height} pixels, over the limit of {limit}; scale it down")
     tag = orientation_of(image)
     turn = is_turned(tag, (height, width), expected, exif)
     if not turn and expected != (height, width):
@@ -144,6 +183,8 @@ def _orientation(
 
 def _rgb(image: Image.Image, path: Path | str) -> NDArray[np.uint8]:
     """Any Pillow mode as a writable uint8 array [h, w, 3]."""
+    if image.format in DRAWN_ELSEWHERE:
+        raise DataError(f"image {path} is a drawing or recording ({image.format}), not pixels; save it as PNG")
     if image.mode == "F":
         raise DataError(f"image {path} holds floating-point pixels of no known range; save it with 8 or 16 bit")
     if image.mode == "I" or image.mode.startswith("I;16"):

@@ -19,6 +19,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from kdcli.detectors.base import BatchNormMode, Dcn
 from kdcli.detectors.deformable import use_deformable
+from kdcli.detectors.soundness import require_same_kinds, require_sound
+from kdcli.detectors.state_dicts import unwrapped, weights_in
 from kdcli.errors import MissingPathError, OptionError, did_you_mean
 from kdcli.files import load_torch
 
@@ -191,6 +193,7 @@ def load_backbone_weights(backbone: Backbone, source: str) -> None:
     ]
     if problems:
         raise OptionError(f"backbone weights '{source}' are not those of {backbone.name}: keys {'; '.join(problems)}")
+    require_same_kinds(own, state, f"backbone weights '{source}'")
     backbone.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)
 
 
@@ -245,7 +248,12 @@ def _imagenet(name: str) -> dict[str, Tensor]:
 def _state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise MissingPathError(f"backbone weights '{path}': no such file; write none, imagenet or the path of a file")
-    state = load_torch(path, what="backbone weights")
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise OptionError(f"backbone weights '{path}': not a torchvision state dict (names to tensors)")
+    content = load_torch(path, what="backbone weights", foreign=True)
+    try:
+        state = unwrapped(weights_in(content)[0])
+    except OptionError as error:
+        raise OptionError(
+            f"backbone weights '{path}': not a torchvision state dict (names to tensors): {error}"
+        ) from error
+    require_sound(state, f"backbone weights '{path}'")
     return state

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from kdcli.detectors.backbones import BACKBONES, Backbone, load_backbone_weights
 from kdcli.detectors.base import MM_FEATURES, Detector, ModelSpec, count_parameters
@@ -10,6 +14,7 @@ from kdcli.detectors.convert.recipes import MM_FASTER_RCNN, TORCHVISION, build_t
 from kdcli.detectors.dense.detector import DenseDetector
 from kdcli.detectors.dense.recipes import ATSS, FCOS, FCOS_PLAIN, GFL, RETINANET, Recipe, with_options
 from kdcli.detectors.features import FeaturesDetector, without_head
+from kdcli.detectors.soundness import count_elements
 from kdcli.detectors.two_stage.detector import TwoStageDetector
 from kdcli.detectors.two_stage.recipes import FASTER_RCNN, TwoStageRecipe
 from kdcli.errors import OptionError, did_you_mean
@@ -19,6 +24,7 @@ __all__ = [
     "DETECTORS",
     "ModelSpec",
     "build_detector",
+    "build_to_fill",
     "count_parameters",
     "default_keys",
     "default_lr",
@@ -34,6 +40,8 @@ DETECTORS: dict[str, Recipe | TwoStageRecipe | type[Detector]] = {  # kdcli.plug
 }
 NAMES = (*DETECTORS, *TORCHVISION, MM_FASTER_RCNN.name)  # the latter: with the conventions of converted weights
 DEFAULT_LR = 0.01  # for 16 images a step: mmdet's of every dense detector here
+# Up to here a detector takes under 1 GB whatever else its spec says; beyond, its size is looked at before it is built.
+ORDINARY = {"num_classes": 2000, "fpn_channels": 1024, "tower_convs": 16, "head_channels": 4096, "reg_max": 128}
 YOURS = "if it is yours, name its file with kdcli --plugin FILE"
 
 
@@ -113,6 +121,29 @@ def build_detector(spec: ModelSpec, backbone_weights: str = "none") -> Detector:
             )
         load_backbone_weights(backbone, backbone_weights)
     return detector
+
+
+def build_to_fill(spec: ModelSpec, weights: Mapping[str, Tensor]) -> Detector:
+    """``build_detector`` of a spec that came with ``weights`` out of a file; draws nothing from torch's global generator.
+
+    Raises OptionError, too, when they could not fill it: a file of 4 kB may speak of 10^9 channels.
+    """
+    with torch.random.fork_rng(devices=[]):
+        own = isinstance(_recipe_named(spec.detector), type)  # a user's class may not know the device meta
+        if not own and any((getattr(spec, name) or 0) > most for name, most in ORDINARY.items()):
+            _require_enough(spec, weights)
+        return build_detector(spec)
+
+
+def _require_enough(spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
+    given = count_elements(weights.values())
+    wanted = max(getattr(spec, name) or 0 for name in ORDINARY)
+    if wanted <= given and spec.tower_convs <= len(weights):  # else its modules alone would take minutes
+        with torch.device("meta"):
+            wanted = count_elements(build_detector(replace(spec, bn="train")).state_dict().values())
+    if wanted > given or spec.tower_convs > len(weights):
+        sizes = ", ".join(f"{name} = {getattr(spec, name)}" for name in ORDINARY)
+        raise OptionError(f"its weights are {given} numbers, too few for a {spec.name} of {sizes}; the file is damaged")
 
 
 def _recipe_named(detector: str) -> Recipe | TwoStageRecipe | type[Detector] | None:

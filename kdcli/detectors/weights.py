@@ -16,7 +16,9 @@ from torch import Tensor
 
 from kdcli.classes import ClassList
 from kdcli.detectors.base import Detector, ModelSpec
-from kdcli.detectors.build import build_detector
+from kdcli.detectors.build import build_to_fill
+from kdcli.detectors.soundness import require_finite, require_plain
+from kdcli.detectors.state_dicts import is_said, name_checkpoint
 from kdcli.digest import DIGEST, digest_of, is_intact
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.files import load_torch
@@ -61,7 +63,8 @@ def load_detector(path: Path | str) -> tuple[Detector, CheckpointMeta]:
     """The detector of a checkpoint file, or of a run folder's ``weights/last.pt``, on the CPU and in eval mode.
 
     Draws nothing from torch's global generator, so that a run with a live teacher starts from the same student as one
-    without. Raises MissingPathError, or OptionError when the file is foreign, torn or corrupt.
+    without. Raises MissingPathError, or OptionError when the file is foreign, torn or corrupt, or its weights are not
+    finite.
     """
     file = checkpoint_path(path)
     content = load_torch(file, what="checkpoint")
@@ -69,16 +72,18 @@ def load_detector(path: Path | str) -> tuple[Detector, CheckpointMeta]:
     spec, classes = _described(content, file)
     if not is_intact(_beside_weights(content)):
         raise OptionError(f"checkpoint '{file}': corrupt, its content does not match its digest; copy it again")
+    weights = content["weights"]
+    require_plain(weights, f"checkpoint '{file}'")
     try:
-        with torch.random.fork_rng(devices=[]):
-            detector = build_detector(spec)
-        _require_tensors(content["weights"], detector.state_dict())
-        detector.load_state_dict(content["weights"], strict=True)
+        detector = build_to_fill(spec, weights)
+        _require_tensors(weights, detector.state_dict())
+        detector.load_state_dict(weights, strict=True)
     except (OptionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OptionError(f"checkpoint '{file}': {reason}") from error
-    if weights_sha256(content["weights"]) != content["weights_sha256"]:
+    if weights_sha256(weights) != content["weights_sha256"]:
         raise OptionError(f"checkpoint '{file}': corrupt, its weights do not match their sha256; copy it again")
+    require_finite(weights, f"checkpoint '{file}'")
     meta = CheckpointMeta(file, classes, content["canvas"], content["weights_sha256"], content["extra"])
     return detector.eval(), meta
 
@@ -104,10 +109,12 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def _check_format(content: object, file: Path) -> None:
-    if not isinstance(content, dict) or type(content.get("format")) is not str or content["format"] != FORMAT:
-        raise OptionError(f"checkpoint '{file}': not a kdcli checkpoint (a backbone goes to --backbone-weights)")
-    if type(content.get("version")) is not int or content["version"] != VERSION:
-        raise OptionError(f"checkpoint '{file}': version {content.get('version')}, this kdcli reads {VERSION}")
+    if not isinstance(content, dict) or not is_said(content.get("format"), FORMAT):
+        raise OptionError(f"checkpoint '{file}': not a kdcli checkpoint ({name_checkpoint(content)})")
+    if not is_said(content.get("version"), VERSION):
+        raise OptionError(
+            f"checkpoint '{file}': version {repr(content.get('version'))[:40]}, this kdcli reads {VERSION}"
+        )
     kinds = {"model": dict, "classes": list, "canvas": str, "weights": dict, "weights_sha256": str, "extra": dict}
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
@@ -136,7 +143,9 @@ def _described(content: Mapping[str, Any], file: Path) -> tuple[ModelSpec, Class
     try:
         return spec, ClassList.from_json(entries)
     except ValueError as error:
-        raise OptionError(f"checkpoint '{file}': 'classes' is not a list of ids and names, each once ({error})") from error
+        raise OptionError(
+            f"checkpoint '{file}': 'classes' is not a list of ids and names, each once ({error})"
+        ) from error
 
 
 def _beside_weights(content: Mapping[str, Any]) -> dict[str, Any]:

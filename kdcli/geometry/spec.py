@@ -33,7 +33,8 @@ class JsonSpec:
         known = {field.name: hints[field.name] for field in fields(cls)}
         for name, given in value.items():
             if name not in known:
-                raise OptionError(f"{cls.__name__}: unknown field '{name[:40]}'{did_you_mean(name, known)}")
+                shown = str(name)[:40]
+                raise OptionError(f"{cls.__name__}: unknown field '{shown}'{did_you_mean(shown, known)}")
             if not _fits(given, known[name]):
                 raise OptionError(f"{cls.__name__}: field '{name}' cannot be {str(given)[:40]!r}")
         for field in fields(cls):

@@ -6,6 +6,7 @@ import datetime
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -15,6 +16,8 @@ from kdcli.cli.main import run
 from kdcli.detectors.convert.coco import COCO_CLASSES
 from kdcli.detectors.weights import load_detector
 from tests.support.mmdet_case import config_text, weights
+from tests.support.selection import matrix
+from tests.support.wild_weights import message_hub, saved, unzipped, zipped
 
 NAMES = ("disk", "box", "star")
 
@@ -131,6 +134,95 @@ def test_nothing_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "tools/model_converters/publish_model.py" in said
 
 
+@pytest.mark.full
+def test_training_files_are_taken_without_making_their_objects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """numpy scalars of mmcv's hooks under both of numpy's paths, mmengine's message hub, an old file."""
+    meta = {"cfg": config_text("gfl"), "CLASSES": NAMES, "hook_msgs": {"best_score": np.float64(0.4), "n": np.ones(3)}}
+    data = saved({"state_dict": weights("gfl"), "meta": meta, "message_hub": message_hub()})
+    other = (b"numpy.core.multiarray", b"numpy._core.multiarray")
+    pickles = [unzipped(data)["archive/data.pkl"].replace(*order) for order in (other, other[::-1])]
+    assert pickles[0] != pickles[1]
+    old = saved({"state_dict": weights("gfl"), "meta": meta}, old=True)
+    for k, content in enumerate([*(zipped({**unzipped(data), "archive/data.pkl": p}) for p in pickles), old]):
+        file, out = tmp_path / f"{k}.pth", tmp_path / f"{k}.pt"
+        file.write_bytes(content)
+        assert run(["convert", str(file), "--from", "mmdet", "--out", str(out)]) == 0, capsys.readouterr().err
+        assert load_detector(out)[1].classes.names == list(NAMES)
+
+
+def test_flat_ema_buffers_are_the_raw_weights(gfl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """mmdet 2.x swaps the two sets before it writes, so that the plain names are what it scored."""
+    raw = {f"ema_{name.replace('.', '_')}": value + 1 for name, value in weights("gfl").items()}
+    meta = {"cfg": config_text("gfl"), "CLASSES": NAMES}
+    torch.save({"state_dict": {**weights("gfl"), **raw}, "meta": meta}, tmp_path / "ema.pth")
+    shas = []
+    for file in (tmp_path / "ema.pth", gfl):
+        out = tmp_path / f"{file.stem}.pt"
+        assert run(["convert", str(file), "--from", "mmdet", "--out", str(out), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        shas.append(found["weights_sha256"])
+        if file != gfl:
+            assert found["left_out"].startswith(f"ema_* ({len(raw)} raw weights of an EMA hook; the plain names hold")
+    assert shas[0] == shas[1]
+    strange = {**weights("gfl"), "ema_backbone_conv9_weight": torch.ones(1)}
+    torch.save({"state_dict": strange, "meta": meta}, tmp_path / "x.pth")
+    assert run(["convert", str(tmp_path / "x.pth"), "--from", "mmdet", "--out", str(tmp_path / "x.pt")]) == 3
+    assert "no place for: ema_backbone_conv9_weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", matrix(["module._orig_mod.", "module.", "model.", "_orig_mod.", "parts"]))
+def test_prefixes_of_wrappers(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {f"{prefix}{name}": value for name, value in weights("gfl").items()}
+    if prefix == "parts":  # that were compiled
+        state = {name.replace("backbone.", "backbone._orig_mod."): v for name, v in weights("gfl").items()}
+    meta = {"cfg": config_text("gfl"), "CLASSES": NAMES}
+    torch.save({"state_dict": state, "meta": meta}, tmp_path / "a.pth")
+    assert run(["convert", str(tmp_path / "a.pth"), "--from", "mmdet", "--out", str(tmp_path / "a.pt")]) == 0
+    loaded = load_detector(tmp_path / "a.pt")[0].state_dict()["neck.p7.weight"]
+    assert torch.equal(loaded, weights("gfl")["neck.fpn_convs.4.conv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"state": {0: {}}, "param_groups": []}, "it is an optimiser's state without the weights of a model"),
+        ({"format": "kdcli.checkpoint", "version": 1}, "it is a checkpoint of kdcli: give it to --init-from or"),
+        ({"progress": {}, "module": {}, "optimizer": {}}, "it is the state of a run of kdcli"),
+        ({"epoch": 3, "lr": 0.1}, "it has 'epoch', 'lr'"),
+        ({}, "it is empty"),
+    ],
+)
+def test_dictionaries_without_weights(
+    content: dict[str, object], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.pth"
+    torch.save(content, file)
+    flags = {"mmdet": [], "torchvision": ["--model", "fcos_resnet50_fpn"]}
+    for source, more in flags.items():
+        assert run(["convert", str(file), "--from", source, "--out", str(tmp_path / "a.pt"), *more]) == 3
+        said = capsys.readouterr().err
+        assert words in said
+        assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("mean=[1.2.3, 1, 1], std=[1, 1, 1], to_rgb=True", "normalises with '1.2.3, 1, 1', not with three numbers"),
+        ("mean=[., 1, 1], std=[1, 1, 1], to_rgb=True", "not with three numbers"),
+        ("mean=[1, 1, 1], std=[1, 0.0, 1], to_rgb=True", "divides by a deviation of 0; say which with --style"),
+        ("mean=[" + " " * 1_000_000, ""),  # took minutes
+    ],
+)
+def test_configs_that_are_none(config: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": weights("gfl"), "meta": {"cfg": config, "CLASSES": NAMES}}, tmp_path / "a.pth")
+    code = run(["convert", str(tmp_path / "a.pth"), "--from", "mmdet", "--out", str(tmp_path / "a.pt")])
+    assert code == (3 if words else 0)
+    assert words in capsys.readouterr().err
+
+
 def test_torchvision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With its 91 outputs the classes are COCO's, else they are to be named."""
     for outputs in (91, 4):
@@ -138,11 +230,17 @@ def test_torchvision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             "fcos_resnet50_fpn", weights=None, weights_backbone=None, num_classes=outputs
         )
         torch.save(model.state_dict(), tmp_path / f"{outputs}.pth")
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"model": state, "epoch": 26, "optimizer": {}}, tmp_path / "training.pth")  # of its reference scripts
     arguments = ["--from", "torchvision", "--model", "fcos_resnet50_fpn", "--out", str(tmp_path / "t.pt")]
     assert run(["convert", str(tmp_path / "4.pth"), *arguments]) == 3
     assert "does not name its 3 classes" in capsys.readouterr().err
     assert run(["convert", str(tmp_path / "91.pth"), *arguments]) == 0
     assert "tv_fcos_resnet50, 80 classes" in capsys.readouterr().err
+    data, out = annotations(tmp_path / "data", (1, "a"), (2, "b"), (3, "c")), tmp_path / "training.pt"
+    arguments = [*arguments[:-1], str(out), "--data", str(data), "--json"]
+    assert run(["convert", str(tmp_path / "training.pth"), *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"] == "epoch, optimizer"
     detector, meta = load_detector(tmp_path / "t.pt")
     assert meta.classes == COCO_CLASSES
     assert detector.spec.detector == "tv_fcos"

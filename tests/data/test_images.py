@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 
 from kdcli.data.images import ImageSizeError, probe_image, read_image
 from kdcli.errors import DataError, MissingPathError
+from tests.support.wild_pictures import SIZE as WILD_SIZE
+from tests.support.wild_pictures import encoded, readable_pictures, unreadable_pictures
 
 SIZE = (6, 9)  # height, width
 
@@ -134,3 +138,84 @@ def test_the_bomb_limit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(DataError, match=r"a\.png"):
             read_image(path, SIZE)
+
+
+READABLE, UNREADABLE = readable_pictures(), unreadable_pictures()
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, which kdcli.data.images switches off
+@pytest.mark.parametrize("name", sorted(READABLE))
+def test_odd_pictures_are_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(READABLE[name])
+    image, _ = read_image(tmp_path / name, WILD_SIZE)
+    assert image.shape == (3, *WILD_SIZE)
+    probe_image(tmp_path / name, WILD_SIZE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(UNREADABLE))
+def test_what_is_no_picture_is_named(name: str, tmp_path: Path) -> None:
+    data, words = UNREADABLE[name]
+    (tmp_path / name).write_bytes(data)
+    size = WILD_SIZE if name.startswith(("cut", "float", "drawing")) else (9, 9)
+    with pytest.raises(DataError) as caught:
+        read_image(tmp_path / name, size)
+    said = str(caught.value)
+    assert words in said
+    assert said.startswith(f"image {tmp_path / name} ")
+    assert said.isprintable()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    for look in (read_image, probe_image):
+        with pytest.raises(DataError, match=r"a\.jpg cannot be decoded \(no regular file\)"):
+            look(tmp_path / "a.jpg", SIZE)
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+def test_damage_of_any_kind_is_one_line(tmp_path: Path) -> None:
+    """400 damaged files of every format that Pillow writes here: pixels, or a DataError that names the file."""
+    chance, file, said = random.Random(0), tmp_path / "a", list[str]()
+    kinds = (
+        "JPEG",
+        "PNG",
+        "GIF",
+        "WEBP",
+        "BMP",
+        "PPM",
+        "TGA",
+        "JPEG2000",
+        "ICO",
+        "PCX",
+        "SGI",
+        "AVIF",
+        "DDS",
+        "IM",
+        "EPS",
+    )
+    pictures = [encoded(kind) for kind in kinds if kind in Image.SAVE]
+    assert len(pictures) > 12
+    for k in range(400):
+        data = bytearray(pictures[k % len(pictures)])
+        place = chance.randrange(min(len(data), chance.choice([60, 300, len(data)])))
+        change = chance.choice(["flip", "byte", "cut", "delete", "insert"])
+        if change == "flip":
+            data[place] ^= 1 << chance.randrange(8)
+        elif change == "byte":
+            data[place] = chance.choice([0, 255, 127, 128])
+        elif change == "cut":
+            del data[place:]
+        elif change == "delete":
+            del data[place : place + chance.randrange(1, 300)]
+        else:
+            data[place:place] = chance.randbytes(chance.randrange(1, 300))
+        file.write_bytes(data)
+        for look in (read_image, probe_image):
+            try:
+                look(file, WILD_SIZE)
+            except DataError as error:
+                said.append(str(error))
+    assert len(said) > 200
+    assert [line for line in said if not line.startswith(f"image {file} ") or "\n" in line] == []

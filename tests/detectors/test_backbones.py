@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -104,6 +105,15 @@ def test_file_without_the_classifier_loads(tmp_path: Path) -> None:
     assert torch.equal(backbone.state_dict()["stage4.0.branch1.0.weight"], state["stage4.0.branch1.0.weight"])
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.module."])
+def test_file_of_a_training_loads(prefix: str, tmp_path: Path) -> None:
+    state = {f"{prefix}{k}": v for k, v in torchvision.models.shufflenet_v2_x0_5(weights=None).state_dict().items()}
+    torch.save({"model": state, "epoch": 3, "best": np.float64(71.2)}, tmp_path / "w.pth")
+    backbone = Backbone("shufflenet_v2_x0_5")
+    load_backbone_weights(backbone, str(tmp_path / "w.pth"))
+    assert torch.equal(backbone.state_dict()["conv1.0.weight"], state[f"{prefix}conv1.0.weight"])
+
+
 def test_old_file_without_batch_counters_loads(tmp_path: Path) -> None:
     state = torchvision.models.resnet18(weights=None).state_dict()
     torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, tmp_path / "w.pth")
@@ -147,6 +157,8 @@ def test_file_of_another_backbone_or_no_state_dict_is_refused(tmp_path: Path) ->
         load_backbone_weights(Backbone("resnet18"), str(tmp_path / "other.pth"))
     torch.save({"model": {}}, tmp_path / "nested.pth")
     with pytest.raises(OptionError, match="not a torchvision state dict"):
+        load_backbone_weights(Backbone("resnet18"), str(tmp_path / "nested.pth"))
+    with pytest.raises(OptionError, match=r"not a torchvision state dict .*: it has 'model'"):
         load_backbone_weights(Backbone("resnet18"), str(tmp_path / "nested.pth"))
     (tmp_path / "junk.pth").write_bytes(b"junk" * 100)
     with pytest.raises(OptionError, match="not a PyTorch file"):

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from kdcli.classes import ClassList
 from kdcli.detectors.base import Detector, FcosVariant, FeatureNeck, count_parameters
 from kdcli.detectors.convert.classes import class_list
@@ -17,9 +15,12 @@ from kdcli.detectors.convert.from_mmdet import convert_mmdet
 from kdcli.detectors.convert.from_mmdet_features import convert_mmdet_features
 from kdcli.detectors.convert.from_torchvision import SOURCES as MODELS
 from kdcli.detectors.convert.from_torchvision import class_outputs, convert_torchvision
+from kdcli.detectors.convert.mmdet_names import some
+from kdcli.detectors.soundness import require_sound, zero_kernels
+from kdcli.detectors.state_dicts import unwrapped, weights_in
 from kdcli.detectors.weights import export
 from kdcli.errors import MissingPathError, OptionError, UsageError
-from kdcli.files import load_torch
+from kdcli.files import ForeignObjectsError, load_torch
 from kdcli.options import convert, parse_assignments
 
 STRIP = (
@@ -34,7 +35,9 @@ class ConvertedFile:
     checkpoint: dict[str, Any]
     detector: Detector
     classes: ClassList
-    found: dict[str, Any]  # what the file said: ``style``, ``fcos``, ``neck``, ``left_out``; each where there is one
+    found: dict[
+        str, Any
+    ]  # what the file said: ``style``, ``fcos``, ``neck``, ``left_out``, ``all_zero``; each where there is one
 
     @property
     def parameters(self) -> int:
@@ -72,6 +75,8 @@ def convert_file(
         if style or prefix is not None or assignments or features_only:
             raise OptionError("--style, --prefix, --set and --features-only belong to --from mmdet; leave them out")
         detector, names, found = _torchvision(content, file, model)
+    if zeros := zero_kernels(detector.state_dict()):
+        found["all_zero"] = some(zeros)
     listed = class_list(detector.spec.num_classes, names, classes, classes_from)
     checkpoint = export(detector, listed, canvas, {"converted_from": source, "file": file.name})
     return ConvertedFile(checkpoint=checkpoint, detector=detector, classes=listed, found=found)
@@ -81,8 +86,8 @@ def _load(file: Path, source: str) -> Any:
     if not file.is_file():
         raise MissingPathError(f"{source} file '{file}': no such file")
     try:
-        return load_torch(file, what=f"{source} file")
-    except OptionError as error:
+        return load_torch(file, what=f"{source} file", foreign=True)
+    except ForeignObjectsError as error:
         raise OptionError(
             f"{error}; {STRIP}" if source == "mmdet" else f"{error}; save its state dict alone"
         ) from error
@@ -126,11 +131,19 @@ def _mmdet_features(
 def _torchvision(content: Any, file: Path, model: str | None) -> tuple[Detector, list[str] | None, dict[str, Any]]:
     if model is None:
         raise UsageError(f"--model is missing: name torchvision's model, one of {', '.join(MODELS)}")
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise OptionError(f"{file}: not a state dict; save torchvision's model.state_dict() alone")
+    if isinstance(content, Mapping) and {"state_dict", "meta"} <= content.keys():
+        raise OptionError(
+            f"{file}: not a state dict; save torchvision's model.state_dict() alone (mmdet: --from mmdet)"
+        )
     try:
-        detector, outputs = convert_torchvision(content, model), class_outputs(content, model)
+        weights, beside = weights_in(content)
+    except OptionError as error:
+        raise OptionError(f"{file}: not a state dict; save torchvision's model.state_dict() alone ({error})") from error
+    state = unwrapped(weights)
+    require_sound(state, str(file))
+    try:
+        detector, outputs = convert_torchvision(state, model), class_outputs(state, model)
     except OptionError as error:
         raise OptionError(f"{file}: {error}") from error
     names = COCO_CLASSES.names if outputs == COCO_OUTPUTS else None
-    return detector, names, {}
+    return detector, names, {"left_out": ", ".join(beside)} if beside else {}

@@ -10,11 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from kdcli.detectors.base import Detector, FcosVariant, ModelSpec
-from kdcli.detectors.build import build_detector, recipe_of
+from kdcli.detectors.build import build_to_fill, recipe_of
 from kdcli.detectors.convert.mmdet_backbone import backbone_of, deformable_of, size_of
 from kdcli.detectors.convert.mmdet_file import MmdetFile, read_mmdet
 from kdcli.detectors.convert.mmdet_names import SHOWN, fill, renamed
@@ -70,8 +69,7 @@ def convert_mmdet(
         stride_in_1x1=look.stride_in_1x1 and bottlenecks,
         dcn=deformable_of(weights),
     )
-    with torch.random.fork_rng(devices=[]):
-        detector = build_detector(spec)
+    detector = build_to_fill(spec, weights)
     state = renamed(weights, two_stage=two_stage)
     state["backbone.conv1.weight"] = look.first_conv(state["backbone.conv1.weight"])
     fill(detector, state, unbiased=kind == "fcos" and variant == "normalised")
@@ -107,7 +105,7 @@ def _fcos_variant(file: MmdetFile) -> FcosVariant:
 def _require_anchors(kind: str, config: str) -> None:
     """Raises OptionError when the config has other anchors than ours; of one size, no weight shows them."""
     ours = recipe_of(ModelSpec(kind, "resnet18", 1)).grid.base_scale
-    for side in re.findall(r"\boctave_base_scale=\s*([\d.]+)", config):
+    for side in re.findall(r"\boctave_base_scale=\s*(\d{1,9}(?:\.\d{1,9})?)\b", config):
         if float(side) != ours:
             raise OptionError(f"the config in the file has octave_base_scale={side}, kdcli's {kind} {ours:g}")
 

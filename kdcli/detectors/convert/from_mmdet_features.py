@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from kdcli.detectors.base import MM_FEATURES, Detector, FeatureNeck, ModelSpec
-from kdcli.detectors.build import build_detector
+from kdcli.detectors.build import build_to_fill
 from kdcli.detectors.convert.classes import WHERE
 from kdcli.detectors.convert.mmdet_backbone import backbone_of, deformable_of, foreign_part, size_of
 from kdcli.detectors.convert.mmdet_file import read_mmdet
@@ -72,8 +71,7 @@ def convert_mmdet_features(
         dcn=deformable_of(weights),
         neck=kind,
     )
-    with torch.random.fork_rng(devices=[]):
-        detector = build_detector(spec)
+    detector = build_to_fill(spec, weights)
     state = renamed(weights, two_stage=kind == "pool")
     state["backbone.conv1.weight"] = look.first_conv(state["backbone.conv1.weight"])
     fill(detector, state, unbiased=False)
@@ -130,8 +128,8 @@ def find_neck(given: FeatureNeck | None, config: str, weights: Mapping[str, Tens
 
 def _by_shape(weights: Mapping[str, Tensor]) -> str | None:
     """What the first extra conv reads, by its input channels; None where C5 and P5 have the same number."""
-    channels = weights["neck.fpn_convs.3.conv.weight"].shape[1]
-    wide, narrow = (weights[f"neck.{part}.2.conv.weight"].shape[1] for part in ("lateral_convs", "fpn_convs"))
+    keys = (f"neck.{part}.conv.weight" for part in ("fpn_convs.3", "lateral_convs.2", "fpn_convs.2"))
+    channels, wide, narrow = (size_of(weights, key, inputs=True) for key in keys)
     if wide == narrow:
         return None
     return {wide: "on_input", narrow: "on_output"}.get(channels)

@@ -44,7 +44,7 @@ def backbone_of(weights: Mapping[str, Tensor]) -> str:
         if match := re.fullmatch(r"backbone\.layer([1-4])\.(\d+)\.conv1\.weight", key):
             blocks[int(match[1]) - 1] = max(blocks[int(match[1]) - 1], int(match[2]) + 1)
     first = weights.get("backbone.layer1.0.conv2.weight")
-    groups = 1 if first is None else first.shape[0] // first.shape[1]
+    groups = 1 if first is None or first.ndim != 4 else first.shape[0] // max(first.shape[1], 1)
     found = ("backbone.layer1.0.conv3.weight" in weights, groups, tuple(blocks))
     if found not in _BACKBONES:
         raise OptionError(
@@ -57,7 +57,7 @@ def backbone_of(weights: Mapping[str, Tensor]) -> str:
 def deformable_of(weights: Mapping[str, Tensor]) -> Dcn:
     """Whether there are deformable convolutions, and which: conv_offset gives 2 numbers for each of 9 points, or 3 with a
     mask. Raises OptionError on another number: several deform_groups."""
-    outputs = {len(v) for k, v in weights.items() if re.fullmatch(r"backbone\..+\.conv2(?:\.conv)?_offset\.bias", k)}
+    outputs = {v.numel() for k, v in weights.items() if re.fullmatch(r"backbone\..+\.conv2(?:\.conv)?_offset\.bias", k)}
     if not outputs:
         return "none"
     versions: dict[int, Dcn] = {18: "v1", 27: "v2"}
@@ -69,8 +69,10 @@ def deformable_of(weights: Mapping[str, Tensor]) -> Dcn:
     return versions[outputs.pop()]
 
 
-def size_of(weights: Mapping[str, Tensor], key: str) -> int:
-    """Outputs of the layer whose weight is ``key``. Raises OptionError where there is none."""
+def size_of(weights: Mapping[str, Tensor], key: str, *, inputs: bool = False) -> int:
+    """Outputs (``inputs``: what it reads) of the layer whose weight is ``key``. Raises OptionError where there is none."""
     if key not in weights:
         raise OptionError(f"no '{key}' among the weights: not a plain model of mmdet's configs")
-    return len(weights[key])
+    if weights[key].ndim not in (2, 4) or not weights[key].numel():  # linear, conv
+        raise OptionError(f"'{key}' has the shape {tuple(weights[key].shape)}: not a plain model of mmdet's configs")
+    return weights[key].shape[1 if inputs else 0]

@@ -14,8 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from kdcli.detectors.convert.mmdet_backbone import foreign_part
+from kdcli.detectors.soundness import require_sound
+from kdcli.detectors.state_dicts import weights_in
 from kdcli.errors import OptionError
 
+# The EMA hooks of mmcv 1.x and mmdet 2.x keep a second set of weights as flat buffers of the model. Before a checkpoint is
+# written, as an epoch ends, they swap the two: the average stands under the plain names, the raw weights are the buffers.
+EMA = "ema_* ({count} raw weights of an EMA hook; the plain names hold their average)"
 _STEM = re.compile(r"(.*?)backbone\.conv1\.weight")
 _BUFFER_OF_GFL = re.compile(r"\bintegral\.project$")  # 0, 1, .., reg_max: the same in every model
 
@@ -40,16 +45,23 @@ def read_mmdet(content: object, *, prefix: str | None = None) -> MmdetFile:
     """
     if not isinstance(content, Mapping):
         raise OptionError("not a file of mmdet: it holds no dictionary; take a checkpoint or a state dict")
-    state, meta = content.get("state_dict", content), content.get("meta")
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise OptionError("not a file of mmdet: no 'state_dict' of tensors; take a checkpoint or a state dict")
+    try:
+        state, meta = weights_in(content)[0], content.get("meta")
+    except OptionError as error:
+        raise OptionError(f"not a file of mmdet: no 'state_dict' of tensors ({error}); take a checkpoint") from error
     chosen, others = _choose(state, prefix)
+    averaged = {f"ema_{key.replace('.', '_')}" for key in state} & state.keys()
     weights, left = {}, set()
+    if averaged:
+        left.add(EMA.format(count=len(averaged)))
     for key, value in state.items():
+        if key in averaged:
+            continue
         if not key.startswith(chosen) or any(key.startswith(other) for other in others):
             left.add(next((p for p in others if key.startswith(p)), key.partition(".")[0] + "."))
         elif not _BUFFER_OF_GFL.search(key):
             weights[key.removeprefix(chosen)] = value
+    require_sound(weights, "the weights")
     facts = meta if isinstance(meta, Mapping) else {}
     config = next((facts[k] for k in ("cfg", "config") if isinstance(facts.get(k), str)), "")
     return MmdetFile(weights, _class_names(facts), config, tuple(sorted(left)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.detectors.base import Detector
+from kdcli.detectors.soundness import require_same_kinds
 from kdcli.errors import OptionError
 
 SHOWN = 5  # names in an error
@@ -54,7 +55,7 @@ def renamed(weights: Mapping[str, Tensor], *, two_stage: bool) -> dict[str, Tens
     state, unknown, scales = {}, [], {}
     for key, value in weights.items():
         tower, scale = _TOWER.fullmatch(key), _SCALE.fullmatch(key)
-        if scale and not two_stage:
+        if scale and not two_stage and value.numel() == 1 and value.is_floating_point():
             scales[int(scale[1])] = value.reshape(())
         elif tower and not two_stage:
             place = int(tower[2]) * (3 if normed else 2) + (tower[3] == "gn")  # conv, norm if any, relu
@@ -96,6 +97,7 @@ def fill(detector: Detector, state: dict[str, Tensor], *, unbiased: bool) -> Non
     said = [f"{kind}: {some(sorted(keys))}" for kind, keys in problems.items() if keys]
     if said:
         raise OptionError(f"weights of {detector.spec.name} do not fit: {'; '.join(said)}")
+    require_same_kinds(own, state, f"weights of {detector.spec.name}")
     detector.load_state_dict(state, strict=True)
 
 

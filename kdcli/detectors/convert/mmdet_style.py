@@ -37,7 +37,12 @@ class Style:
         return red, green, blue
 
     def first_conv(self, weight: Tensor) -> Tensor:
-        """The first conv's ``weight`` [C, 3, h, w] for RGB images that were divided by our standard deviation."""
+        """The first conv's ``weight`` [C, 3, h, w] for RGB images that were divided by our standard deviation.
+
+        Raises OptionError for a weight of another shape.
+        """
+        if weight.ndim != 4 or weight.shape[1] != 3:
+            raise OptionError(f"'backbone.conv1.weight' has the shape {tuple(weight.shape)}: it reads no colour images")
         ordered = weight.flip(1) if self.bgr else weight
         factor = [round(255 * ours / theirs, 9) for ours, theirs in zip(IMAGE_STD, self.std, strict=True)]
         scaled = ordered.double() * torch.tensor(factor, dtype=torch.float64).reshape(1, 3, 1, 1)
@@ -50,7 +55,7 @@ STYLES: dict[str, Style] = {
     "detectron": Style((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0), bgr=True, stride_in_1x1=True),  # its first ones
 }
 
-_NUMBERS = r"(?<![\w]){}=\s*[\[(]([\d.,\s]+?),?\s*[\])]"
+_NUMBERS = r"(?<![\w]){}=\s*[\[(]([\d.,\s]+)[\])]"
 _FLAG = r"\b(?:bgr_)?to_rgb=\s*(True|False)"
 _STRIDE = r"""\bstyle=\s*['"](\w+)['"]"""
 
@@ -93,13 +98,20 @@ def _read_config(config: str) -> Style | None:
             f"{len(strides)} of style; say which with --style {'|'.join(STYLES)}"
         )
     mean, std, bgr = means.pop(), stds.pop(), orders == {"False"}
+    if 0 in std:
+        raise OptionError(
+            f"the config in the file divides by a deviation of 0; say which with --style {'|'.join(STYLES)}"
+        )
     if bgr:  # the config has them in the order that the conv reads
         mean, std = mean[::-1], std[::-1]
     return Style(mean, std, bgr, strides == {"caffe"})
 
 
 def _colour(text: str) -> Colour:
-    numbers = [float(part) for part in text.split(",") if part.strip()]
-    if len(numbers) != 3:
-        raise OptionError(f"the config in the file normalises with '{' '.join(text.split())}', not with three numbers")
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    numbers = [float(part) for part in parts if re.fullmatch(r"\d+\.?\d*|\.\d+", part)]
+    if len(parts) != 3 or len(numbers) != 3:
+        raise OptionError(
+            f"the config in the file normalises with '{' '.join(text.split())}', not with three numbers"[:300]
+        )
     return numbers[0], numbers[1], numbers[2]

@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from kdcli.classes import ClassList
 from kdcli.data.exif import orientation_of, stored_size, turned_size
-from kdcli.data.images import decode_image
+from kdcli.data.images import UNREADABLE, decode_image, require_within_limit, unreadable
 from kdcli.data.views import render, to_image, view_geometry
 from kdcli.detectors.base import Detector
 from kdcli.engine.evaluation.coco_metrics import coco_results, write_detections
-from kdcli.errors import DataError, MissingPathError
+from kdcli.errors import DataError, MissingPathError, pluralize
 from kdcli.structures import Canvas
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # not MPO: a phone's JPEG with a preview behind it
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,41 @@ class Prediction:
     labels: NDArray[np.int64]
 
 
-def image_files(source: Path) -> list[Path]:
-    """The image itself, or the images of a folder by name. Raises MissingPathError or DataError."""
+def image_files(source: Path) -> tuple[list[Path], int]:
+    """The image itself, or the images of a folder by name; and how many of their names were left out.
+
+    Left out are hidden files, such as macOS's ``._a.jpg``, and what is no file. Raises MissingPathError or DataError.
+    """
     if source.is_file():
-        return [source]
+        return [source], 0
     if not source.is_dir():
         raise MissingPathError(f"'{source}' does not exist; name an image or a folder of images")
-    files = sorted(f for f in source.iterdir() if f.suffix.lower() in SUFFIXES)
+    named = sorted(f for f in source.iterdir() if f.suffix.lower() in SUFFIXES)
+    files = [f for f in named if not f.name.startswith(".") and f.is_file()]
     if not files:
         raise DataError(f"'{source}' holds no images ({', '.join(SUFFIXES)})")
-    return files
+    return files, len(named) - len(files)
 
 
-def require_images(files: Sequence[Path], exif: bool = True) -> None:
+def require_images(files: Sequence[Path], exif: bool = True) -> int:
     """Decode every file once, so that a bad one is named before anything is written. Raises DataError.
 
     Decoding is a small part of detecting and drawing; a header alone would not show that the rest is cut off.
+    Returns how many have several frames or pages, of which the first is taken.
     """
+    bad, several = [], 0
     for file in files:
-        decode_image(file, _size(file, exif), exif)
+        try:
+            size, frames = _look(file, exif)
+            decode_image(file, size, exif)
+            several += frames > 1
+        except DataError as error:
+            bad.append(error)
+    if len(bad) > 1:
+        raise DataError(f"{pluralize(len(bad), 'image')} of {len(files)} cannot be read, the first: {bad[0]}")
+    if bad:
+        raise bad[0]
+    return several
 
 
 def predict_files(
@@ -68,7 +85,7 @@ def predict_files(
     category_ids = np.array(classes.ids)
     results: list[dict[str, Any]] = []
     for file in files:
-        pixels, _ = decode_image(file, _size(file, exif), exif)
+        pixels, _ = decode_image(file, _look(file, exif)[0], exif)
         geometry = view_geometry(canvas, pixels.shape[0], pixels.shape[1], "identity", 0, 0)
         image = render(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), geometry)
         with torch.no_grad():
@@ -82,12 +99,15 @@ def predict_files(
     write_detections(detections, results)
 
 
-def _size(file: Path, exif: bool) -> tuple[int, int]:
-    """(height, width), with ``exif`` after the EXIF orientation: no annotation says how the image should lie."""
+def _look(file: Path, exif: bool) -> tuple[tuple[int, int], int]:
+    """(height, width), with ``exif`` after the EXIF orientation: no annotation says how the image should lie; and frames."""
     try:
         with Image.open(file) as image:
+            require_within_limit(image, file)
             stored = stored_size(image)
-            return turned_size(orientation_of(image), stored) if exif else stored
-    except (UnidentifiedImageError, OSError) as error:
-        reason = "of no known image format" if isinstance(error, UnidentifiedImageError) else error.strerror or error
-        raise DataError(f"image '{file}' cannot be opened ({reason}); replace or remove the file") from error
+            size = turned_size(orientation_of(image), stored) if exif else stored
+            return size, getattr(image, "n_frames", 1) if image.format in FRAMES else 1
+    except DataError:
+        raise
+    except UNREADABLE as error:
+        raise unreadable(file, error) from error
