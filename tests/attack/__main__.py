@@ -12,7 +12,7 @@ if __name__ == "__main__":
     from tests.attack.campaign import KINDS, campaign, only, table
 
     parser = argparse.ArgumentParser(prog="python -m tests.attack", description=__doc__)
-    parser.add_argument("kind", choices=[*KINDS, "table"])
+    parser.add_argument("kind", choices=[*KINDS, "all", "table"])
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="results, and the world; /dev/shm is fast")

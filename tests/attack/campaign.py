@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ KINDS = (*DAMAGED, "every-byte", "kills")
 
 
 def ready(kind: str, out: Path) -> World:
-    """The world, and this process ready to fork. Each kind has a scratch folder of its own, so that kinds may run side by side."""
+    """The world, and this process ready to fork; kinds have scratch folders of their own and may run side by side."""
     out.mkdir(parents=True, exist_ok=True)
     os.environ["KDCLI_CACHE"] = str(out / "work" / kind / "index")
     child.warm()
@@ -48,8 +48,16 @@ def ready(kind: str, out: Path) -> World:
 
 
 def campaign(kind: str, cases: int, seed: int, out: Path) -> int:
-    """Cases 0 to ``cases`` that are not in the results yet; 1 when anything was found."""
+    """Cases 0 to ``cases`` that are not in the results yet, of one kind or of ``all``; 1 when anything was found."""
     world = ready(kind, out)
+    kinds = KINDS if kind == "all" else (kind,)
+    found = [_campaign(name, world, cases, seed, out) for name in kinds]
+    print(table(out, kinds))
+    return int(any(found))
+
+
+def _campaign(kind: str, world: World, cases: int, seed: int, out: Path) -> bool:
+    """Whether anything was found."""
     results = out / f"{kind}.{seed}.jsonl"
     done = {line["number"] for line in _lines(results)}
     started, ran = time.monotonic(), 0
@@ -60,8 +68,7 @@ def campaign(kind: str, cases: int, seed: int, out: Path) -> int:
             ran += 1
             if ran % 50 == 0:
                 print(f"{kind}: {ran} cases, {ran / (time.monotonic() - started):.1f} a second", flush=True)
-    print(table(out, only_kind=kind))
-    return int(any(step["findings"] for line in _lines(results) for step in line["steps"]))
+    return any(step["findings"] for line in _lines(results) for step in line["steps"])
 
 
 def _results(kind: str, world: World, seed: int, numbers: list[int], out: Path) -> Iterator[dict[str, Any]]:
@@ -82,7 +89,8 @@ def _results(kind: str, world: World, seed: int, numbers: list[int], out: Path) 
             yield {
                 "kind": kind, "seed": seed, "number": number, "damage": case.damage,
                 "steps": [
-                    {"step": s.name, "code": o.code, "seconds": round(o.seconds, 2), "findings": [vars(f) for f in found]}
+                    {"step": s.name, "code": o.code, "seconds": round(o.seconds, 2),
+                        "findings": [vars(f) for f in found]}
                     for s, o, found in steps
                 ],
             }  # fmt: skip
@@ -99,7 +107,9 @@ def only(kind: str, seed: int, number: int, out: Path) -> int:
     case, steps = runner.run(kind, seed, number)
     print(f"{kind} {seed} {number}: {case.damage}; files in {runner.scratch.root}")
     for step, outcome, found in steps:
-        print(f"\n$ kdcli {' '.join(step.argv)}\nexit code {outcome.code}, {outcome.seconds:.2f} s, expected: {step.expect}")
+        print(
+            f"\n$ kdcli {' '.join(step.argv)}\nexit code {outcome.code}, {outcome.seconds:.2f} s, expected: {step.expect}"
+        )
         print(outcome.err[-3000:])
         for finding in found:
             print(f"FOUND: {finding.problem}")
@@ -112,11 +122,13 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def table(out: Path, only_kind: str | None = None) -> str:
+def table(out: Path, kinds: Sequence[str] = KINDS) -> str:
     """A row for each kind: damaged inputs, commands run on them, how they ended, and what may not happen."""
-    rows = ["kind | damaged inputs | commands | refused | accepted | tracebacks | hangs, crashes | accepted damage | left over | other"]
+    rows = [
+        "kind | inputs | commands | refused | accepted | tracebacks | hangs or crashes | accepted damage | left over | other"
+    ]
     found: Counter[tuple[str, str, str]] = Counter()
-    for kind in KINDS if only_kind is None else (only_kind,):
+    for kind in kinds:
         count: Counter[str] = Counter()
         for path in sorted(out.glob(f"{kind}.*.jsonl")):
             for line in _lines(path):
@@ -130,14 +142,18 @@ def table(out: Path, only_kind: str | None = None) -> str:
         names = ("inputs", "commands", "refused", "accepted", "traceback", "hang", "silent", "left", "other")
         if count["commands"]:
             rows.append(" | ".join([kind, *(str(count[name]) for name in names)]))
-    rows += ["", *(f"{n} x {kind} / {step}: {what}" for (kind, step, what), n in sorted(found.items(), key=lambda x: -x[1]))]
+    rows += [
+        "",
+        *(f"{n} x {kind} / {step}: {what}" for (kind, step, what), n in sorted(found.items(), key=lambda x: -x[1])),
+    ]
     return "\n".join(rows)
 
 
 def _class(problem: str) -> str:
     """The column of a problem."""
     starts = {
-        "traceback": "traceback", "exit code": "traceback", "hang": "hang", "crash": "hang", "accepted": "silent", "left over": "left",
+        "traceback": "traceback", "exit code": "traceback", "hang": "hang", "crash": "hang", "accepted": "silent",
+        "left over": "left",
         "code of": "silent",
     }  # fmt: skip
     return next((column for start, column in starts.items() if problem.startswith(start)), "other")

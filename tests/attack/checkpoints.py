@@ -19,7 +19,8 @@ from tests.support.attack.mutate_values import draw_path, show, with_value
 from tests.support.attack.world import HERE, SMALL, World, reseal
 
 VALUES: tuple[Any, ...] = (
-    None, True, "", "x", [], {}, 0, -1, 2.5, float("nan"), float("inf"), 10**30, -(2**63), [1], {"a": 1}, {1: 2}, b"\0", (), "A" * 100_000,
+    None, True, "", "x", [], {}, 0, -1, 2.5, float("nan"), float("inf"), 10**30, -(2**63), [1], {"a": 1}, {1: 2},
+        b"\0", (), "A" * 100_000,
     "\x1b]0;owned\x07\x1b[2J", "../../../../etc/passwd", torch.zeros(0), torch.zeros(3), [[]] * 1000, 1_000_000, 2**31,
 )  # fmt: skip
 FREE = ("extra",)  # what the digest of a checkpoint leaves out
@@ -48,19 +49,34 @@ def _steps(world: World, scratch: Scratch, file: Path, turn: int, expect: str) -
     out, data = scratch.out, str(world.shapes)
     evaluate = ["eval", str(file), "--data", data, "--out", str(out / "scores"), *HERE[:2]]
     drawn = ["predict", str(file), str(world.shapes / "val"), "--out", str(out / "drawn")]
-    live = ["distill", "--data", data, "--teacher", str(file), "--method", "ld", "--epochs", "1", *SMALL, "--out", str(out / "run")]
+    live = [
+        "distill",
+        "--data",
+        data,
+        "--teacher",
+        str(file),
+        "--method",
+        "ld",
+        "--epochs",
+        "1",
+        *SMALL,
+        "--out",
+        str(out / "run"),
+    ]
     run = run_result(lambda s: s.out / "run")
     add = ["cache", "add", str(scratch.into / "store"), "--method", "pfi", "--teacher", str(file)]
     slow = [
         Step("predict", drawn, expect, files(lambda s: s.out)),
-        Step("cache-teacher", world.cache_teacher(out / "store", teacher=file), expect, files(lambda s: s.out / "store")),
+        Step("cache-teacher", world.cache_teacher(out / "store", teacher=file), expect,
+            files(lambda s: s.out / "store")),
         Step("distill --teacher", live, expect, run),
         Step("train --init-from", [*world.train(out / "run"), "--init-from", str(file)], expect, run),
         Step(
             "verify --teacher", ["cache", "verify", str(world.store), "--teacher", str(file), "--rows", "12"],
             "refuse" if expect == "other" else "any",
         ),
-        Step("convert", ["convert", str(file), "--from", ("mmdet", "torchvision")[turn % 2], "--classes", "coco", "--out", str(out / "c.pt")], "refuse"),
+        Step("convert", ["convert", str(file), "--from", ("mmdet", "torchvision")[turn % 2], "--classes", "coco",
+            "--out", str(out / "c.pt")], "refuse"),
         Step("backbone-weights", [*world.train(out / "run"), "--backbone-weights", str(file)], "refuse"),
         Step("add", add, expect, files(lambda s: s.into / "store"), in_place=True),
     ]  # fmt: skip
@@ -102,7 +118,9 @@ def _foreign_file(world: World, rng: Random, scratch: Scratch, damaged: bool) ->
 
 def _damage(world: World, rng: Random, file: Path, scratch: Scratch) -> tuple[str, str]:
     """Change the file; what was done, and what success would have to mean."""
-    kind = rng.choice(["bytes", "bytes", "bytes", "zip", "value", "value", "sealed", "weights", "weights", "kind", "code", "pickle"])
+    kind = rng.choice(
+        ["bytes", "bytes", "bytes", "zip", "value", "value", "sealed", "weights", "weights", "kind", "code", "pickle"]
+    )
     if kind == "bytes":
         return damage(rng, file), "same"
     if kind == "kind":

@@ -27,13 +27,25 @@ def make(world: World, rng: Random, number: int, scratch: Scratch, damaged: bool
     before = path.read_text()
     what, expect = _damage(rng, path, json.loads(before)) if damaged else ("undamaged", "any")
     same = damaged and path.is_file() and path.read_bytes() == before.encode()
-    return Case("" if same or not what else f"{split}: {what}", _steps(world, scratch, data, split, number // 3, expect))
+    return Case(
+        "" if same or not what else f"{split}: {what}", _steps(world, scratch, data, split, number // 3, expect)
+    )
 
 
 def _steps(world: World, scratch: Scratch, data: Path, split: str, turn: int, expect: str) -> list[Step]:
     out, train = scratch.out, split == "train"
     bound = "same" if train else expect
-    evaluate = ["eval", str(world.teacher_pt), "--data", str(data), "--split", split, *HERE[:2], "--out", str(out / "scores")]
+    evaluate = [
+        "eval",
+        str(world.teacher_pt),
+        "--data",
+        str(data),
+        "--split",
+        split,
+        *HERE[:2],
+        "--out",
+        str(out / "scores"),
+    ]
     steps = [Step("data check", ["data", "check", str(data), "--json"], expect), Step("eval", evaluate, expect)]
     view = ["cache", "show", str(world.store), "1", "--data", str(data), "--out", str(out / "row.png")]
     slow = [
@@ -46,11 +58,15 @@ def _steps(world: World, scratch: Scratch, data: Path, split: str, turn: int, ex
             ["cache", "verify", str(world.store), "--teacher", str(world.teacher_pt), "--data", str(data), "--json"],
             bound if train else "any", printed,
         ),
-        Step("convert", ["convert", str(world.root / "mmdet.pth"), "--from", "mmdet", "--data", str(data), "--out", str(out / "c.pt")], "refuse"),
-        Step("resume", ["distill", "--resume", str(scratch.into / "run"), "--data", str(data)], bound, run_result(lambda s: s.into / "run"), in_place=True),
-        Step("add", ["cache", "add", str(scratch.into / "store"), "--data", str(data), "--method", "pfi"], bound if train else "any", files(lambda s: s.into / "store"), in_place=True),
+        Step("convert", ["convert", str(world.root / "mmdet.pth"), "--from", "mmdet", "--data", str(data), "--out",
+            str(out / "c.pt")], "refuse"),
+        Step("resume", ["distill", "--resume", str(scratch.into / "run"), "--data", str(data)], bound,
+            run_result(lambda s: s.into / "run"), in_place=True),
+        Step("add", ["cache", "add", str(scratch.into / "store"), "--data", str(data), "--method", "pfi"],
+            bound if train else "any", files(lambda s: s.into / "store"), in_place=True),
         Step(
-            "merge", ["cache", "merge", str(world.store_identity), str(world.store_hflip), "--data", str(data), "--out", str(out / "store")],
+            "merge", ["cache", "merge", str(world.store_identity), str(world.store_hflip), "--data", str(data),
+            "--out", str(out / "store")],
             bound if train else "any", files(lambda s: s.out / "store"),
         ),
     ]  # fmt: skip
@@ -76,7 +92,8 @@ def _damage(rng: Random, path: Path, document: dict[str, Any]) -> tuple[str, str
         return what, expect
     text, what, at = damage_json(rng, document)
     path.write_text(text, errors="surrogatepass")
-    core = bool(CORE & set(at)) and what in ("type", "nan", "deep") or what == "missing" and at[-1:] != () and at[-1] in CORE
+    wrong = what in ("type", "nan", "deep") and bool(CORE & set(at))
+    core = wrong or (what == "missing" and bool(at) and at[-1] in CORE)
     return f"{what} at {show(at)}", "refuse" if core else "any"
 
 
@@ -131,7 +148,9 @@ def _other_size(rng: Random, document: dict[str, Any]) -> str:
 
 
 def _no_file(rng: Random, document: dict[str, Any]) -> str:
-    document["images"][0]["file_name"] = rng.choice(["nowhere.jpg", "../../../../../etc/passwd", "", ".", "a\x1b[2Jb.jpg", "\0", "/dev/zero"])
+    document["images"][0]["file_name"] = rng.choice(
+        ["nowhere.jpg", "../../../../../etc/passwd", "", ".", "a\x1b[2Jb.jpg", "\0", "/dev/zero"]
+    )
     return "a file that is no image of the set"
 
 
@@ -160,7 +179,8 @@ def _area(rng: Random, document: dict[str, Any]) -> str:
 
 # what `data check`, `eval`, `train` and the others that take any data set have to refuse; and what they have to say
 FAULTS: list[tuple[Fault, str]] = [
-    *((fault, "refuse") for fault in (_unknown_image, _unknown_category, _negative_box, _outside, _same_image_id, _same_note_id,
+    *((fault, "refuse") for fault in (_unknown_image, _unknown_category, _negative_box, _outside, _same_image_id,
+    _same_note_id,
                                       _same_category_id, _same_name, _other_size, _no_file)),
     *((fault, "warned") for fault in (_no_boxes, _one_file_twice, _area)),
 ]  # fmt: skip

@@ -26,7 +26,18 @@ def make_store(world: World, scratch: Scratch) -> Path:
     scratch.clear()
     log = scratch.root / "log"
     shapes, store = scratch.into / "shapes", scratch.into / "store"
-    argv = ["cache-teacher", "--data", str(shapes), "--teacher", str(world.teacher_pt), "--method", "ld", "--out", str(store), *HERE]
+    argv = [
+        "cache-teacher",
+        "--data",
+        str(shapes),
+        "--teacher",
+        str(world.teacher_pt),
+        "--method",
+        "ld",
+        "--out",
+        str(store),
+        *HERE,
+    ]
     for line in (["data", "make-shapes", str(shapes), "--train", "1", "--val", "1"], argv):
         found = child.run(line, log)
         assert found.code == 0, found.err
@@ -34,8 +45,10 @@ def make_store(world: World, scratch: Scratch) -> Path:
 
 
 def places(store: Path) -> list[tuple[Path, int]]:
-    """Every byte of every file."""
-    return [(f, k) for f in sorted(store.rglob("*")) if f.is_file() for k in range(f.stat().st_size)]
+    """Every byte of every file, in an order such that the first thousand are of all files."""
+    found = [(f, k) for f in sorted(store.rglob("*")) if f.is_file() for k in range(f.stat().st_size)]
+    Random(0).shuffle(found)
+    return found
 
 
 def attempts(store: Path, seed: int, numbers: list[int], log: Path) -> Iterator[dict[str, Any]]:
@@ -57,7 +70,9 @@ def attempts(store: Path, seed: int, numbers: list[int], log: Path) -> Iterator[
         yield from lines
         if len(lines) < len(batch):
             file, at = everything[batch[len(lines)]]
-            yield _line(store, file, at, seed, batch[len(lines)], outcome.code, f"crash: {outcome.code}", outcome.err[-500:])
+            yield _line(
+                store, file, at, seed, batch[len(lines)], outcome.code, f"crash: {outcome.code}", outcome.err[-500:]
+            )
         for file, data in right.items():
             if file.read_bytes() != data:
                 file.write_bytes(data)
@@ -82,10 +97,18 @@ def _attempt(store: Path, file: Path, data: bytes, at: int, seed: int, number: i
     return _line(store, file, at, seed, number, code, problem, tail)
 
 
-def _line(store: Path, file: Path, at: int, seed: int, number: int, code: int, problem: str, tail: str) -> dict[str, Any]:
+def _line(
+    store: Path, file: Path, at: int, seed: int, number: int, code: int, problem: str, tail: str
+) -> dict[str, Any]:
     outcome = child.Outcome(code, "", tail, 0.0, 0)
     argv = ["cache", "verify", str(store)]
-    finding = {"problem": problem, "step": "verify", "argv": argv, "tail": tail[-1500:], "signature": signature(outcome, problem)}
+    finding = {
+        "problem": problem,
+        "step": "verify",
+        "argv": argv,
+        "tail": tail[-1500:],
+        "signature": signature(outcome, problem),
+    }
     return {
         "kind": "every-byte", "seed": seed, "number": number, "damage": f"byte {at} of {file.relative_to(store)}",
         "steps": [{"step": "verify", "code": code, "seconds": 0.0, "findings": [finding] if problem else []}],

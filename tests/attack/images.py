@@ -25,7 +25,10 @@ def make(world: World, rng: Random, number: int, scratch: Scratch, damaged: bool
     before = path.read_bytes()
     what, expect = _damage(rng, path) if damaged else ("undamaged", "any")
     changed = not path.is_file() or path.read_bytes() != before
-    return Case(f"{split}: {what}" if what and (changed or expect == "refuse" or not damaged) else "", _steps(world, scratch, data, split, number // 3, expect))
+    return Case(
+        f"{split}: {what}" if what and (changed or expect == "refuse" or not damaged) else "",
+        _steps(world, scratch, data, split, number // 3, expect),
+    )
 
 
 def _steps(world: World, scratch: Scratch, data: Path, split: str, turn: int, expect: str) -> list[Step]:
@@ -36,7 +39,17 @@ def _steps(world: World, scratch: Scratch, data: Path, split: str, turn: int, ex
     out = scratch.out
     check = Step("data check", ["data", "check", str(data)], expect)
     drawn = ["predict", str(world.teacher_pt), str(data / split), "--out", str(out / "drawn")]
-    evaluate = ["eval", str(world.teacher_pt), "--data", str(data), "--split", split, *HERE[:2], "--out", str(out / "scores")]
+    evaluate = [
+        "eval",
+        str(world.teacher_pt),
+        "--data",
+        str(data),
+        "--split",
+        split,
+        *HERE[:2],
+        "--out",
+        str(out / "scores"),
+    ]
     steps = [check, Step("eval", evaluate, expect)]
     slow: list[Step] = [
         Step("predict", drawn, "any"),
@@ -47,7 +60,17 @@ def _steps(world: World, scratch: Scratch, data: Path, split: str, turn: int, ex
     if train:
         stopped = ["distill", "--resume", str(scratch.into / "run"), "--data", str(data)]
         add = ["cache", "add", str(scratch.into / "store"), "--data", str(data), "--method", "pfi"]
-        again = ["cache", "verify", str(world.store), "--teacher", str(world.teacher_pt), "--data", str(data), "--rows", "12"]
+        again = [
+            "cache",
+            "verify",
+            str(world.store),
+            "--teacher",
+            str(world.teacher_pt),
+            "--data",
+            str(data),
+            "--rows",
+            "12",
+        ]
         slow += [
             Step("resume", stopped, "refuse", run_result(lambda s: s.into / "run"), in_place=True),
             Step("add", add, "refuse", files(lambda s: s.into / "store"), in_place=True),
@@ -69,7 +92,9 @@ def _png(width: int, height: int, chunks: list[tuple[bytes, bytes]], pixels: byt
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def _saved(path: Path, kind: str, change: Callable[[Image.Image], Image.Image] = lambda x: x, **options: object) -> None:
+def _saved(
+    path: Path, kind: str, change: Callable[[Image.Image], Image.Image] = lambda x: x, **options: object
+) -> None:
     """Save the picture of ``path`` in another format under the same name."""
     with Image.open(path) as image:
         image.load()
@@ -96,7 +121,11 @@ def _damage(rng: Random, path: Path) -> tuple[str, str]:
     if kind == "mode":
         mode = rng.choice(["1", "L", "P", "CMYK", "I;16", "I", "F", "LA", "RGBA", "YCbCr", "LAB"])
         format_ = "TIFF" if mode in ("I;16", "I", "F", "LAB", "CMYK", "YCbCr") else "PNG"
-        _saved(path, format_, lambda image: image.convert("L").convert(mode) if mode in ("I;16", "I", "F") else image.convert(mode))
+        _saved(
+            path,
+            format_,
+            lambda image: image.convert("L").convert(mode) if mode in ("I;16", "I", "F") else image.convert(mode),
+        )
         return f"mode {mode}", "any"
     if kind == "bomb":
         side = rng.choice([20_000, 60_000, 2**31 - 1])
@@ -138,8 +167,12 @@ def _exif(rng: Random, path: Path) -> str:
     if kind == "text":
         data = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04six\0\0\0\0\0"
     elif kind == "garbage":
-        data = b"Exif\0\0" + rng.choice([b"MM\0*\xff\xff\xff\xff", b"", b"XX", rng.randbytes(60), b"II*\0\x08\0\0\0\xff\xff" + rng.randbytes(40)])
+        data = b"Exif\0\0" + rng.choice(
+            [b"MM\0*\xff\xff\xff\xff", b"", b"XX", rng.randbytes(60), b"II*\0\x08\0\0\0\xff\xff" + rng.randbytes(40)]
+        )
     elif kind == "many":
-        data = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 4000) + struct.pack("<HHII", 274, 3, 1, 6) * 4000 + bytes(4)
+        data = (
+            b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 4000) + struct.pack("<HHII", 274, 3, 1, 6) * 4000 + bytes(4)
+        )
     _saved(path, "JPEG", exif=data)
     return f"EXIF {kind}"

@@ -41,7 +41,10 @@ class Writing:
 
 
 def _copy(name: str, to: str) -> Callable[[World, Scratch], None]:
-    return lambda world, scratch: shutil.copytree(world.root / name, scratch.root / to, symlinks=True) and None
+    def prepare(world: World, scratch: Scratch) -> None:
+        shutil.copytree(world.root / name, scratch.root / to)
+
+    return prepare
 
 
 def _nothing(world: World, scratch: Scratch) -> None:
@@ -62,8 +65,10 @@ def _resumed(command: str) -> Callable[[World, Scratch], list[str]]:
 
 COMMANDS: tuple[Writing, ...] = (
     Writing("cache-teacher", _nothing, lambda w, s: w.cache_teacher(s.out / "store")),
-    Writing("cache add", _copy("store_ld", "in/store"), lambda w, s: ["cache", "add", str(s.into / "store"), "--method", "pfi"]),
-    Writing("cache add --cache-images", _copy("store_ld", "in/store"), lambda w, s: ["cache", "add", str(s.into / "store"), "--cache-images"]),
+    Writing("cache add", _copy("store_ld", "in/store"), lambda w, s: ["cache", "add", str(s.into / "store"),
+        "--method", "pfi"]),
+    Writing("cache add --cache-images", _copy("store_ld", "in/store"), lambda w, s: ["cache", "add",
+        str(s.into / "store"), "--cache-images"]),
     Writing(
         "cache prune --tensor", _copy("store", "in/store"),
         lambda w, s: ["cache", "prune", str(s.into / "store"), "--tensor", "features@all"], refused=3,
@@ -89,13 +94,16 @@ COMMANDS: tuple[Writing, ...] = (
         "eval", _nothing,
         lambda w, s: ["eval", str(w.teacher_pt), "--data", str(w.shapes), "--out", str(s.out / "scores"), *HERE[:2]],
     ),
-    Writing("predict", _nothing, lambda w, s: ["predict", str(w.teacher_pt), str(w.shapes / "train"), "--out", str(s.out / "drawn")]),
+    Writing("predict", _nothing, lambda w, s: ["predict", str(w.teacher_pt), str(w.shapes / "train"), "--out",
+        str(s.out / "drawn")]),
     Writing(
         "compare", _nothing,
-        lambda w, s: ["compare", str(w.run), str(w.plain), "--html", str(s.out / "r.html"), "--plots", str(s.out / "plots")],
+        lambda w, s: ["compare", str(w.run), str(w.plain), "--html", str(s.out / "r.html"), "--plots",
+            str(s.out / "plots")],
     ),
     Writing("cache show", _nothing, lambda w, s: ["cache", "show", str(w.store), "1", "--out", str(s.out / "row.png")]),
-    Writing("data make-shapes", _nothing, lambda w, s: ["data", "make-shapes", str(s.out / "shapes"), "--train", "6", "--val", "3"]),
+    Writing("data make-shapes", _nothing, lambda w, s: ["data", "make-shapes", str(s.out / "shapes"), "--train", "6",
+        "--val", "3"]),
     Writing("cache-teacher --estimate", _nothing, lambda w, s: [*w.cache_teacher(s.out / "store"), "--estimate"]),
 )  # fmt: skip
 
@@ -147,7 +155,8 @@ class Killer:
         problems += [f"another result: {', '.join(other[:3])}"] if other and not outcome.code else []
         tail = f"{outcome.err[-600:]}\nafter the kill: {before}"[:3000]
         findings = [
-            {"problem": p, "step": writing.name, "argv": argv, "tail": tail, "signature": _kind(outcome, p)} for p in problems
+            {"problem": p, "step": writing.name, "argv": argv, "tail": tail, "signature": _kind(outcome, p)}
+            for p in problems
         ]
         return self._line(seed, number, writing, damage, outcome, findings)
 
@@ -195,10 +204,12 @@ class Killer:
 
     def _files(self) -> Files:
         """What lies in the scratch folder but for logs; of results.csv what no clock decides."""
-        found = {}
+        found: Files = {}
         for name in ("in", "out", "index"):
             folder = self.scratch.root / name
-            found |= {f"{name}/{k}": v for k, v in snapshot(folder).items() if name != "index" or LEFT.match(Path(k).name)}
+            found |= {
+                f"{name}/{k}": v for k, v in snapshot(folder).items() if name != "index" or LEFT.match(Path(k).name)
+            }
         for name in [k for k in found if k.endswith("results.csv")]:
             rows = csv.DictReader(io.StringIO((self.scratch.root / name).read_text()))
             losses = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
@@ -208,4 +219,8 @@ class Killer:
 
 def _kind(outcome: Outcome, problem: str) -> str:
     """Digits and process ids do not make another root cause."""
-    return signature(outcome, problem) if problem == "traceback" else "".join("N" if c.isdigit() else c for c in problem)[:120]
+    return (
+        signature(outcome, problem)
+        if problem == "traceback"
+        else "".join("N" if c.isdigit() else c for c in problem)[:120]
+    )

@@ -17,7 +17,15 @@ from tests.support.attack.mutate_bytes import damage, replace_by_no_file
 from tests.support.attack.mutate_values import damage_json, damage_toml, draw_path, show, with_value
 from tests.support.attack.world import HERE, World
 
-FILES = ("config.toml", "env.json", "metrics.json", "results.csv", "weights/last.pt", "weights/best.pt", "weights/state.pt")
+FILES = (
+    "config.toml",
+    "env.json",
+    "metrics.json",
+    "results.csv",
+    "weights/last.pt",
+    "weights/best.pt",
+    "weights/state.pt",
+)
 CELLS = ("", "nan", "inf", "-1", "x", "1e999", '"', "1,2", "\x1b[2J", "9" * 400, "A" * 200_000, "\0")
 
 
@@ -35,7 +43,13 @@ def _steps(world: World, scratch: Scratch, run: Path, subject: str, turn: int, w
     compare = Step("compare", ["compare", *beside, "--json"])
     # a finished run is not read but for its metrics
     wanted = "any" if subject == "run" else expect
-    resume = Step(f"resume {subject}", ["distill", "--resume", str(run)], wanted, run_result(lambda s: s.into / "run"), in_place=True)
+    resume = Step(
+        f"resume {subject}",
+        ["distill", "--resume", str(run)],
+        wanted,
+        run_result(lambda s: s.into / "run"),
+        in_place=True,
+    )
     config = ["distill", "--config", str(run / "config.toml"), "--epochs", "1", "--out", str(out / "run")]
     weights = "same" if "last.pt" in what else "any"
     evaluate = ["eval", str(run), "--data", str(world.shapes), "--out", str(out / "scores"), *HERE[:2]]
@@ -44,7 +58,8 @@ def _steps(world: World, scratch: Scratch, run: Path, subject: str, turn: int, w
         Step("--config", config),
         Step("eval of a run", evaluate, weights, scores),
         Step("compare --baseline", ["compare", *beside, "--baseline", str(run), "--fail-if-worse"]),
-        Step("distill --seeds", [*world.distill(scratch.into, epochs=2)[:-1], str(_seeded(scratch)), "--seeds", "3"], "any", in_place=True),
+        Step("distill --seeds", [*world.distill(scratch.into, epochs=2)[:-1], str(_seeded(scratch)), "--seeds", "3"],
+            "any", in_place=True),
         Step("--overwrite", [*world.distill(run)[:-1], str(run), "--overwrite"], in_place=True),
     ]  # fmt: skip
     chosen = slow[turn % len(slow)]

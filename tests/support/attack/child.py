@@ -20,7 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 20  # a command of these takes 2 s at most, on a busy machine 6
+SECONDS = 60  # a command of these takes 2 s at most, on a busy machine 6
+IDLE = 5.0  # seconds without any work: it waits for something that does not come
 MEMORY = 6 * 2**30  # of address space; the process that is forked has 3.6
 
 
@@ -37,14 +38,9 @@ class Outcome:
 
 def warm() -> None:
     """Import what the commands import, on one thread, and leave no thread behind that a fork would lose."""
-    import matplotlib.pyplot
-    import pycocotools.cocoeval
     import torch
-    import torchvision
-    import zarr  # noqa: F401
 
-    from kdcli.cli import main  # noqa: F401
-
+    importlib.import_module("kdcli.cli.main")
     torch.set_num_threads(1)
 
 
@@ -112,8 +108,21 @@ def command(arguments: list[str]) -> int:
 
 
 def wait(pid: int, out: Path, err: Path, started: float) -> Outcome:
-    """Wait for the child and end whatever is left of its group."""
-    _, status, usage = os.wait4(pid, 0)
+    """Wait for the child and end what is left of its group; one that does nothing for ``IDLE`` seconds ends as by an alarm."""
+    worked, since = -1, time.monotonic()
+    pause = 0.001
+    while True:
+        found, status, usage = os.wait4(pid, os.WNOHANG)
+        if found:
+            break
+        time.sleep(pause)
+        pause = min(0.02, pause * 1.3)
+        state, spent = _work(pid)
+        if spent != worked or state != "S":
+            worked, since = spent, time.monotonic()
+        elif time.monotonic() - since > IDLE:
+            os.kill(pid, signal.SIGALRM)
+            since = time.monotonic()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -124,6 +133,15 @@ def wait(pid: int, out: Path, err: Path, started: float) -> Outcome:
         seconds=time.monotonic() - started,
         grown=max(0, usage.ru_maxrss - mine) * 1024,
     )
+
+
+def _work(pid: int) -> tuple[str, int]:
+    """The state of a process and the ticks that all its threads have worked."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z", 0
+    return fields[0], int(fields[11]) + int(fields[12])
 
 
 def run(arguments: list[str], folder: Path, place: Path | None = None) -> Outcome:

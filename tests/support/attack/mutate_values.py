@@ -20,13 +20,14 @@ JSON_TEXTS: dict[str, list[str]] = {
     "huge": ["1e308", str(10**30), str(-(10**30)), str(2**63), str(2**31), "1" * 5000],
     "negative": ["-1", "-0.5", str(-(2**63))],
     "text": [
-        '"\\u001b]0;owned\\u0007\\u001b[2J"', '"a\\nb"', '"\\u0000"', '"\\ud800"', f'"{"A" * 300_000}"', '"../../../../etc/passwd"',
+        '"\\u001b]0;owned\\u0007\\u001b[2J"', '"a\\nb"', '"\\u0000"', '"\\ud800"', f'"{"A" * 300_000}"',
+            '"../../../../etc/passwd"',
         '"/dev/zero"', '"\\u202ecod.exe"',
     ],
     "deep": ["[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP],
 }  # fmt: skip
 TOML_TEXTS: dict[str, list[str]] = {
-    "type": ["true", '""', '"x"', "[]", "{}", "0", "1.5", "1979-05-27", '[[]]', "{a = 1}", '"1"'],
+    "type": ["true", '""', '"x"', "[]", "{}", "0", "1.5", "1979-05-27", "[[]]", "{a = 1}", '"1"'],
     "nan": ["nan", "inf", "-inf"],
     "huge": ["1e308", str(10**30), str(2**63), "1_000_000_000_000", "9" * 5000],
     "negative": ["-1", "-0.5", str(-(2**63))],
@@ -38,7 +39,9 @@ TOML_TEXTS: dict[str, list[str]] = {
 def paths(document: Any, at: Path_ = ()) -> list[Path_]:
     """The place of every value below ``document``."""
     found = [at] if at else []
-    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
     for key, value in items:
         found += paths(value, (*at, key))
     return found

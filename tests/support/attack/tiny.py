@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ class Tiny(nn.Module):
         sizes = [3, 6, 6, 6, 8, 8]
         halves = [
             nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in zip(sizes, sizes[1:], strict=False)
+            for a, b in pairwise(sizes)
         ]
         self.stem = nn.Sequential(*halves[:2])
         self.c3, self.c4, self.c5 = halves[2:]

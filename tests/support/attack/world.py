@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -127,8 +128,7 @@ def _stopped(world: World, name: str, step: int) -> None:
     """A run that was killed after the state of step ``step`` of six was written."""
 
     def work() -> int:
-        from kdcli.engine.training import trainer
-
+        trainer: Any = importlib.import_module("kdcli.engine.training.trainer")
         save = trainer.save_state
 
         def save_until(folder: Path, progress: Any, *rest: Any, **more: Any) -> None:
