@@ -22,7 +22,7 @@ from pathlib import Path
 
 SECONDS = 60  # a command of these takes 2 s at most, on a busy machine 6
 IDLE = 5.0  # seconds without any work: it waits for something that does not come
-MEMORY = 6 * 2**30  # of address space; the process that is forked has 3.6
+MEMORY = 5 * 2**30  # of address space; the process that is forked has 3.6
 
 
 @dataclass(frozen=True)

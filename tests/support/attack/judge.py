@@ -13,7 +13,7 @@ from tests.support.attack.child import Outcome
 
 CODES = frozenset({0, 2, 3, 4, 5, 6})  # of README.md; 1 is a bug
 LONGEST = 400  # characters of an error
-MOST = 2 * 2**30  # bytes of memory: the commands need 0.1 GB here
+MOST = 2**30  # bytes of memory: the commands need 0.1 GB here
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 LEFT = re.compile(r"^\..+|.*\.(tmp|lock|creating|making)$")
 WHOLE = ("config.toml", "zarr.json", "shapes.json")  # of an output that the same command, or --resume, goes on with
