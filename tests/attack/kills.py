@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import hashlib
-import io
-import json
 import os
 import shutil
 import signal
@@ -17,8 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.attack.case import MEASURED, Scratch
-from tests.support.attack import child
+from tests.attack.case import Scratch
+from tests.support.attack import child, contents
 from tests.support.attack.child import Outcome
 from tests.support.attack.judge import LEFT, problems_of, signature, snapshot
 from tests.support.attack.world import HERE, World
@@ -211,9 +207,9 @@ class Killer:
                 f"{name}/{k}": v for k, v in snapshot(folder).items() if name != "index" or LEFT.match(Path(k).name)
             }
         for name in [k for k in found if k.endswith("results.csv")]:
-            rows = csv.DictReader(io.StringIO((self.scratch.root / name).read_text()))
-            losses = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
-            found[name] = hashlib.sha256(json.dumps(losses).encode()).hexdigest()
+            found[name] = contents.losses(self.scratch.root / name)
+        for name in [k for k in found if k.endswith(".pt") and not LEFT.match(Path(k).name)]:
+            found[name] = contents.checkpoint(self.scratch.root / name)
         return found
 
 
