@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import time
@@ -214,9 +215,7 @@ class Killer:
 
 
 def _kind(outcome: Outcome, problem: str) -> str:
-    """Digits and process ids do not make another root cause."""
-    return (
-        signature(outcome, problem)
-        if problem == "traceback"
-        else "".join("N" if c.isdigit() else c for c in problem)[:120]
-    )
+    """What tells one root cause from another: process ids, drawn names and what lies below the first path do not."""
+    if problem == "traceback":
+        return signature(outcome, problem)
+    return re.sub(r"\d+", "N", re.sub(r"-probe-\w+", "-probe-N", problem)).partition(",")[0]
