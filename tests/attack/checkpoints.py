@@ -170,7 +170,11 @@ def _sealed(content: Any) -> Any:
 
 
 def _named(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype} {value.layout}" if isinstance(value, torch.Tensor) else repr(value)[:20]
+    if not isinstance(value, torch.Tensor):
+        return repr(value)[:20]
+    plain = value.layout == torch.strided and value.device.type == "cpu" and value.numel() < 2**20
+    finite = not plain or bool(torch.isfinite(value).all())
+    return f"{tuple(value.shape)} {value.dtype} {value.layout} {value.device}{'' if finite else ' with nan or inf'}"
 
 
 def _other_tensor(rng: Random, tensor: torch.Tensor) -> tuple[Any, str]:

@@ -175,8 +175,8 @@ def _area(rng: Random, document: dict[str, Any]) -> str:
 
 # what all that take any data set have to refuse; what `data check` has to warn of (said), and training too (count)
 FAULTS: list[tuple[Fault, str]] = [
-    *((fault, "refuse") for fault in (_unknown_image, _unknown_category, _negative_box, _outside, _same_image_id,
+    *((fault, "refuse") for fault in (_unknown_image, _unknown_category, _outside, _same_image_id,
     _same_note_id,
                                       _same_category_id, _same_name, _other_size, _no_file)),
-    (_no_boxes, "count"), (_one_file_twice, "said"), (_area, "said"),
+    (_no_boxes, "count"), (_negative_box, "said"), (_one_file_twice, "said"), (_area, "said"),
 ]  # fmt: skip
