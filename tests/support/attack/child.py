@@ -69,8 +69,8 @@ def fork(work: Callable[[], int], out: Path, err: Path, *, memory: int = MEMORY,
     """Start ``work`` in a child that leads a process group; its pid. Its exit code is what ``work`` returns."""
     sys.stdout.flush()
     sys.stderr.flush()
-    for file in (out, err):
-        file.write_bytes(b"")  # a kill may come before the child makes them
+    for output in (out, err):
+        output.write_bytes(b"")  # a kill may come before the child makes them
     pid = os.fork()
     if pid:
         return pid
