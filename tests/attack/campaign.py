@@ -123,17 +123,18 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def table(out: Path, kinds: Sequence[str] = KINDS) -> str:
-    """A row for each kind: damaged inputs, commands run on them, how they ended, and what may not happen."""
+    """A Markdown row for each kind: inputs, commands run on them, how these ended, what may not happen; then each of that."""
     rows = [
-        "kind | inputs | commands | refused | accepted | tracebacks | hangs or crashes | accepted damage | left over | other"
+        "| kind | inputs | commands | refused | accepted | tracebacks | hangs, crashes | accepted damage | left over | other |"
     ]
+    rows.append(f"|{' --- |' * 10}")
     found: Counter[tuple[str, str, str]] = Counter()
     for kind in kinds:
         count: Counter[str] = Counter()
         for path in sorted(out.glob(f"{kind}.*.jsonl")):
             for line in _lines(path):
                 count["inputs"] += bool(line["damage"])
-                for step in line["steps"]:
+                for step in line["steps"] if line["damage"] else ():
                     count["commands"] += 1
                     count["refused" if step["code"] else "accepted"] += 1
                     for finding in step["findings"]:
@@ -141,7 +142,7 @@ def table(out: Path, kinds: Sequence[str] = KINDS) -> str:
                         found[kind, step["step"], finding["signature"]] += 1
         names = ("inputs", "commands", "refused", "accepted", "traceback", "hang", "silent", "left", "other")
         if count["commands"]:
-            rows.append(" | ".join([kind, *(str(count[name]) for name in names)]))
+            rows.append(f"| {' | '.join([kind, *(f'{count[name]:,}' for name in names)])} |")
     rows += [
         "",
         *(f"{n} x {kind} / {step}: {what}" for (kind, step, what), n in sorted(found.items(), key=lambda x: -x[1])),
