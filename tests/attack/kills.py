@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from tests.support.attack.judge import LEFT, problems_of, signature, snapshot
 from tests.support.attack.world import HERE, World
 
 TRIES = 4  # until a kill comes before the end of its command
+PAUSE = 0.002  # seconds before each change of the file system on a slow disk
+CHANGES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
 
 
 @dataclass(frozen=True)
@@ -108,41 +111,37 @@ Files = dict[str, str]
 
 
 @dataclass
-class Right:
-    """What a command leaves when nobody kills it, "" for what differs from time to time; and how long it takes."""
-
-    files: Files
-    seconds: float
-
-
-@dataclass
 class Killer:
     """Kills commands in one scratch folder."""
 
     world: World
     scratch: Scratch
-    right: dict[str, Right] = field(default_factory=dict)
+    right: dict[str, Files] = field(default_factory=dict)  # by command what it leaves, "" for what differs each time
+    seconds: dict[tuple[str, bool], float] = field(default_factory=dict)  # by command and kind of disk
 
     def run(self, seed: int, number: int) -> dict[str, Any]:
-        """Kill command ``number`` of the rotation once; what became of it."""
+        """Kill command ``number`` of the rotation once, every other round on a slow disk; what became of it."""
         writing = COMMANDS[number % len(COMMANDS)]
         rng = Random(f"kills/{seed}/{number}")
+        slow = number // len(COMMANDS) % 2 == 1
         if writing.name not in self.right:
             self.right[writing.name] = self._uninterrupted(writing)
-        right = self.right[writing.name]
+        if (writing.name, slow) not in self.seconds:
+            self.seconds[writing.name, slow] = self._child(writing, slow, None).seconds
+        seconds = self.seconds[writing.name, slow]
         for _ in range(TRIES):
-            delay = rng.uniform(0.4 * rng.randint(0, 1), 1) * right.seconds
-            died = self._killed(writing, delay)
+            delay = rng.uniform(0.4 * rng.randint(0, 1), 1) * seconds
+            died = self._child(writing, slow, delay)
             if died.code == -signal.SIGKILL:
                 break
         else:
             return self._line(seed, number, writing, "", died, [])
-        damage = f"{writing.name} killed after {delay:.3f} of {right.seconds:.3f} s"
+        damage = f"{writing.name} killed after {delay:.3f} of {seconds:.3f} s{' on a slow disk' if slow else ''}"
         argv = (writing.again or writing.argv)(self.world, self.scratch)
         before = sorted(snapshot(self.scratch.out)), sorted(snapshot(self.scratch.into))
         outcome = child.run(argv, self.scratch.root / "log", self.scratch.out)
         problems = problems_of(outcome)
-        found, wanted = self._files(), right.files
+        found, wanted = self._files(), self.right[writing.name]
         missing, more = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
         other = sorted(k for k in wanted.keys() & found.keys() if wanted[k] and wanted[k] != found[k])
         if outcome.code not in (0, writing.refused) or (outcome.code and (missing or more or other)):
@@ -169,34 +168,36 @@ class Killer:
         os.environ["KDCLI_CACHE"] = str(self.scratch.root / "index")
         writing.prepare(self.world, self.scratch)
 
-    def _uninterrupted(self, writing: Writing) -> Right:
-        runs, seconds = [], []
+    def _uninterrupted(self, writing: Writing) -> Files:
+        runs = []
         for _ in range(2):
-            self._fresh(writing)
-            found = child.run(writing.argv(self.world, self.scratch), self.scratch.root / "log", self.scratch.out)
+            found = self._child(writing, False, None)
             assert found.code == 0, (writing.name, found.err)
             runs.append(self._files())
-            seconds.append(found.seconds)
         assert runs[0].keys() == runs[1].keys(), writing.name
         assert not [name for name in runs[0] if LEFT.match(Path(name).name)], writing.name
-        return Right({k: v if runs[1][k] == v else "" for k, v in runs[0].items()}, min(seconds))
+        return {k: v if runs[1][k] == v else "" for k, v in runs[0].items()}
 
-    def _killed(self, writing: Writing, delay: float) -> Outcome:
+    def _child(self, writing: Writing, slow: bool, delay: float | None) -> Outcome:
+        """Run the command from the start, and kill it after ``delay`` seconds."""
         self._fresh(writing)
         out, err = self.scratch.root / "log" / "stdout", self.scratch.root / "log" / "stderr"
         argv, place = writing.argv(self.world, self.scratch), self.scratch.out
 
         def work() -> int:
             os.chdir(place)
+            if slow:
+                sys.addaudithook(_wait_before)
             return child.command(argv)
 
         started = time.monotonic()
         pid = child.fork(work, out, err)
-        time.sleep(delay)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # it may not have made its group yet
+        if delay is not None:
+            time.sleep(delay)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # it may not have made its group yet
         return child.wait(pid, out, err, started)
 
     def _files(self) -> Files:
@@ -212,6 +213,13 @@ class Killer:
         for name in [k for k in found if k.endswith(".pt") and not LEFT.match(Path(k).name)]:
             found[name] = contents.checkpoint(self.scratch.root / name)
         return found
+
+
+def _wait_before(event: str, arguments: tuple[Any, ...]) -> None:
+    """A hook that Python calls before it changes the file system: a kill by the clock then comes between two changes."""
+    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    if writes or event in CHANGES:
+        time.sleep(PAUSE)
 
 
 def _kind(outcome: Outcome, problem: str) -> str:
