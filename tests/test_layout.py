@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "kdcli"
 FILES = sorted(TESTS.rglob("*.py"))
 # what is tested here is no folder of the package
-OTHERS = {"benchmarks", "compat", "docs", "examples", "golden", "packaging", "support"}
+OTHERS = {"attack", "benchmarks", "compat", "docs", "examples", "golden", "packaging", "support"}
 
 
 def is_test(file: Path) -> bool:
