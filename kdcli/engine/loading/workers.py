@@ -74,7 +74,7 @@ def _send_error(queue: Any, error: BaseException, sent: tuple[int, Any]) -> None
     """In place of batch ``sent[0]``: why it cannot be sent."""
     if isinstance(sent[1], BaseException):  # not even that
         end_now()
-    told = error if isinstance(error, OSError) else _told(error)
+    told = error if isinstance(error, OSError) and error.filename else _told(error)
     text = " ".join(str(error).split())[:200]
     queue.put((sent[0], told or WorkerError(f"a data worker cannot send a batch ({text}); use --workers 0")))
 
@@ -126,6 +126,7 @@ def made_by(loader: DataLoader[Any], doing: Doing = lambda worker: "") -> Iterat
 
 def _ahead(loader: DataLoader[Any], doing: Doing) -> Iterator[Any]:
     try:
+        multiprocessing.Lock()  # fails here where torch's own would leave half an iterator, which complains as it goes
         found = _waited_for(lambda: iter(loader))
         _running[found] = doing
         _take_over()
