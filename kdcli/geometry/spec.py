@@ -9,6 +9,8 @@ from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from kdcli.errors import OptionError, did_you_mean
+from kdcli.limits import INT64
+from kdcli.shown import shown as shown_value
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class JsonSpec:
         Raises OptionError for a field that is unknown or of another type, and for a missing one without a default.
         """
         if not isinstance(value, Mapping):
-            raise OptionError(f"{cls.__name__}: {str(value)[:40]!r} is no table of fields")
+            raise OptionError(f"{cls.__name__}: {shown_value(value)} is no table of fields")
         hints = get_type_hints(cls)
         known = {field.name: hints[field.name] for field in fields(cls)}
         for name, given in value.items():
@@ -36,7 +38,7 @@ class JsonSpec:
                 shown = str(name)[:40]
                 raise OptionError(f"{cls.__name__}: unknown field '{shown}'{did_you_mean(shown, known)}")
             if not _fits(given, known[name]):
-                raise OptionError(f"{cls.__name__}: field '{name}' cannot be {str(given)[:40]!r}")
+                raise OptionError(f"{cls.__name__}: field '{name}' cannot be {shown_value(given)}")
         for field in fields(cls):
             if field.name in value:
                 continue
@@ -55,5 +57,5 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is UnionType:
         return any(_fits(value, part) for part in parts)
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind
+        return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < INT64)
+    return type(value) is kind and (kind is not int or abs(value) < INT64)

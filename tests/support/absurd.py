@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import typer
 
-from kdcli.cli.main import app, run
+from kdcli.cli.app import app
+from kdcli.cli.main import run
 from kdcli.methods import METHODS
 from kdcli.methods.base import method_options
 from kdcli.options import ModelOptions, OptimOptions, TrainOptions
