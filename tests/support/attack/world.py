@@ -121,19 +121,25 @@ def reseal(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint with the digests that its contents have, as somebody makes them who knows how."""
     from kdcli.detectors import weights
 
-    return {**checkpoint, "weights_sha256": weights.weights_sha256(checkpoint["weights"])}
+    sealed = {**checkpoint, "weights_sha256": weights.weights_sha256(checkpoint["weights"])}
+    if "digest" in sealed:  # over the rest of the file
+        digest_of = importlib.import_module("kdcli.digest").digest_of
+        sealed["digest"] = digest_of({k: v for k, v in sealed.items() if k not in ("weights", "digest")})
+    return sealed
 
 
 def _stopped(world: World, name: str, step: int) -> None:
     """A run that was killed after the state of step ``step`` of six was written."""
 
     def work() -> int:
+        from kdcli.engine.training.checkpoint import TrainingState
+
         trainer: Any = importlib.import_module("kdcli.engine.training.trainer")
         save = trainer.save_state
 
-        def save_until(folder: Path, progress: Any, *rest: Any, **more: Any) -> None:
-            save(folder, progress, *rest, **more)
-            if progress.step == step:
+        def save_until(*parts: Any, **more: Any) -> None:
+            save(*parts, **more)
+            if next(part for part in parts if isinstance(part, TrainingState)).step == step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         trainer.save_state = save_until
