@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -63,6 +64,10 @@ def _model(value: Any) -> bool:
     return _text(value) or (isinstance(value, dict) and _text(value.get("name", "")))
 
 
+def _device(value: Any) -> bool:
+    return _text(value) and re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d{1,3})?", value) is not None
+
+
 def _command(value: Any) -> bool:
     return value in ("train", "distill")
 
@@ -77,7 +82,8 @@ def _table_of(check: Check) -> Check:
 
 CONFIG: Mapping[str, Check] = {
     "command": _command, "seed": _whole, "epochs": _natural, "model": _model, "method": _method, "canvas": _text,
-    **dict.fromkeys(("data", "teacher", "cache", "device", "backbone_weights", "init_from"), _text),
+    **dict.fromkeys(("data", "teacher", "cache", "backbone_weights", "init_from"), _text),
+    "device": _device,
     **dict.fromkeys(("workers", "threads", "save_steps"), _natural), "gradient_limit": _count,
 }  # fmt: skip
 
