@@ -7,16 +7,15 @@ leaves the run out, ``--resume`` ends with it. Fields that are not listed may be
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from kdcli.digest import digest_of, is_intact
 from kdcli.errors import MissingPathError, OptionError
+from kdcli.untrusted import parse_json, parse_toml
 
 LARGEST = 2**63  # of any number in these files: beyond it no counter of ours goes, and torch takes no seed
 
@@ -110,17 +109,17 @@ METRICS: Mapping[str, Check] = {
 
 def read_settings(run: Path) -> dict[str, Any]:
     """``config.toml`` as a table. Raises MissingPathError, or OptionError for what is none or has a value of another kind."""
-    return _checked(run / "config.toml", CONFIG, tomllib.loads)
+    return _checked(run / "config.toml", CONFIG, parse_toml)
 
 
 def read_environment(run: Path) -> dict[str, Any]:
     """``env.json``, as it was when the run began. Raises as ``read_settings``."""
-    return _checked(run / "env.json", ENV, json.loads)
+    return _checked(run / "env.json", ENV, parse_json)
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
     """``metrics.json``, the final numbers. Raises as ``read_settings``; MissingPathError: the run is unfinished."""
-    metrics = _checked(run / "metrics.json", METRICS, json.loads)
+    metrics = _checked(run / "metrics.json", METRICS, parse_json)
     missing = [name for name in ("ap", "epochs", "wall_s") if name not in metrics]
     if missing:
         raise OptionError(f"metrics.json has no {missing[0]}")
