@@ -27,6 +27,7 @@ __all__ = [
     "StoredRows",
     "TeacherBatch",
     "UsageError",
+    "WorkerError",
     "__version__",
     "cache_teacher",
     "distill",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         OptionError,
         StoreError,
         UsageError,
+        WorkerError,
     )
     from kdcli.methods.base import Method
     from kdcli.tensors import Need

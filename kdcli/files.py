@@ -61,18 +61,24 @@ def atomic_save(obj: object, path: Path) -> None:
     _replace(path, write)
 
 
+class NotAFileError(OSError):
+    """A named pipe, a device or a folder is where a file has to be."""
+
+
 def open_regular(path: Path) -> int:
-    """A descriptor for reading a regular file. Raises OSError: for a named pipe at once, instead of waiting for its writer."""
+    """A descriptor for reading a regular file. Raises OSError, and NotAFileError for what is none: for a named pipe at once,
+    instead of waiting for its writer.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # the flag changes nothing for a regular file
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         kind = kind_of(os.fstat(descriptor).st_mode)
         os.close(descriptor)
-        raise OSError(errno.EINVAL, f"is {kind}, not a file", str(path))
+        raise NotAFileError(errno.EINVAL, f"is {kind}, not a file", str(path))
     return descriptor
 
 
 def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file. Raises OSError, also for a named pipe, a device and a folder."""
+    """The bytes of a regular file. Raises as ``open_regular``."""
     with os.fdopen(open_regular(path), "rb") as file:
         return file.read()
 

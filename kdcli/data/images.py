@@ -6,6 +6,7 @@ decodes them has them in hand (0.015 ms for 21 kB).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import re
@@ -21,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from kdcli.data.exif import is_turned, orientation_of, placed, stored_size
 from kdcli.errors import DataError, MissingPathError
-from kdcli.files import read_regular
+from kdcli.files import NotAFileError, kind_of, read_regular
 from kdcli.filetypes import A_TEXT, name_file
 
 if TYPE_CHECKING:
@@ -123,9 +124,10 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _require_file(path: Path) -> None:
-    """Raises OSError for what a reader would wait for or read for ever: a pipe, a device. 2 us."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("no regular file")
+    """Raises NotAFileError for what a reader would wait for or read for ever: a pipe, a device. 2 us."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise NotAFileError(errno.EINVAL, f"is {kind_of(mode)}, not a file", str(path))
 
 
 def _missing(path: Path) -> MissingPathError:
@@ -135,7 +137,9 @@ def _missing(path: Path) -> MissingPathError:
 def unreadable(path: Path, error: BaseException) -> DataError:
     """The error for a picture on which Pillow, or reading it, raised ``error``: one of ``UNREADABLE``."""
     reason, fix = " ".join(str(error).split())[:200] or type(error).__name__, "replace the file"
-    if isinstance(error, UnidentifiedImageError):  # its own text names a BytesIO object by its address
+    if isinstance(error, NotAFileError):
+        reason = f"it {error.strerror}"
+    elif isinstance(error, UnidentifiedImageError):  # its own text names a BytesIO object by its address
         reason = "of no known image format"
         if path.is_file() and (known := name_file(path)) is not None and known != A_TEXT:
             head = ", with a damaged header" if known[0].endswith("picture") else ""

@@ -27,6 +27,7 @@ ERRORS = [
     "OptionError",
     "StoreError",
     "UsageError",
+    "WorkerError",
 ]
 TYPES = ["Detector", "Losses", "Method", "Need", "Store", "StoreView", "StoredRows", "TeacherBatch"]
 FUNCTIONS = ["cache_teacher", "distill", "evaluate", "load_detector", "losses", "open_store", "train"]

@@ -119,7 +119,7 @@ def test_places_are_looked_at_before_the_work(
         (errno.ENOSPC, 5, "; free some space or choose another place"),
         (errno.EROFS, 3, "; choose another place"),
         (errno.EACCES, 3, "; change its permissions or choose another place"),
-        (errno.EIO, 3, ""),
+        (errno.EIO, 3, "; look at the disk or file system that it is on, or choose another place"),
     ],
 )
 def test_the_fix_suits_the_error(

@@ -197,7 +197,7 @@ def test_something_that_is_no_file_in_the_place_of_a_shard(store: Path, tmp_path
     file = ours / shard_key(LAYOUT["row/identity"], 1)
     file.unlink()
     file.mkdir()
-    with pytest.raises(StoreError, match="is missing"):
+    with pytest.raises(StoreError, match="is a folder, not a file"):
         StoreReader(ours).read(keys()[SHARD_ROWS])
     shutil.rmtree(file.parent)
     file.parent.write_text("")

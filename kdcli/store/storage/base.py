@@ -75,7 +75,7 @@ class Storage(Protocol):
         ...
 
     def read(self, key: str) -> bytes:
-        """A whole file. Raises FileNotFoundError."""
+        """A whole file. Raises FileNotFoundError, and StoreError for a pipe, a device or a folder in its place."""
         ...
 
     def read_all(self, keys: Sequence[str]) -> list[bytes]:

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from kdcli.files import atomic_write_bytes, fsync_folder, open_regular, read_regular, require_beside
+from kdcli.errors import StoreError
+from kdcli.files import NotAFileError, atomic_write_bytes, fsync_folder, open_regular, read_regular, require_beside
 from kdcli.store.locks import lock_file, lock_store, remove_stale_locks
 from kdcli.store.storage.base import OpenFile
 
@@ -70,7 +71,10 @@ class LocalStorage:
 
     def read(self, key: str) -> bytes:
         """See Storage."""
-        return read_regular(self.path / key)
+        try:
+            return read_regular(self.path / key)
+        except NotAFileError as error:
+            raise _no_file(error) from error
 
     def read_all(self, keys: Sequence[str]) -> list[bytes]:
         """See Storage."""
@@ -161,5 +165,11 @@ class LocalStorage:
             descriptor = open_regular(self.path / key)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except NotAFileError as error:
+            raise _no_file(error) from error
         size = os.fstat(descriptor).st_size
         return OpenFile(key, size, os.pread(descriptor, tail, max(0, size - tail)), descriptor=descriptor)
+
+
+def _no_file(error: NotAFileError) -> StoreError:
+    return StoreError(f"'{error.filename}' {error.strerror}; delete it and run `kdcli cache verify`")

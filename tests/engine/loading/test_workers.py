@@ -37,10 +37,10 @@ def at_image(monkeypatch: pytest.MonkeyPatch, source: SampleSource, what: Callab
     """Have a worker do ``what`` when it comes to the fourth image, whose path is returned."""
     path, real = source.dataset.image_path(3), samples.read_image
 
-    def read_image(file: Path, size: tuple[int, int]) -> Any:
+    def read_image(file: Path, size: tuple[int, int], exif: bool) -> Any:
         if file == path:
             what()
-        return real(file, size)
+        return real(file, size, exif)
 
     monkeypatch.setattr(samples, "read_image", read_image)
     return path

@@ -193,7 +193,8 @@ def _write(
 ) -> Probe:
     rows, size = len(chosen), plan.teacher.forward.micro_batch
     schema = replace(plan.schema, rows=rows, shard_rows=rows)
-    few = replace(plan.with_schema(schema), chosen=loaded.items)
+    ungated = replace(plan.options, min_teacher_ap=0.0)  # the probe's own store has no AP
+    few = replace(plan.with_schema(schema), chosen=loaded.items, options=ungated)
     load: Load | None = None
     if not loads(plan):
         # nothing to wait for, and no data workers to end, which would be counted as encoding
