@@ -35,9 +35,11 @@ from kdcli.files import atomic_save
 from kdcli.options import CacheOptions
 from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.encoding_error import ErrorMeter, Measured
+from kdcli.store.row_identity import pack_identity
 from kdcli.store.schema import row_tensor
 from kdcli.store.shards import pack_chunk
 from kdcli.store.writer import StoreWriter, create_store
+from kdcli.structures import RowKey
 from kdcli.tensors import BOX_DISTRIBUTION, CLS_LOGITS
 
 TRAIN2017_IMAGES = 118_287
@@ -181,7 +183,16 @@ def write(plan: StorePlan, store: Path, pool: list[Packed], part: int = 0, parts
         for number in numbers:
             meter.join(pool[number].encoding)
         chunks = {path: [rows[number][path] for number in numbers] for path in layout}
+        chunks["row/identity"] = [own_identity(plan, row) for row in range(*plan.schema.shard_range(shard))]
         writer.write_chunks(shard, chunks, Measured(encoding=meter.sums))
+
+
+def own_identity(plan: StorePlan, row: int) -> bytes:
+    """The packed identity record of a row: it names its image and view, so no other row can lend it."""
+    position, view = plan.item(row)
+    key = RowKey(plan.source.dataset.image_id(position), view)
+    array = next(a for a in plan.schema.layout() if a.path == "row/identity")
+    return pack_chunk(pack_identity(bytes(32), bytes(16), key, plan.schema.version), array)
 
 
 def write_and_kill(plan: StorePlan, store: Path, pool: list[Packed]) -> float:

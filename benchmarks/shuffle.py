@@ -32,6 +32,7 @@ from kdcli.store.encoding_policy import plan_tensors
 from kdcli.store.manifest import Manifest
 from kdcli.store.provenance import DatasetRecord, Origin, TeacherRecord, TeacherRun
 from kdcli.store.reader import StoreReader
+from kdcli.store.row_identity import pack_identity
 from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import open_shards, pack_chunk
 from kdcli.store.writer import StoreWriter, create_store
@@ -145,9 +146,13 @@ def make_store(path: Path, images: int, shard_rows: int) -> None:
             values = [np.ones_like(values[0])] * 8
         chunks[array.path] = [pack_chunk(v, array) for v in values]
     writer = StoreWriter(path, schema)
+    identity = next(array for array in schema.layout() if array.path == "row/identity")
     for shard in range(schema.num_shards):
         start, stop = schema.shard_range(shard)
         rows = {p: [c[k % 8] for k in range(start, stop)] for p, c in chunks.items()}
+        keys = [RowKey(k // len(VIEWS) + 1, VIEWS[k % len(VIEWS)]) for k in range(start, stop)]
+        records = [pack_identity(bytes(32), bytes(16), key, schema.version) for key in keys]
+        rows[identity.path] = [pack_chunk(record, identity) for record in records]
         writer.write_chunks(shard, rows, Measured())
 
 
@@ -170,10 +175,10 @@ def reads(store: Path, images: int, batch: int, turns: int, cold: bool) -> dict[
     opened = 0
     real = open_shards
 
-    def counting(storage: Any, keys: Any, chunks: int) -> Any:
+    def counting(storage: Any, keys: Any, chunks: int, records: Any) -> Any:
         nonlocal opened
         opened += len(keys)
-        return real(storage, keys, chunks)
+        return real(storage, keys, chunks, records)
 
     patched = patch.object(reading, "open_shards", counting)
     patched.start()

@@ -16,12 +16,12 @@ def store_info(store: Where) -> dict[str, Any]:
 
     manifest = read_manifest(store)
     schema = manifest.schema
-    journal = read_journal(store)
+    journal = read_journal(store, manifest)
     errors = errors_of(entry.measured for entry in journal.values())
     by_array: dict[str, int] = {}
     for entry in journal.values():
         for path, file in entry.files.items():
-            by_array[path] = by_array.get(path, 0) + file.bytes
+            by_array[path] = by_array.get(path, 0) + file.size
     tensors = {
         t.need.key: {
             "dims": list(t.dims),

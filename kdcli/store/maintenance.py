@@ -170,7 +170,9 @@ def _chunks(
         theirs, size = reader.layout[array.path], reader.schema.shard_rows
         mine = {n: divmod(row, size) for n, (k, row) in enumerate(places) if k == source}
         new = [s for s in dict.fromkeys(s for s, _ in mine.values()) if (source, array.path, s) not in files]
-        opened = open_shards(reader.storage, [shard_key(theirs, s) for s in new], size)
+        opened = open_shards(
+            reader.storage, [shard_key(theirs, s) for s in new], size, [reader.records[s][array.path] for s in new]
+        )
         files.update({(source, array.path, s): file for s, file in zip(new, opened, strict=True)})
         wanted = [(files[source, array.path, s], position) for s, position in mine.values()]
         for n, (file, _), chunk in zip(mine, wanted, read_chunks(reader.storage, wanted), strict=True):

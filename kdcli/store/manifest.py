@@ -17,10 +17,11 @@ from kdcli.errors import KDError, MissingPathError, OptionError, StoreError
 from kdcli.geometry.assign import AssignerSpec
 from kdcli.geometry.grid import Grid
 from kdcli.geometry.regions import RegionSpec
-from kdcli.store.checksummed_json import add_checksum, parse, verify_checksum
+from kdcli.store.checksummed_json import add_checksum, digest, parse, verify_checksum
 from kdcli.store.comparison import compare
 from kdcli.store.encoding_error import Measured
 from kdcli.store.provenance import AddedOn, DatasetRecord, Origin, TeacherRecord, TeacherRun
+from kdcli.store.row_identity import LENGTH
 from kdcli.store.schema import StoreSchema
 from kdcli.store.storage.base import Where
 from kdcli.store.storage.resolve import open_storage
@@ -29,8 +30,8 @@ from kdcli.structures import Canvas
 
 ATTRIBUTE = "kdcli"  # of the root group
 FORMAT = "kdcli.store"
-FORMAT_VERSION = 1
 VIEW = re.compile(r"[a-z]{1,32}(-[0-9]{1,6})?")
+BOUND = ("format", "version", "teacher_run", "dataset", "class_order", "canvas", "views", "view_seed", "assigner")
 ROWS = ("rows", "shard_rows", "max_boxes")  # of a schema: how many there are, not what they are
 
 
@@ -68,7 +69,7 @@ class Manifest:
         """JSON form, without a checksum."""
         return {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": self.schema.version,
             "teacher": self.teacher.to_json(),
             "teacher_run": self.teacher_run.to_json(),
             "dataset": self.dataset.to_json(),
@@ -106,7 +107,7 @@ class Manifest:
             methods=tuple(methods.split(",")) if methods else (),
             method_options={name: table(values, "method_options") for name, values in options.items()},
             origin=Origin.from_json(field(data, "origin", dict)),
-            schema=StoreSchema.from_json(field(data, "schema", dict)),
+            schema=StoreSchema.from_json(field(data, "schema", dict), field(data, "version", int)),
             added_on=_added_on(data),
             errors=Measured.from_json(data["errors"]) if "errors" in data else None,
         )
@@ -142,6 +143,15 @@ class Manifest:
             "regions": self.region_spec.to_json(),
             "schema": _readable(self.schema),
         }
+
+    @cached_property
+    def binding(self) -> str:
+        """sha256 of what never changes in a store, whatever is added to it or dropped: its journal belongs to it alone."""
+        whole = self.to_json()
+        fixed = {name: whole[name] for name in BOUND}
+        fixed["teacher"] = {name: value for name, value in whole["teacher"].items() if name != "ap"}
+        fixed["schema"] = {name: whole["schema"][name] for name in ("grid", "rows", "shard_rows")}
+        return digest(fixed)
 
     def differences(self, ours: Manifest, *, ignoring: Collection[str] = ()) -> list[str]:
         """Fields of ``identity`` in which ``ours`` is not this store's, as ``field: store X, here Y``."""
@@ -209,9 +219,10 @@ def read_manifest(where: Where) -> Manifest:
     kind = found.get("format") if isinstance(found, dict) else None
     if kind != FORMAT:
         raise StoreError(f"'{path}' is not a kdcli store: format is {repr(kind)[:80]}")
-    if found.get("version") != FORMAT_VERSION:
+    version = found.get("version")
+    if type(version) is not int or version not in LENGTH:
         raise StoreError(
-            f"store '{path}' is of format version {repr(found.get('version'))[:80]}, this kdcli reads {FORMAT_VERSION}; "
+            f"store '{path}' is of format version {repr(version)[:80]}, this kdcli reads {', '.join(map(str, LENGTH))}; "
             "write it again, or use the kdcli that wrote it"
         )
     if document != plain:

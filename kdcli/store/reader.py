@@ -21,8 +21,9 @@ from kdcli.store.arrays import ENTRY_COUNT, ArraySpec, shard_key
 from kdcli.store.batch_buffers import BatchSlot, allocate_batch
 from kdcli.store.checksums import crc_is_right
 from kdcli.store.image_codec import PIXELS, decode_pixels
-from kdcli.store.journal import read_journal
+from kdcli.store.journal import ShardRecord, journal_key, read_journal
 from kdcli.store.manifest import read_manifest
+from kdcli.store.row_identity import CONTENT, GUARD, is_of
 from kdcli.store.schema import ENTRY_DTYPES
 from kdcli.store.shards import ShardFile, decompress, open_shards, read_chunks
 from kdcli.store.storage.base import Where
@@ -66,7 +67,7 @@ class StoreReader:
             raise StoreError(f"store '{self.storage}' has {error}; write the store again") from error
         self.tensors = self.schema.tensors if needs is None else self.schema.restrict(tuple(needs))
         self.views = self.manifest.views
-        self._require_complete()
+        self.records = self._read_records()
         self._ids = self._read_image_ids()
         self._sorter = np.argsort(self._ids, kind="stable")  # 16 bytes an image; a dict would take 130
         self.pixels = self.schema.images
@@ -137,11 +138,15 @@ class StoreReader:
             if tensor.count == PROPOSAL_COUNT:  # the boxes of each image are counted by its targets, proposals are not
                 arrays[PROPOSAL_COUNT] = np.array([counts[PROPOSAL_COUNT]], np.int32)
         identity = self._array(chunks, "row/identity", index, None).tobytes()
+        if not is_of(identity, key):
+            raise StoreError(
+                f"store '{self.storage}', {key}: its row is of another image or view; run `kdcli cache verify`"
+            )
         geometry = self._array(chunks, "row/geometry", index, None)
         image = self._image(chunks, index, geometry) if self.pixels else None
         entries = _entries_of(parts) if parts else None
         return Row(
-            arrays=arrays, entries=entries, content=identity[:32], guard=identity[32:], geometry=geometry, image=image,
+            arrays=arrays, entries=entries, content=identity[CONTENT], guard=identity[GUARD], geometry=geometry, image=image,
             slot=slot,
         )  # fmt: skip
 
@@ -151,7 +156,7 @@ class StoreReader:
 
     def bytes_on_disk(self) -> int:
         """Bytes of all shard files, from the journal."""
-        return sum(file.bytes for entry in read_journal(self.storage).values() for file in entry.files.values())
+        return sum(file.size for files in self.records for file in files.values())
 
     def _wanted(self) -> dict[str, ArraySpec]:
         specs = {a.path: a for a in self.schema.layout() if not a.path.startswith("tensors/")}
@@ -161,8 +166,9 @@ class StoreReader:
             specs.update({a.path: a for a in self.schema.tensor_arrays(tensor).values()})
         return specs
 
-    def _require_complete(self) -> None:
-        journal = read_journal(self.storage)
+    def _read_records(self) -> list[Mapping[str, ShardRecord]]:
+        """Of each shard, what its files have to be, by array path. Raises StoreError when shards or files are missing."""
+        journal = read_journal(self.storage, self.manifest)
         done = len(journal)
         for shard, entry in journal.items():
             if shard >= self.schema.num_shards or entry.rows != self.schema.shard_range(shard):
@@ -174,6 +180,14 @@ class StoreReader:
                 f"store '{self.storage}' is incomplete: {done} of {self.schema.num_shards} shards are written; "
                 "run the same cache-teacher command again to finish it"
             )
+        records = [journal[shard].files for shard in range(done)]
+        arrays = [array.path for array in self.schema.layout()]
+        for shard, path in ((s, p) for s, files in enumerate(records) for p in arrays if p not in files):
+            raise StoreError(
+                f"store '{self.storage}': its journal does not name the file of {path} in shard {shard}; delete "
+                f"'{self.storage}/{journal_key(shard)}' and run the same cache-teacher command again"
+            )
+        return records
 
     def _read_image_ids(self) -> NDArray[np.int64]:
         count = self.schema.rows // len(self.views)
@@ -203,7 +217,11 @@ class StoreReader:
         files = self._shards.get(shard)
         if files is None:
             keys = [shard_key(spec, shard) for spec in self.layout.values()]
-            files = self._shards[shard] = open_shards(self.storage, keys, self.schema.shard_rows)
+            # `cache add` replaces the others, under a reader that is at work: they are the same but for more entries
+            fixed = [path == PIXELS or path.startswith("tensors/") for path in self.layout]
+            entry = self.records[shard]
+            records = [entry[path] if never else None for path, never in zip(self.layout, fixed, strict=True)]
+            files = self._shards[shard] = open_shards(self.storage, keys, self.schema.shard_rows, records)
             most = max(1, self.storage.max_open // len(files))
             for first in list(self._shards)[:-most]:  # opened first; reads are random anyway
                 self._shards.pop(first, None)  # other threads open and close files too

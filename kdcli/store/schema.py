@@ -32,6 +32,7 @@ from kdcli.store.arrays import (
 )
 from kdcli.store.encodings import ChannelAffine
 from kdcli.store.image_codec import PIXEL_ENCODING, PIXELS
+from kdcli.store.row_identity import FORMAT_VERSION, LENGTH
 from kdcli.structures import Batch, Canvas, Entries
 from kdcli.tensors import PROPOSAL_COUNT, Need, Per, Region, Tensors, level_of_per
 
@@ -58,6 +59,7 @@ class StoreSchema:
     max_boxes: int = 0  # ground-truth boxes of the row that has most
     derived_from_dense: tuple[Need, ...] = ()  # at entries, and not stored: read from the dense tensor of the same name
     images: bool = False  # the canvases that the teacher saw
+    version: int = FORMAT_VERSION  # of the store, whose manifest has it beside the schema
 
     @cached_property
     def sparse(self) -> bool:
@@ -147,8 +149,7 @@ class StoreSchema:
     @cached_property
     def _layout(self) -> tuple[ArraySpec, ...]:
         arrays = [
-            # sha256 of the image file (32 bytes), then the guard of boxes, labels and region definition (16)
-            ArraySpec("row/identity", (48,), "uint8"),
+            ArraySpec("row/identity", (LENGTH[self.version],), "uint8"),
             ArraySpec("row/geometry", (GEOMETRY_LENGTH,), "float64"),
         ]
         if self.images:
@@ -234,7 +235,7 @@ class StoreSchema:
         }
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> StoreSchema:
+    def from_json(data: Mapping[str, Any], version: int = FORMAT_VERSION) -> StoreSchema:
         """Inverse of ``to_json``. Raises StoreError when a field is missing, of the wrong kind or beyond the bounds."""
         try:
             schema = StoreSchema(
@@ -246,6 +247,7 @@ class StoreSchema:
                 max_boxes=whole(data["max_boxes"], 0),
                 derived_from_dense=tuple(Need(*str(key).split("@")) for key in data["served"]),
                 images=_images(data.get("images")),
+                version=version,
             )
             arrays = schema.layout()
             for size in (n for a in arrays for n in a.shape):

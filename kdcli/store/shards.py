@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from kdcli.errors import StoreError
 from kdcli.store.arrays import ArraySpec
 from kdcli.store.checksums import crc_bytes, crc_is_right
+from kdcli.store.journal import ShardRecord
 from kdcli.store.storage.base import OpenFile, Storage
 
 MISSING = 2**64 - 1  # of a shard index: this chunk was never written
@@ -117,13 +118,21 @@ class ShardFile:
             raise _corrupt(self.name, f"holds {error} instead of {array.row_bytes} bytes") from error
 
 
-def open_shards(storage: Storage, keys: Sequence[str], chunks: int) -> list[ShardFile]:
-    """Open shard files of ``chunks`` chunks. Raises StoreError for one that is missing or has a broken index."""
+def open_shards(
+    storage: Storage, keys: Sequence[str], chunks: int, records: Sequence[ShardRecord | None]
+) -> list[ShardFile]:
+    """Open shard files of ``chunks`` chunks, which the journal has ``records`` of (None: not compared).
+
+    Raises StoreError for one that is missing, has a broken index, or is not as long as, or has not the chunks that, the
+    journal says: the file of another store. The digest of all its bytes is for `cache verify`.
+    """
     opened = []
-    for key, file in zip(keys, storage.open_all(keys, _index_bytes(chunks)), strict=True):
+    for key, file, record in zip(keys, storage.open_all(keys, _index_bytes(chunks)), records, strict=True):
         if file is None:
             raise _corrupt(f"{storage}/{key}", "is missing")
         opened.append(ShardFile(f"{storage}/{key}", file, chunks))
+        if record is not None and (file.size != record.size or record.index not in (None, file.tail[-4:].hex())):
+            raise _corrupt(f"{storage}/{key}", "is not the one that the journal names")
     return opened
 
 

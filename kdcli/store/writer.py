@@ -22,10 +22,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from kdcli.errors import NoSpaceError, StoreError
 from kdcli.store.arrays import ZSTD_LEVEL, shard_key
 from kdcli.store.checksummed_json import add_checksum
-from kdcli.store.checksums import crc_hex
 from kdcli.store.encoding_error import Measured
 from kdcli.store.journal import JournalEntry, ShardRecord, journal_key, read_journal
-from kdcli.store.manifest import ATTRIBUTE, Manifest
+from kdcli.store.manifest import ATTRIBUTE, Manifest, read_manifest
 from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import pack_chunk, pack_shard
 from kdcli.store.storage.base import Storage, Where
@@ -79,6 +78,7 @@ class StoreWriter:
 
     def __init__(self, where: Where, schema: StoreSchema) -> None:
         self.storage, self.schema = open_storage(where), schema
+        self.store = None if schema.version == 1 else read_manifest(self.storage).binding
         self.storage.remove_stale_locks("journal")
 
     def done(self) -> set[int]:
@@ -109,11 +109,11 @@ class StoreWriter:
                 assert len(chunks[array.path]) == stop - start
                 data = pack_shard(chunks[array.path], self.schema.shard_rows)
                 self.storage.write(key, data)
-                files[array.path] = ShardRecord(len(data), crc_hex(data))
-            entry = JournalEntry(shard=shard, rows=(start, stop), files=files, measured=measured)
+                files[array.path] = ShardRecord.of(data, self.schema.version)
+            entry = JournalEntry(shard=shard, rows=(start, stop), files=files, measured=measured, store=self.store)
             if not self.storage.create(journal_key(shard), entry.to_bytes()):
                 self._give_up(shard)
-        return sum(file.bytes for file in files.values())
+        return sum(file.size for file in files.values())
 
     @contextmanager
     def _claim(self, shard: int) -> Iterator[bool]:

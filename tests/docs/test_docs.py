@@ -24,9 +24,10 @@ from kdcli.options import ModelOptions, OptimOptions, TrainOptions
 from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.encoding_error import Measured
 from kdcli.store.encoding_policy import plan_tensors
+from kdcli.store.row_identity import pack_identity
 from kdcli.store.schema import StoreSchema
 from kdcli.store.writer import StoreWriter, create_store
-from kdcli.structures import Canvas
+from kdcli.structures import Canvas, RowKey
 from kdcli.tensors import DERIVED, Need, TensorSpec
 from tests.support.store_case import make_manifest
 
@@ -211,11 +212,11 @@ def _small_store(path: Path) -> np.ndarray[Any, Any]:
     create_store(path, make_manifest(schema), np.array([1]))
     rng = np.random.default_rng(0)
     rows, edges = [], np.zeros(0, np.float32)
-    for count, flag in ((1, [1]), (5, [1, 2, 3, 2, 1])):
+    for view, count, flag in (("identity", 1, [1]), ("hflip", 5, [1, 2, 3, 2, 1])):
         edges = rng.normal(size=(count, 4, 17)).astype(np.float32)
         positives = sum(f & 1 for f in flag)
         row: dict[str, Any] = {
-            "row/identity": np.zeros(48, np.uint8),
+            "row/identity": pack_identity(bytes(32), bytes(16), RowKey(1, view), schema.version),
             "row/geometry": np.zeros(11),
             "entries/count": np.array([count], np.int32),
             "entries/index": np.array([2, 3, 5, 7, 11][:count], np.int32),

@@ -45,7 +45,7 @@ MANIFESTS: dict[str, list[Any]] = {
         [], "identity", ["identity", "identity"], ["../x", "hflip"], ["identity,hflip", "x"], ["identity\0", "hflip"],
         ["identity", "h/flip"], ["identity", "a" * 5000], [1, 2], {"identity": 1}, None, [["identity"], "hflip"], DEEP,
     ],
-    "version": [2, 0, "1", None, DEEP],
+    "version": [1, 3, 0, "2", True, None, DEEP],
     "format": ["zarr", None, {}, DEEP],
     "versions": [5, [], "3", DEEP],
     "errors": [5, [], {"encoding": 5}, {"encoding": {"a": 5}}, {"encoding": {"a": {"rms": "x"}}}, DEEP],

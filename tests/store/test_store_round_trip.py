@@ -22,6 +22,7 @@ from kdcli.store.encoding_error import Measured
 from kdcli.store.journal import read_journal, store_digest
 from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
+from kdcli.store.row_identity import pack_identity
 from kdcli.store.schema import StoreSchema
 from kdcli.store.shards import decompress, pack_chunk
 from kdcli.store.storage import local as local_module
@@ -212,7 +213,8 @@ def test_an_all_zero_row_is_stored(tmp_path: Path) -> None:
     zero = {a.path: np.zeros(a.shape, a.dtype)[: 0 if a.sparse else None] for a in SCHEMA.layout()}
     for shard in range(SCHEMA.num_shards):
         start, stop = SCHEMA.shard_range(shard)
-        writer.write_shard(shard, [zero] * (stop - start), Measured())
+        own = [pack_identity(bytes(32), bytes(16), key, SCHEMA.version) for key in keys()[start:stop]]
+        writer.write_shard(shard, [{**zero, "row/identity": identity} for identity in own], Measured())
     row = StoreReader(tmp_path / "s").read(keys()[6])
     assert row.content == bytes(32)
     assert row.arrays["tensors/features@all/values"].shape == (44, 3)
@@ -236,7 +238,8 @@ def test_the_order_of_shards_does_not_matter(store: Path, tmp_path: Path) -> Non
 def test_digest_tells_stores_apart(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "s")
     journal = tmp_path / "s" / "journal" / "000002.json"
-    journal.write_text(json.dumps(add_checksum(json.loads(journal.read_text()) | {"measured": measured(5).to_json()})))
+    other = json.loads(journal.read_text()) | {"measured": measured(5).to_json()}
+    journal.write_text(json.dumps(add_checksum(other), sort_keys=True))
     assert store_digest(tmp_path / "s") != store_digest(store)
 
 

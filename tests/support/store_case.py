@@ -19,6 +19,7 @@ from kdcli.store.encoding_policy import plan_tensors
 from kdcli.store.manifest import Manifest
 from kdcli.store.provenance import DatasetRecord, Origin, TeacherRecord, TeacherRun
 from kdcli.store.reader import Row
+from kdcli.store.row_identity import pack_identity
 from kdcli.store.schema import GEOMETRY_LENGTH, StoreSchema
 from kdcli.store.storage.base import Where
 from kdcli.store.writer import StoreWriter, create_store
@@ -103,7 +104,7 @@ def make_row(schema: StoreSchema, index: int) -> Arrays:
     flag = rng.integers(1, (MAIN | VLR) + 1, count).astype(np.uint8)
     main, vlr = (flag & MAIN) != 0, (flag & VLR) != 0
     arrays: Arrays = {
-        "row/identity": rng.integers(0, 256, 48).astype(np.uint8),
+        "row/identity": pack_identity(rng.bytes(32), rng.bytes(16), keys()[index], schema.version),
         "row/geometry": rng.integers(0, 99, GEOMETRY_LENGTH).astype(np.float64),
         "entries/count": np.array([count], np.int32),
         "entries/index": storage.astype(np.int32),
@@ -146,7 +147,7 @@ def keys() -> list[RowKey]:
 
 def assert_row_equal(row: Row, written: Arrays) -> None:
     """What was read is what was encoded, bit for bit and dtype for dtype."""
-    assert row.content + row.guard == written["row/identity"].tobytes()
+    assert row.content + row.guard == written["row/identity"].tobytes()[:48]
     np.testing.assert_array_equal(row.geometry, written["row/geometry"], strict=True)
     assert row.entries is not None
     for name in ("index", "flag", "gt", "weight"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 from kdcli.engine.caching.edit import ADDING
 from kdcli.engine.caching.plan import StorePlan
 from kdcli.engine.caching.verify import plan_of_store
-from kdcli.engine.caching.write import write_store
+from kdcli.engine.caching.write import Load, write_store
+from kdcli.engine.loading.loader import Loader
+from kdcli.engine.loading.samples import Item, Sample
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import StoreError
 from kdcli.methods.resolve import absolute_methods
@@ -79,6 +81,7 @@ def _add(
         derived_from_dense=tuple(sorted(derived)),
         shard_rows=reader.schema.shard_rows,
         images=reader.schema.images or images,
+        version=reader.schema.version,
     )
     new = [t.need.key for t in joined.tensors if t.need not in have]
     if joined.images and not reader.schema.images:
@@ -103,13 +106,29 @@ def _add(
     plan = _plan_of(whole, between, reader.schema)
     _require_same_overlay(plan, overlay)
     if new:
-        write_store(plan, overlay, reporter)
+        write_store(plan, overlay, reporter, load=_same_images(plan, reader))
         reporter.stage("merging", reader.schema.num_shards)
         merge_overlay(folder, overlay, merged, reporter.advance)
     if between != joined or finishing:
         drop_tensors(folder, replace(read_manifest(folder), schema=joined), reporter.advance)
     remove_overlay(folder, overlay)
     return new
+
+
+def _same_images(plan: StorePlan, reader: StoreReader) -> Load:
+    """Data workers that compare each image file with the one that the teacher saw when the store was written.
+
+    Raises StoreError, naming the image, for another: its old tensors would stay beside new ones.
+    """
+    rows = reader.restricted((), pixels=False)
+
+    def load(batches: list[list[Item]]) -> Iterator[list[Sample]]:
+        for samples in Loader(plan.source, plan.teacher.workers).samples(batches):
+            for sample in samples:
+                plan.source.check_image(rows.read(sample.key), sample)
+            yield samples
+
+    return load
 
 
 def _is_merged(overlay: Path, reader: StoreReader) -> bool:

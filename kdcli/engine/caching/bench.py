@@ -88,7 +88,7 @@ def _bytes_a_row(reader: StoreReader) -> float:
     """Mean bytes on disk of the arrays that are read."""
     wanted = set(reader.layout)
     total = sum(
-        file.bytes
+        file.size
         for entry in read_journal(reader.storage).values()
         for path, file in entry.files.items()
         if path in wanted

@@ -171,7 +171,10 @@ def _copy(
     readers: Sequence[StoreReader], rows: Sequence[tuple[int, int]], out: Where, manifest: Manifest,
     images: NDArray[np.int64], reporter: ProgressReporter,
 ) -> int:  # fmt: skip
-    schema = replace(manifest.schema, rows=len(rows), shard_rows=min(manifest.schema.shard_rows, len(rows)))
+    # the rows of an older format do not say which they are: with one such source the copy is of that format too
+    version = min(reader.schema.version for reader in readers)
+    shard_rows = min(manifest.schema.shard_rows, len(rows))
+    schema = replace(manifest.schema, rows=len(rows), shard_rows=shard_rows, version=version)
     manifest = replace(manifest, schema=schema, errors=None)
     storage = open_storage(out)
     with ExitStack() as held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -21,7 +22,6 @@ from kdcli.errors import KDError, StoreError
 from kdcli.options import CacheOptions, build, layer
 from kdcli.store.arrays import shard_key
 from kdcli.store.batch_buffers import collate_arrays
-from kdcli.store.checksums import crc_hex
 from kdcli.store.encoding_error import ErrorMeter, summarise
 from kdcli.store.journal import ShardRecord, journal_key, read_journal
 from kdcli.store.manifest import read_manifest
@@ -33,28 +33,26 @@ from kdcli.structures import RowKey
 
 
 def verify_checksums(store: Where, reporter: ProgressReporter) -> tuple[int, int]:
-    """Compare every shard file with the size and crc32c in the journal; returns (files, bytes).
+    """Compare every shard file with the digest in the journal; returns (files, bytes).
 
     Raises StoreError naming the first file that is missing, torn or changed.
     """
     reader = StoreReader(store)  # complete, and of a schema that can be read
     storage, layout = reader.storage, reader.layout
     _verify_headers(reader)
-    journal = read_journal(storage)
+    journal = read_journal(storage, reader.manifest)
     reporter.stage("verify", len(journal) * len(layout))
     files = total = 0
     for shard, entry in sorted(journal.items()):
         for array, spec in layout.items():
-            key, recorded = shard_key(spec, shard), entry.files.get(array)
-            if recorded is None:
-                raise StoreError(f"the journal does not name shard file '{storage}/{key}'; {_again(storage, shard)}")
+            key = shard_key(spec, shard)
             try:
                 data = storage.read(key)
             except FileNotFoundError as error:
                 if isinstance(error, KDError):  # no such bucket
                     raise
                 raise StoreError(f"shard file '{storage}/{key}' is missing; {_again(storage, shard)}") from error
-            if ShardRecord(len(data), crc_hex(data)) != recorded:
+            if ShardRecord.of(data, reader.schema.version) != entry.files[array]:
                 raise StoreError(f"shard file '{storage}/{key}' is not what was written; {_again(storage, shard)}")
             files += 1
             total += len(data)
@@ -67,6 +65,9 @@ def _verify_headers(reader: StoreReader) -> None:
 
     Byte for byte if the zarr-python that wrote the store is the one here, else as zarr-python understands it.
     """
+    root = reader.storage.read("zarr.json")
+    if json.dumps(json.loads(root), indent=2).encode() != root:  # what it says is right, or there were no reader
+        raise StoreError(f"'{reader.storage}/zarr.json' is not what was written; write the store again")
     fresh = MemoryStore()
     make_arrays(fresh, reader.schema, np.array(reader.image_ids, np.int64))
     same_zarr = reader.manifest.versions.get("zarr") == zarr.__version__

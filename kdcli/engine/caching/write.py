@@ -37,7 +37,8 @@ from kdcli.store.batch_buffers import collate_arrays
 from kdcli.store.encoding_error import ErrorMeter, Measured
 from kdcli.store.image_codec import PIXELS, encode_pixels
 from kdcli.store.maintenance import record_errors
-from kdcli.store.manifest import read_manifest
+from kdcli.store.manifest import Manifest, read_manifest
+from kdcli.store.row_identity import pack_identity
 from kdcli.store.schema import row_tensor
 from kdcli.store.shards import pack_chunk
 from kdcli.store.storage.base import Storage, Where
@@ -98,7 +99,8 @@ def write_store(
     with storage.lock_creation():  # the others wait for the one that makes it
         if not storage.exists():
             _create(plan, storage, reporter)
-    require_same(plan, storage)
+    version = require_same(plan, storage).schema.version  # a store of an older format is continued in it
+    plan = plan.with_schema(replace(plan.schema, version=version))
     with storage.lock(shared=part is not None):
         return _write_part(plan, storage, part or Part(), load, reporter)
 
@@ -109,8 +111,11 @@ def _create(plan: StorePlan, out: Storage, reporter: ProgressReporter) -> None:
     create_store(out, manifest, plan.source.dataset.annotations.image_ids[plan.positions])
 
 
-def require_same(plan: StorePlan, out: Storage) -> None:
-    """Raises StoreError when the store at ``out`` is not the one of ``plan``, GateError when its teacher is too weak."""
+def require_same(plan: StorePlan, out: Storage) -> Manifest:
+    """The manifest of the store at ``out``.
+
+    Raises StoreError when it is not the one of ``plan``, GateError when its teacher is too weak.
+    """
     stored = read_manifest(out)
     differences = stored.differences(plan.manifest)
     if differences:
@@ -118,6 +123,7 @@ def require_same(plan: StorePlan, out: Storage) -> None:
             f"'{out}' is another store: {'; '.join(differences)}; choose another --out, or delete it first"
         )
     require_able(stored.teacher.ap, plan.options.min_teacher_ap)
+    return stored
 
 
 def _write_part(plan: StorePlan, out: Storage, part: Part, load: Load, reporter: ProgressReporter) -> int:
@@ -256,9 +262,9 @@ def compare_row(
 
 def encode_row(plan: StorePlan, sample: Sample, value: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
     """The stored arrays by path of a sample whose teacher tensors are ``value``. Raises GateError as the schema does."""
-    identity = sample.content_hash + guard(sample.boxes, sample.labels, plan.source.definition)
+    tied = guard(sample.boxes, sample.labels, plan.source.definition)
     arrays: dict[str, Any] = {
-        "row/identity": np.frombuffer(identity, np.uint8).copy(),
+        "row/identity": pack_identity(sample.content_hash, tied, sample.key, plan.schema.version),
         "row/geometry": sample.geometry.to_array(),
     }
     if plan.schema.images:

@@ -21,7 +21,7 @@ from kdcli.tensors import Need
 COCO = Canvas(800, 1344)
 CELLS = 22_400  # P3..P7 at 800x1344
 ENTRY = 4 + 1 + 2 + 4  # index, flag, gt, weight
-FIXED = 48 + 11 * 8  # row/identity, row/geometry
+FIXED = 64 + 11 * 8  # row/identity, row/geometry
 
 
 def small(name: str) -> Detector:

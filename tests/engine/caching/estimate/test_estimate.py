@@ -37,7 +37,7 @@ def written_bytes(store: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     for entry in read_journal(store).values():
         for path, file in entry.files.items():
-            found[path] = found.get(path, 0) + file.bytes
+            found[path] = found.get(path, 0) + file.size
     return found
 
 
