@@ -95,7 +95,7 @@ def test_a_store_without_images_is_what_it_was(plain: Path, with_images: Path) -
     ours, theirs = contents(plain), contents(with_images)
     assert not any(PIXELS in path for path in ours)
     assert "images" not in read_manifest(plain).schema.to_json()
-    assert read_manifest(plain).to_json()["version"] == read_manifest(with_images).to_json()["version"] == 1
+    assert read_manifest(plain).to_json()["version"] == read_manifest(with_images).to_json()["version"] == 2
     changed = {k for k in ours if ours[k] != theirs[k]}
     assert changed == {"zarr.json", *(k for k in ours if k.startswith("journal/"))}
     assert {k for k in theirs if k not in ours} == {

@@ -21,11 +21,12 @@ from kdcli.engine.caching.verify import plan_of_store, verify_checksums, verify_
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import OptionError, StoreError
 from kdcli.store.image_codec import PIXELS
-from kdcli.store.manifest import read_manifest, write_manifest
+from kdcli.store.manifest import read_manifest
 from kdcli.store.provenance import AddedOn
 from kdcli.store.reader import StoreReader
 from kdcli.structures import RowKey
 from tests.support.files import contents
+from tests.support.rebind import rebind
 from tests.support.selection import matrix
 from tests.support.small_runs import cache_options, make_teacher, write
 
@@ -43,7 +44,7 @@ class Lines(NullReporter):
 def of_a_gpu(store: Path) -> Path:
     """``store`` with the manifest that it would have from a GPU."""
     manifest = read_manifest(store)
-    write_manifest(store, replace(manifest, teacher_run=replace(manifest.teacher_run, device="cuda", threads=None)))
+    rebind(store, replace(manifest, teacher_run=replace(manifest.teacher_run, device="cuda", threads=None)))
     return store
 
 
