@@ -21,6 +21,10 @@ cache = typer.Typer(
 )
 app.add_typer(cache, name="cache")
 
+CHECKS = {  # of a format version, what verify can say of it
+    1: "crc32c is right; rows that changed places have the same one: write the store again for a digest of every byte",
+    2: "checksum is right",
+}
 Store = Annotated[str, typer.Argument(help="Store folder, or s3://, gs://, az:// URL.", show_default=False)]
 
 
@@ -99,11 +103,16 @@ def verify(
 
     with ConsoleReporter() as reporter:
         files, size = verify_checksums(store, reporter)
-        result: dict[str, Any] = {"files": files, "bytes": size, "rows_compared": 0, "differences": {}}
+        manifest = read_manifest(store)
+        version = manifest.schema.version
+        result: dict[str, Any] = {"version": version, "files": files, "bytes": size}
+        result |= {"rows_compared": 0, "differences": {}}
         if teacher:
-            plan = plan_of_store(store, data or read_manifest(store).origin.data, teacher, device, reporter)
+            plan = plan_of_store(store, data or manifest.origin.data, teacher, device, reporter)
             result["rows_compared"], result["differences"] = verify_teacher(plan, store, rows, reporter)
-        reporter.message(f"{store}: {files} shard files, {size / 2**20:.1f} MB, every checksum is right")
+        reporter.message(
+            f"{store}: format version {version}, {files} shard files, {size / 2**20:.1f} MB, every {CHECKS[version]}"
+        )
         for key, error in result["differences"].items():
             reporter.message(
                 f"  {key}: rms {error['rms']:.2g}, relative {error['relative']:.2g}, worst {error['worst']:.2g}"

@@ -87,7 +87,7 @@ class JournalEntry:
         files = {path: _record(path, file, version) for path, file in table(data["files"], "files").items()}
         measured = Measured.from_json(data["measured"])
         store = None if version == 1 else data["store"]
-        require(store is None or _matches(SHA256, store), "store")
+        require(version == 1 or _matches(SHA256, store), "store")
         return JournalEntry(shard=shard, rows=(rows[0], rows[1]), files=files, measured=measured, store=store)
 
 

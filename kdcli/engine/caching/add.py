@@ -14,10 +14,11 @@ from kdcli.engine.caching.write import Load, write_store
 from kdcli.engine.loading.loader import Loader
 from kdcli.engine.loading.samples import Item, Sample
 from kdcli.engine.runtime.progress import ProgressReporter
-from kdcli.errors import StoreError
+from kdcli.errors import KDError, StoreError
 from kdcli.methods.resolve import absolute_methods
 from kdcli.store.arrays import StoredTensor
 from kdcli.store.image_codec import PIXELS
+from kdcli.store.journal import read_journal
 from kdcli.store.maintenance import drop_tensors, merge_overlay, remove_dropped, remove_overlay
 from kdcli.store.manifest import read_manifest
 from kdcli.store.provenance import AddedOn
@@ -106,7 +107,14 @@ def _add(
     plan = _plan_of(whole, between, reader.schema)
     _require_same_overlay(plan, overlay)
     if new:
-        write_store(plan, overlay, reporter, load=_same_images(plan, reader))
+        try:
+            write_store(plan, overlay, reporter, load=_same_images(plan, reader))
+        except KDError:
+            if overlay.exists() and not read_journal(
+                overlay
+            ):  # nothing is finished that the next call could go on from
+                remove_overlay(folder, overlay)
+            raise
         reporter.stage("merging", reader.schema.num_shards)
         merge_overlay(folder, overlay, merged, reporter.advance)
     if between != joined or finishing:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageOps
 
 from kdcli.engine.caching import add as add_module
 from kdcli.engine.caching import edit as edit_module
@@ -94,6 +95,30 @@ def test_a_killed_add_leaves_a_store_that_reads_and_goes_on(
         reader.read(RowKey(image, "hflip"))
     add(store, "pfi")
     assert contents(store) == contents(whole)
+
+
+@pytest.mark.parametrize(("methods", "images", "place"), [("ld", False, 1), ("", True, 17)])
+def test_adding_after_an_image_changed_is_refused(
+    shapes: Path, teacher: Path, tmp_path: Path, methods: str, images: bool, place: int
+) -> None:
+    """Its old tensors would stay beside new ones, or beside pixels that the teacher never saw."""
+    data = Path(shutil.copytree(shapes, tmp_path / "data"))
+    store = write(cache_options(data, teacher, method="rm"), tmp_path / "store")
+    before = contents(store)
+    file = sorted((data / "train").iterdir())[place]
+    whole = file.read_bytes()
+    with Image.open(file) as image:
+        ImageOps.invert(image.convert("RGB")).save(file)
+    with pytest.raises(
+        StoreError, match=rf"image {place + 1}, view identity: the image file is not the one that the teacher saw"
+    ):
+        add_module.add(store, None, None, methods, {}, "default", NullReporter(), images=images)
+    left = {name: found for name, found in contents(store).items() if not name.startswith(".adding/")}
+    assert left == before
+    assert (store / ".adding").exists() == (place == 17)  # two shards were finished: the next call goes on from there
+    file.write_bytes(whole)
+    assert add_module.add(store, None, None, methods, {}, "default", NullReporter(), images=images)
+    verify_checksums(store, NullReporter())
 
 
 def test_adding_with_another_teacher_is_refused(shapes: Path, teacher: Path, tmp_path: Path) -> None:
