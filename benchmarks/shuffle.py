@@ -175,10 +175,10 @@ def reads(store: Path, images: int, batch: int, turns: int, cold: bool) -> dict[
     opened = 0
     real = open_shards
 
-    def counting(storage: Any, keys: Any, chunks: int, records: Any) -> Any:
+    def counting(storage: Any, keys: Any, chunks: int) -> Any:
         nonlocal opened
         opened += len(keys)
-        return real(storage, keys, chunks, records)
+        return real(storage, keys, chunks)
 
     patched = patch.object(reading, "open_shards", counting)
     patched.start()

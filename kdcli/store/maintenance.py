@@ -20,7 +20,7 @@ from kdcli.store.journal import ARRAY_PATH, JournalEntry, read_journal, write_en
 from kdcli.store.manifest import Manifest, read_manifest, write_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
-from kdcli.store.shards import ShardFile, open_shards, pack_chunk, read_chunks
+from kdcli.store.shards import ShardFile, corrupt, open_shards, pack_chunk, read_chunks
 from kdcli.store.storage.base import Where
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import StoreWriter
@@ -170,9 +170,10 @@ def _chunks(
         theirs, size = reader.layout[array.path], reader.schema.shard_rows
         mine = {n: divmod(row, size) for n, (k, row) in enumerate(places) if k == source}
         new = [s for s in dict.fromkeys(s for s, _ in mine.values()) if (source, array.path, s) not in files]
-        opened = open_shards(
-            reader.storage, [shard_key(theirs, s) for s in new], size, [reader.records[s][array.path] for s in new]
-        )
+        opened = open_shards(reader.storage, [shard_key(theirs, s) for s in new], size)
+        for s, file in zip(new, opened, strict=True):
+            if not file.is_of(reader.records[s][array.path]):
+                raise corrupt(file.name, "is not the one that the journal names")
         files.update({(source, array.path, s): file for s, file in zip(new, opened, strict=True)})
         wanted = [(files[source, array.path, s], position) for s, position in mine.values()]
         for n, (file, _), chunk in zip(mine, wanted, read_chunks(reader.storage, wanted), strict=True):

@@ -7,6 +7,7 @@ The chunks of a row are asked for together, as an object store answers them side
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from kdcli.store.journal import ShardRecord, journal_key, read_journal
 from kdcli.store.manifest import read_manifest
 from kdcli.store.row_identity import CONTENT, GUARD, is_of
 from kdcli.store.schema import ENTRY_DTYPES
-from kdcli.store.shards import ShardFile, decompress, open_shards, read_chunks
+from kdcli.store.shards import ShardFile, corrupt, decompress, open_shards, read_chunks
 from kdcli.store.storage.base import Where
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.validation import check_readable
@@ -33,6 +34,8 @@ from kdcli.structures import FLAGS, Entries, RowKey, flag_bits
 from kdcli.tensors import PROPOSAL_COUNT, Need
 from kdcli.untrusted import parse_json
 
+ADDING = ".adding"  # inside a store, of ``cache add``: same disk, and gone with it
+TRIES = 50  # to open a shard that is being replaced, 0.1 s apart: it takes some renames
 _Chunks = dict[str, tuple[ShardFile, bytes]]  # by array path
 _UNKNOWN = np.uint8(255 - sum(FLAGS.values()))  # bits that no region has
 
@@ -216,17 +219,31 @@ class StoreReader:
         shard, position = divmod(index, self.schema.shard_rows)
         files = self._shards.get(shard)
         if files is None:
-            keys = [shard_key(spec, shard) for spec in self.layout.values()]
-            # `cache add` replaces the others, under a reader that is at work: they are the same but for more entries
-            fixed = [path == PIXELS or path.startswith("tensors/") for path in self.layout]
-            entry = self.records[shard]
-            records = [entry[path] if never else None for path, never in zip(self.layout, fixed, strict=True)]
-            files = self._shards[shard] = open_shards(self.storage, keys, self.schema.shard_rows, records)
+            files = self._shards[shard] = self._open(shard)
             most = max(1, self.storage.max_open // len(files))
             for first in list(self._shards)[:-most]:  # opened first; reads are random anyway
                 self._shards.pop(first, None)  # other threads open and close files too
         data = read_chunks(self.storage, [(file, position) for file in files])
         return dict(zip(self.layout, zip(files, data, strict=True), strict=True))
+
+    def _open(self, shard: int) -> list[ShardFile]:
+        """The files of a shard. Raises StoreError for one that the journal does not name: of another shard or store.
+
+        ``cache add`` replaces the arrays of entries, with more of them, and then the journal file, under readers at work.
+        """
+        keys = [shard_key(spec, shard) for spec in self.layout.values()]
+        for tried in range(TRIES):
+            files = open_shards(self.storage, keys, self.schema.shard_rows)
+            pairs = zip(files, self.layout, strict=True)
+            other = [file for file, path in pairs if not file.is_of(self.records[shard][path])]
+            if not other:
+                return files
+            if tried:
+                if not self.storage.has(f"{ADDING}/zarr.json"):
+                    break
+                time.sleep(0.1)
+            self.records = self._read_records()
+        raise corrupt(other[0].name, "is not the one that the journal names")
 
     def _entry_parts(self, chunks: _Chunks, index: int, count: int) -> dict[str, NDArray[Any]]:
         """``entries/*`` of a row, by name. Raises StoreError for what no row can have."""

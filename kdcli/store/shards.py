@@ -92,7 +92,11 @@ class ShardFile:
         self.file = file
         self.name = name
         if len(file.tail) != _index_bytes(chunks) or not crc_is_right(file.tail):
-            raise _corrupt(name, "has a broken index")
+            raise corrupt(name, "has a broken index")
+
+    def is_of(self, record: ShardRecord) -> bool:
+        """Whether size and index are those of the journal. The digest of all its bytes is for `cache verify`."""
+        return self.file.size == record.size and record.index in (None, self.file.tail[-4:].hex())
 
     def where(self, position: int) -> tuple[int, int]:
         """Offset and length of a chunk. Raises StoreError for one that was never written, or is not behind the one before."""
@@ -102,7 +106,7 @@ class ShardFile:
         else:
             offset, length = _PLACE.unpack_from(index)
         if offset != before + before_length or length < 4 or offset + length > self.file.size - len(index):
-            raise _corrupt(self.name, f"has no data for its row {position}")
+            raise corrupt(self.name, f"has no data for its row {position}")
         return offset, length
 
     def unpack(
@@ -115,24 +119,16 @@ class ShardFile:
         try:
             return decompress(memoryview(chunk)[:-4], array, shape, out)
         except ValueError as error:
-            raise _corrupt(self.name, f"holds {error} instead of {array.row_bytes} bytes") from error
+            raise corrupt(self.name, f"holds {error} instead of {array.row_bytes} bytes") from error
 
 
-def open_shards(
-    storage: Storage, keys: Sequence[str], chunks: int, records: Sequence[ShardRecord | None]
-) -> list[ShardFile]:
-    """Open shard files of ``chunks`` chunks, which the journal has ``records`` of (None: not compared).
-
-    Raises StoreError for one that is missing, has a broken index, or is not as long as, or has not the chunks that, the
-    journal says: the file of another store. The digest of all its bytes is for `cache verify`.
-    """
+def open_shards(storage: Storage, keys: Sequence[str], chunks: int) -> list[ShardFile]:
+    """Open shard files of ``chunks`` chunks. Raises StoreError for one that is missing or has a broken index."""
     opened = []
-    for key, file, record in zip(keys, storage.open_all(keys, _index_bytes(chunks)), records, strict=True):
+    for key, file in zip(keys, storage.open_all(keys, _index_bytes(chunks)), strict=True):
         if file is None:
-            raise _corrupt(f"{storage}/{key}", "is missing")
+            raise corrupt(f"{storage}/{key}", "is missing")
         opened.append(ShardFile(f"{storage}/{key}", file, chunks))
-        if record is not None and (file.size != record.size or record.index not in (None, file.tail[-4:].hex())):
-            raise _corrupt(f"{storage}/{key}", "is not the one that the journal names")
     return opened
 
 
@@ -142,7 +138,7 @@ def read_chunks(storage: Storage, wanted: Sequence[tuple[ShardFile, int]]) -> li
     data = storage.read_ranges(ranges)
     for (shard, position), chunk in zip(wanted, data, strict=True):
         if not crc_is_right(chunk):
-            raise _corrupt(shard.name, f"fails the checksum of its row {position}")
+            raise corrupt(shard.name, f"fails the checksum of its row {position}")
     return data
 
 
@@ -171,5 +167,6 @@ def _index_bytes(chunks: int) -> int:
     return 16 * chunks + 4
 
 
-def _corrupt(name: str, what: str) -> StoreError:
+def corrupt(name: str, what: str) -> StoreError:
+    """The error for a shard file: ``what`` is wrong with it."""
     return StoreError(f"shard file '{name}' {what}; run `kdcli cache verify`, then write the store again")

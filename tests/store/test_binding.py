@@ -16,13 +16,13 @@ from kdcli.engine.runtime.progress import NullReporter
 from kdcli.errors import StoreError
 from kdcli.store.arrays import shard_key
 from kdcli.store.checksums import crc_bytes, crc_hex
-from kdcli.store.journal import JournalEntry, ShardRecord, journal_key, read_journal, write_entry
+from kdcli.store.journal import JournalEntry, journal_key, read_journal
 from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
-from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import StoreWriter, create_store
 from tests.support.files import contents
+from tests.support.rebind import reseal
 from tests.support.store_case import (
     IMAGE_IDS,
     assert_row_equal,
@@ -75,16 +75,6 @@ def swap_rows(file: Path, first: int, second: int, rows: int) -> None:
     file.write_bytes(changed)
 
 
-def seal(store: Path, shard: int = SHARD) -> None:
-    """Have the journal name the files as they are now, as one who means harm would."""
-    storage = open_storage(store)
-    entry = read_journal(store)[shard]
-    version = read_manifest(store).schema.version
-    layout = read_manifest(store).schema.layout()
-    files = {a.path: ShardRecord.of(storage.read(shard_key(a, shard)), version) for a in layout}
-    write_entry(storage, replace(entry, files=files))
-
-
 def verify(store: Path) -> tuple[int, int]:
     return verify_checksums(store, NullReporter())
 
@@ -102,7 +92,7 @@ def test_a_row_of_another_image_is_not_read(store: Path) -> None:
     with pytest.raises(StoreError, match="its row is of another image or view"):
         StoreReader(store).read(key)
     StoreReader(store).read(keys()[0])
-    seal(store)
+    reseal(store, SHARD)
     for read in (lambda: StoreReader(store).read(key), lambda: verify(store)):
         with pytest.raises(StoreError, match=f"image {key.image_id}, view {key.view}: its row is of another"):
             read()

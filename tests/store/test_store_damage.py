@@ -19,6 +19,7 @@ from kdcli.store.encoding_error import Measured
 from kdcli.store.manifest import read_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.writer import StoreWriter
+from tests.support.rebind import reseal
 from tests.support.selection import matrix
 from tests.support.store_case import (
     SHARD_ROWS,
@@ -125,6 +126,9 @@ def test_a_missing_shard_is_found(store: Path) -> None:
 def test_shards_of_other_arrays_are_refused(store: Path) -> None:
     # whole and with right checksums, but of another size
     shutil.copy(file_of(store, "entries/index"), file_of(store, "entries/flag"))
+    with pytest.raises(StoreError, match="entries/flag/c/1/0' is not the one that the journal names"):
+        StoreReader(store).read(ROWS_OF_SHARD_1[0])
+    reseal(store, 1)
     with pytest.raises(StoreError, match="holds 176 bytes instead of 44"):
         StoreReader(store).read(ROWS_OF_SHARD_1[0])
 
@@ -132,6 +136,7 @@ def test_shards_of_other_arrays_are_refused(store: Path) -> None:
 def test_a_row_that_was_never_written_is_found(store: Path) -> None:
     # the last shard holds rows 12 and 13; rows 14 and 15 are MISSING in its index
     shutil.copy(file_of(store, "row/geometry", 3), file_of(store, "row/geometry", 1))
+    reseal(store, 1)
     reader = StoreReader(store)
     reader.read(ROWS_OF_SHARD_1[1])
     with pytest.raises(StoreError, match="has no data for its row 2"):

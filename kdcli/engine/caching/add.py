@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdcli.engine.caching.edit import ADDING
 from kdcli.engine.caching.plan import StorePlan
 from kdcli.engine.caching.verify import plan_of_store
 from kdcli.engine.caching.write import Load, write_store
@@ -22,7 +21,7 @@ from kdcli.store.journal import read_journal
 from kdcli.store.maintenance import drop_tensors, merge_overlay, remove_dropped, remove_overlay
 from kdcli.store.manifest import read_manifest
 from kdcli.store.provenance import AddedOn
-from kdcli.store.reader import StoreReader
+from kdcli.store.reader import ADDING, StoreReader
 from kdcli.store.schema import StoreSchema
 from kdcli.store.storage.base import Where
 from kdcli.store.storage.resolve import open_storage

@@ -26,14 +26,12 @@ from kdcli.store.maintenance import (
 )
 from kdcli.store.manifest import Manifest, read_manifest
 from kdcli.store.provenance import DatasetRecord
-from kdcli.store.reader import StoreReader
+from kdcli.store.reader import ADDING, StoreReader
 from kdcli.store.storage.base import Where
 from kdcli.store.storage.resolve import open_storage
 from kdcli.store.writer import create_store
 from kdcli.structures import RowKey
 from kdcli.tensors import Need
-
-ADDING = ".adding"  # inside the store, of ``cache add``: same disk, and gone with it
 
 
 def prune_tensors(store: Where, keys: Sequence[str], reporter: ProgressReporter) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
@@ -95,6 +96,22 @@ def test_a_killed_add_leaves_a_store_that_reads_and_goes_on(
         reader.read(RowKey(image, "hflip"))
     add(store, "pfi")
     assert contents(store) == contents(whole)
+
+
+def test_a_reader_at_work_reads_on_while_more_is_added(shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    """The entries of its rows become more, in files that it has not opened yet."""
+    store = write(cache_options(shapes, teacher, method="rm"), tmp_path / "store")
+    keys = [RowKey(image, view) for image in StoreReader(store).image_ids for view in ("identity", "hflip")]
+    before = [StoreReader(store).read(key).arrays for key in keys]
+    reader = StoreReader(store)
+    reader.read(keys[0])
+    add(store, "ld")
+    for key, arrays in zip(keys, before, strict=True):
+        found = reader.read(key)
+        assert found.entries is not None
+        assert found.arrays.keys() == arrays.keys()
+        for path, value in arrays.items():
+            np.testing.assert_array_equal(found.arrays[path], value, strict=True)
 
 
 @pytest.mark.parametrize(("methods", "images", "place"), [("ld", False, 1), ("", True, 17)])

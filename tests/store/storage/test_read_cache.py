@@ -13,6 +13,7 @@ from kdcli.errors import OptionError
 from kdcli.store.reader import StoreReader
 from kdcli.store.storage.object_store import ObjectStorage
 from kdcli.store.storage.resolve import open_storage
+from tests.support.rebind import reseal
 from tests.support.store_case import keys, make_row, make_schema, make_store
 from tests.support.writers import forked
 
@@ -65,6 +66,7 @@ def test_the_read_cache(server: Server, url: str, tmp_path: Path, monkeypatch: p
     key = f"{prefix(url)}/row/geometry/c/0/0"
     other = server.client.get_object(Bucket=BUCKET, Key=f"{prefix(url)}/row/geometry/c/1/0")["Body"].read()
     server.client.put_object(Bucket=BUCKET, Key=key, Body=other)
+    reseal(url, 0)
     row = StoreReader(url).read(keys()[0])
     assert row.geometry.tolist() == make_row(SCHEMA, 4)["row/geometry"].tolist()
 
