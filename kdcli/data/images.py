@@ -85,6 +85,11 @@ def decode_image(
     return pixels, hashlib.sha256(data).digest()
 
 
+def file_digest(path: Path) -> bytes:
+    """The sha256 of an image file, 32 bytes, as ``read_image`` gives it. Raises its errors for a file that cannot be read."""
+    return hashlib.sha256(_read_bytes(path)).digest()
+
+
 def to_rgb(
     image: Image.Image, expected_size: tuple[int, int], name: Path | str, exif: bool = True
 ) -> NDArray[np.uint8]:  # fmt: skip

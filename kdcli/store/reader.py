@@ -240,10 +240,10 @@ class StoreReader:
                 return files
             if tried:
                 if not self.storage.has(f"{ADDING}/zarr.json"):
-                    break
+                    raise corrupt(other[0].name, "is not the one that the journal names")
                 time.sleep(0.1)
             self.records = self._read_records()
-        raise corrupt(other[0].name, "is not the one that the journal names")
+        raise StoreError(f"store '{self.storage}' has an unfinished `cache add`; run that again to its end")
 
     def _entry_parts(self, chunks: _Chunks, index: int, count: int) -> dict[str, NDArray[Any]]:
         """``entries/*`` of a row, by name. Raises StoreError for what no row can have."""

@@ -244,18 +244,13 @@ class SampleSource:
         )  # fmt: skip
         return assigned, entries
 
-    @staticmethod
-    def check_image(row: Row, sample: Sample) -> None:
-        """Raises StoreError when a stored row does not belong to the image file and view of ``sample``."""
-        if row.content != sample.content_hash:
-            raise StoreError(f"{sample.key}: the image file is not the one that the teacher saw; write the store again")
-        if not np.array_equal(row.geometry, sample.geometry.to_array()):
-            raise StoreError(f"{sample.key}: its view is not the one that the teacher saw; write the store again")
-
     def check_row(self, row: Row, sample: Sample) -> None:
         """Raises StoreError when a stored row does not belong to the image, view, boxes and regions of ``sample``."""
         again = "write the store again"
-        self.check_image(row, sample)
+        if row.content != sample.content_hash:
+            raise StoreError(f"{sample.key}: the image file is not the one that the teacher saw; {again}")
+        if not np.array_equal(row.geometry, sample.geometry.to_array()):
+            raise StoreError(f"{sample.key}: its view is not the one that the teacher saw; {again}")
         if row.guard != guard(sample.boxes, sample.labels, self.definition):
             raise StoreError(f"{sample.key}: its boxes, labels or regions are not those of the store; {again}")
         if row.entries is not None and len(row.entries.gt):

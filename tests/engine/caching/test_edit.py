@@ -127,12 +127,10 @@ def test_adding_after_an_image_changed_is_refused(
     with Image.open(file) as image:
         ImageOps.invert(image.convert("RGB")).save(file)
     with pytest.raises(
-        StoreError, match=rf"image {place + 1}, view identity: the image file is not the one that the teacher saw"
+        StoreError, match=rf"image {place + 1}, view identity: .*\.(png|jpg)' is not the file that the teacher saw"
     ):
         add_module.add(store, None, None, methods, {}, "default", NullReporter(), images=images)
-    left = {name: found for name, found in contents(store).items() if not name.startswith(".adding/")}
-    assert left == before
-    assert (store / ".adding").exists() == (place == 17)  # two shards were finished: the next call goes on from there
+    assert contents(store) == before
     file.write_bytes(whole)
     assert add_module.add(store, None, None, methods, {}, "default", NullReporter(), images=images)
     verify_checksums(store, NullReporter())
