@@ -115,6 +115,7 @@ def manifest_of(schema: StoreSchema, images: int) -> Manifest:
         versions={},
         methods=(),
         method_options={},
+        method_needs={},
         origin=Origin(data="", teacher=""),
         schema=schema,
         added_on={},

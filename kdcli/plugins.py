@@ -1,7 +1,8 @@
 """Detectors and methods of a user's own, from files that the user names: ``kdcli --plugin FILE`` or KDCLI_PLUGINS.
 
 Such a file defines ``DETECTORS`` or ``METHODS``, or both; what they hold is added for this process. Nothing else ever
-leads to a file being run: a checkpoint names its detector, never a path, so that one from elsewhere runs no code.
+leads to a file being run but ``--method FILE:CLASS``: a checkpoint names its detector and a store the class of a method,
+never a path, and the path in a run's config.toml runs only when it is named again (docs/security.md).
 docs/extending.md tells how to write one.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from kdcli import userfile
 from kdcli.detectors.base import Detector
 from kdcli.detectors.build import DETECTORS, detector_names
 from kdcli.detectors.dense.recipes import Recipe
@@ -22,8 +24,8 @@ from kdcli.detectors.two_stage.recipes import TwoStageRecipe
 from kdcli.errors import OptionError
 from kdcli.methods import METHODS
 from kdcli.methods.base import Method
+from kdcli.methods.resolve import name_method
 from kdcli.tensors import Need
-from kdcli.userfile import run_file
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # goes into --model, --method (a comma list with colons) and --set TABLE.KEY
 SET_TABLES = ("model", "optim", "train")  # what --set reaches beside the methods
@@ -36,9 +38,13 @@ def load(files: Iterable[Path]) -> None:
     name that exists and for what is neither a recipe nor a class of the right kind; then nothing of that file is added.
     """
     for file in files:
-        module = run_file("plugin", file)
+        userfile.name(file)
+        module = userfile.run_file("plugin", file)
         detectors, methods = _table(file, module, "DETECTORS"), _table(file, module, "METHODS")
-        if not detectors and not methods:
+        own = [v for v in vars(module).values() if _is_class(v, Method) and v.__module__ == module.__name__]
+        for method in own:  # what --method FILE:CLASS said when a store or a run was made
+            name_method(file, method.__name__)
+        if not detectors and not methods and not own:
             raise OptionError(f"plugin '{file}' adds nothing: define DETECTORS or METHODS, names to recipes or classes")
         # a file that is named again, by the flag and by the environment, gives what is there already
         detectors = {name: value for name, value in detectors.items() if DETECTORS.get(name) is not value}

@@ -1,4 +1,7 @@
-"""Runs a Python file of the user's, named on the command line, once, and says in one line what went wrong in it."""
+"""Runs a Python file of the user's, named on the command line, once, and says in one line what went wrong in it.
+
+A store, a run folder or a config file may speak of a file too; none of them makes it run (docs/security.md).
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,27 @@ from types import ModuleType
 from kdcli.errors import KDError, MissingPathError, OptionError, UsageError
 
 _numbers = count()  # two files may have the same name
+_named: set[Path] = set()  # resolved
 _modules: dict[Path, ModuleType] = {}  # by resolved path: a command asks for a file several times, and means one class
+
+
+def name(file: Path) -> None:
+    """``file`` was named on the command line, or by who calls kdcli from Python: it may be run."""
+    _named.add(file.resolve())
 
 
 def run_file(what: str, file: Path) -> ModuleType:
     """The module that ``file`` makes, the same one however often this process asks; ``what`` begins the messages.
 
-    Raises MissingPathError for a file that is not there, OptionError for one that is not Python, UsageError with the
-    line for one that fails.
+    Raises UsageError for a file that was not named to this process, and with the line for one that fails; MissingPathError
+    for one that is not there, OptionError for one that is not Python.
     """
     path = file.resolve()
+    if path not in _named:
+        raise UsageError(
+            f"{what} '{file}' is named by a file and not by you, and kdcli runs no code that a store, a run or a config "
+            f"names; if you trust it, name it: kdcli --plugin '{file}' ..."
+        )
     if path in _modules:
         return _modules[path]
     if not path.is_file():

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from kdcli.errors import DataError, OptionError, did_you_mean
+from kdcli.methods.resolve import name_methods
 from kdcli.structures import RowKey
 
 Key = tuple[int, str]  # (image id in the annotations, view)
@@ -27,12 +28,18 @@ def store_path(path: object) -> str:
 
 
 def method_list(methods: object) -> str:
-    """A comma list of ``"ld,pfi"``, ``["ld", "pfi"]`` or None (empty). Raises OptionError for anything else."""
-    if methods is None or isinstance(methods, str):
-        return methods or ""
-    if not isinstance(methods, Sequence) or not all(isinstance(name, str) for name in methods):
+    """A comma list of ``"ld,pfi"``, ``["ld", "pfi"]`` or None (empty): the caller's, so that files in it may be run.
+
+    Raises OptionError for anything else.
+    """
+    if methods is None:
+        return ""
+    names = [methods] if isinstance(methods, str) else methods
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise OptionError(f"methods = {methods!r}: give their names, as 'ld,pfi' or ['ld', 'pfi']")
-    return ",".join(methods)
+    text = ",".join(names)
+    name_methods(text)
+    return text
 
 
 def method_options(options: object, known: Iterable[str], methods: str) -> dict[str, dict[str, Any]]:

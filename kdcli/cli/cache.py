@@ -125,7 +125,7 @@ def verify(
 @cache.command()
 def bench(
     store: Store,
-    method: Annotated[str | None, typer.Option(help="Read what these methods read (default: everything).")] = None,
+    method: f.ReadMethods = None,
     workers: Annotated[str | None, typer.Option(help="Numbers of data workers, e.g. 0,1,2.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Rows a batch.")] = 16,
     rows: Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Rows to read for each number.")] = 2000,

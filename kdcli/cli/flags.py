@@ -56,8 +56,23 @@ OutRun = Annotated[Path | None, typer.Option("--out", help="Run folder to make."
 Resume = Annotated[Path | None, typer.Option(help="Continue this run folder; nothing may change.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def _named(methods: str | None) -> str | None:
+    """The files in what the command line says of methods may be run; those in files may not."""
+    if methods and ":" in methods:
+        from kdcli.methods.resolve import name_methods
+
+        name_methods(methods)
+    return methods
+
+
 MethodList = Annotated[
-    str | None, typer.Option("--method", help="Comma list of `kdcli methods`, e.g. ld,pfi, or ./mine.py:Mine.")
+    str | None,
+    typer.Option("--method", callback=_named, help="Comma list of `kdcli methods`, e.g. ld,pfi, or ./mine.py:Mine."),
+]
+ReadMethods = Annotated[
+    str | None, typer.Option("--method", callback=_named, help="Read what these methods read (default: everything).")
 ]
 
 

@@ -8,27 +8,51 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcli.errors import OptionError, did_you_mean
+from kdcli import userfile
+from kdcli.errors import OptionError, UsageError, did_you_mean
 from kdcli.geometry.regions import RegionSpec
 from kdcli.limits import MAX_FLOAT
 from kdcli.methods import METHODS
 from kdcli.methods.base import Method, Pair, method_options
 from kdcli.options import convert
 from kdcli.tensors import BACKBONE, BOX_DISTRIBUTION, BOX_REGRESSION, DERIVED, FEATURES, Need
-from kdcli.userfile import run_file
 
 FACTORS = ("vlr", "cls", "loc")  # options that scale a term and are not called a weight
 LEAST_DIVISOR = 1e-6  # 1e-45 and less is 0 as a float32
 
 
+_users: dict[str, Path] = {}  # files of the methods of the user's that were named to this process, by class
+
+
+def name_methods(text: str) -> None:
+    """``text`` is what the user says of methods, on the command line or from Python: the files in it may be run."""
+    for path, _, class_name in (part.strip().rpartition(":") for part in text.split(",")):
+        if path:
+            name_method(Path(path), class_name)
+
+
+def name_method(file: Path, class_name: str) -> None:
+    """The user has named ``file``, which has the method ``class_name``."""
+    userfile.name(file)
+    _users[class_name] = file
+
+
+def stored_methods(text: str) -> tuple[str, ...]:
+    """``--method`` as a store keeps it: of a user's method the class alone, ``:Mine``, as no file may name code."""
+    parts = [part.strip().rpartition(":") for part in text.split(",")] if text else []
+    return tuple(f"{colon}{name}" for _, colon, name in parts)
+
+
 def absolute_methods(text: str) -> str:
     """``--method`` with the paths of a user's files made absolute."""
     parts = [part.strip().rpartition(":") for part in text.split(",")] if text else []
-    return ",".join(f"{Path(path).resolve()}:{name}" if colon else name for path, colon, name in parts)
+    return ",".join(f"{Path(path).resolve()}:{name}" if path else f"{colon}{name}" for path, colon, name in parts)
 
 
 def find_methods(text: str) -> dict[str, type[Method]]:
     """Read a comma list such as ``ld,pfi`` or ``ld,./mine.py:Mine``. A user's method is named by its class, lower case.
+
+    A store's ``:Mine`` is the class of a file that was named to this process.
 
     Raises OptionError for an unknown name (with the nearest), MissingPathError for a file that is not there, UsageError
     for one that fails.
@@ -49,8 +73,13 @@ def find_methods(text: str) -> dict[str, type[Method]]:
 
 def _load(part: str) -> tuple[str, type[Method]]:
     path_text, _, class_name = part.rpartition(":")
-    path = Path(path_text)
-    module = run_file("method file", path)
+    path = Path(path_text) if path_text else _users.get(class_name)
+    if path is None:
+        raise UsageError(
+            f"method '{class_name}' is from a file of somebody's, which no store names; if you trust it, name it: "
+            "kdcli --plugin FILE ..."
+        )
+    module = userfile.run_file("method file", path)
     method = getattr(module, class_name, None)
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise OptionError(f"'{part}': {path} has no class {class_name} derived from kdcli.methods.base.Method")

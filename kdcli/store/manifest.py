@@ -30,6 +30,7 @@ from kdcli.structures import Canvas
 
 ATTRIBUTE = "kdcli"  # of the root group
 FORMAT = "kdcli.store"
+METHOD = re.compile(r":?[A-Za-z_][A-Za-z0-9_]*")  # no path: nothing in a store leads to code that runs
 VIEW = re.compile(r"[a-z]{1,32}(-[0-9]{1,6})?")
 BOUND = ("format", "version", "teacher_run", "dataset", "class_order", "canvas", "views", "view_seed", "assigner")
 ROWS = ("rows", "shard_rows", "max_boxes")  # of a schema: how many there are, not what they are
@@ -48,8 +49,9 @@ class Manifest:
     assigner: Mapping[str, Any]  # JSON of an AssignerSpec; an older store may lack fields
     regions: Mapping[str, Any]  # JSON of a RegionSpec, likewise
     versions: Mapping[str, str]  # of the packages that wrote it
-    methods: tuple[str, ...]  # as they were asked for: a user's is a path
+    methods: tuple[str, ...]  # a user's is the name of its class behind a colon, ``:Mine``
     method_options: Mapping[str, Mapping[str, Any]]  # by name of the method
+    method_needs: Mapping[str, tuple[str, ...]]  # keys of what each reads, likewise; empty in format version 1
     origin: Origin
     schema: StoreSchema
     added_on: Mapping[str, AddedOn]  # tensors, by key, that another device computed than the rest
@@ -82,6 +84,7 @@ class Manifest:
             "versions": dict(self.versions),
             "methods": ",".join(self.methods),
             "method_options": {name: dict(options) for name, options in self.method_options.items()},
+            **self._needs_json(),
             "origin": self.origin.to_json(),
             **({"added_on": {key: run.to_json() for key, run in self.added_on.items()}} if self.added_on else {}),
             "schema": self.schema.to_json(),
@@ -106,6 +109,7 @@ class Manifest:
             versions=versions,
             methods=tuple(methods.split(",")) if methods else (),
             method_options={name: table(values, "method_options") for name, values in options.items()},
+            method_needs=_method_needs(data, options),
             origin=Origin.from_json(field(data, "origin", dict)),
             schema=StoreSchema.from_json(field(data, "schema", dict), field(data, "version", int)),
             added_on=_added_on(data),
@@ -123,6 +127,11 @@ class Manifest:
             ]
             raise ValueError(f"impossible {', '.join(unknown)[:200]}")
         return manifest
+
+    def _needs_json(self) -> dict[str, Any]:
+        if self.schema.version == 1:
+            return {}
+        return {"method_needs": {name: list(keys) for name, keys in self.method_needs.items()}}
 
     def describe(self) -> dict[str, Any]:
         """JSON of all but the schema and the errors, which ``cache info`` tells tensor by tensor."""
@@ -259,6 +268,20 @@ def _views(data: dict[str, Any]) -> tuple[str, ...]:
     require(all(isinstance(v, str) and VIEW.fullmatch(v) for v in views), "views")
     require(0 < len(views) == len(set(views)), "views")
     return tuple(views)
+
+
+def _method_needs(data: dict[str, Any], options: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    if data["version"] == 1:
+        return {}
+    names = [text for text in field(data, "methods", str).split(",") if text]
+    require(all(METHOD.fullmatch(name) for name in names), "methods")
+    found = field(data, "method_needs", dict)
+    require(found.keys() == options.keys(), "method_needs")
+    for keys in found.values():
+        require(
+            isinstance(keys, list) and all(isinstance(key, str) and key.count("@") == 1 for key in keys), "method_needs"
+        )
+    return {name: tuple(keys) for name, keys in found.items()}
 
 
 def _added_on(data: dict[str, Any]) -> dict[str, AddedOn]:

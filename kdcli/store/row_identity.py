@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +37,3 @@ def is_of(record: bytes, key: RowKey) -> bool:
 def _place_of(key: RowKey) -> bytes:
     # by its name and not its number, so that a row can be copied into a store of other views
     return struct.pack("<q", key.image_id) + hashlib.blake2b(key.view.encode(), digest_size=8).digest()
-
-
-def same_image(record: NDArray[Any], other: NDArray[Any]) -> bool:
-    """Whether two records are of one image file."""
-    return bytes(record[CONTENT]) == bytes(other[CONTENT])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdcli.cli.main import run
-from kdcli.methods.resolve import find_methods
+from kdcli.methods.resolve import find_methods, name_methods
 from kdcli.userfile import run_file
 from tests.support.small_runs import CANVAS
 
@@ -51,6 +51,8 @@ def test_one_class_by_any_path_and_two_files_of_one_name(tmp_path: Path) -> None
         (tmp_path / folder / "mine.py").write_text(MINE)
     a, b = (tmp_path / folder / "mine.py" for folder in "ab")
     (tmp_path / "link.py").symlink_to(a)
+    for path in (a, tmp_path / "link.py", b):
+        name_methods(f"{path}:Mine")
     first, again, linked, other = (find_methods(f"{p}:Mine")["mine"] for p in (a, a, tmp_path / "link.py", b))
     assert first is again is linked
     assert other is not first

@@ -14,7 +14,7 @@ from kdcli.methods import METHODS
 from kdcli.methods.base import Pair, method_options
 from kdcli.methods.ld import LD
 from kdcli.methods.pfi import PFI
-from kdcli.methods.resolve import check_pair, find_methods, resolve_options
+from kdcli.methods.resolve import check_pair, find_methods, name_methods, resolve_options
 from kdcli.methods.rm import RM
 from tests.support.method_case import TWO, detector_of, inputs, make_batch, make_outputs, pair_of
 
@@ -83,7 +83,9 @@ def test_an_unknown_method(text: str, message: str) -> None:
 def test_a_users_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
+    name_methods("ld,./mine.py:Mine")
     found = find_methods("ld,./mine.py:Mine")
+    assert find_methods("ld,:Mine") == found  # as a store has it
     assert list(found) == ["ld", "mine"]
     mine = found["mine"]
     options = resolve_options("mine", mine, "gfl", {"weight": 3})
@@ -123,6 +125,7 @@ def test_a_users_method_that_is_not_there(
     for name in ("mine.py", "mine.txt"):
         (tmp_path / name).write_text(MINE)
     monkeypatch.chdir(tmp_path)
+    name_methods(part)
     with pytest.raises(error, match=message) as caught:
         find_methods(part)
     assert caught.value.exit_code == 3  # type: ignore[attr-defined]

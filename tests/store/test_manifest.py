@@ -54,7 +54,8 @@ WRONG: dict[str, list[Any]] = {
     "canvas": ["64x32", None, 64],
     "view_seed": [None, "0", True],
     "versions": [{"zarr": 3}, None],
-    "methods": [None, ["rm"]],
+    "methods": [None, ["rm"], "rm,/home/me/mine.py:Mine", "rm,../mine.py:Mine", "a b"],
+    "method_needs": [None, [], {}, {"rm": "rank@main"}, {"rm": ["rank"]}, {"ld": ["rank@main"]}],
     "method_options": [None, [], {"rm": 5}],
     "origin": [None, {}, {"data": 5, "teacher": ""}],
     "errors": [None, {"encoding": {}}],
@@ -103,7 +104,8 @@ def test_a_field_of_a_newer_kdcli_is_refused(path: str, named: str) -> None:
         set_at(DOCUMENT, "regions.vlr_gamma", 1),  # a whole number is a float too
         set_at(DOCUMENT, "teacher.ap", 40.5),
         set_at(DOCUMENT, "teacher_run.compile", True),
-        set_at(DOCUMENT, "methods", "ld,/home/me/mine.py:Mine"),
+        set_at(DOCUMENT, "methods", "ld,:Mine"),
+        {**without(DOCUMENT, "method_needs"), "version": 1, "methods": "ld,/home/me/mine.py:Mine"},
         {**DOCUMENT, "errors": {"encoding": {"rank@main": {"rms": 1e-05, "relative": 0.25, "worst": 0.5}}, "precision": {}}},
         *(without(DOCUMENT, path) for path in ("teacher_run.compile", "regions.keep", "assigner.center_radius")),  # older
     ],
@@ -118,7 +120,7 @@ def test_reading_an_older_store_does_not_change_it(tmp_path: Path) -> None:
     """Of format version 1; in a later one the journal names what the manifest has to say."""
     schema = replace(SCHEMA, version=1)
     make_store(tmp_path / "s", schema)
-    older = {**DOCUMENT, "version": 1}
+    older = {**without(DOCUMENT, "method_needs"), "version": 1}
     older = without(without(older, "teacher_run.compile"), "regions.keep")
     (tmp_path / "s" / "zarr.json").write_bytes(manifest_file(older))
     before = store_digest(tmp_path / "s")

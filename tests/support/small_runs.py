@@ -17,6 +17,7 @@ from kdcli.engine.caching.write import write_store
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training import run_config
 from kdcli.files import atomic_save
+from kdcli.methods.resolve import name_methods
 from kdcli.options import CacheOptions, build, layer
 
 CANVAS = "96x128"
@@ -89,4 +90,5 @@ def run_request(command: str, shapes: Path, **changes: Any) -> run_config.RunReq
         "data": str(shapes), "canvas": CANVAS, "epochs": 2, "batch": 4, "workers": 0, "threads": 1, "model": STUDENT,
         "optim": {"lr": 0.02}, "micro_batch": 4,
     }  # fmt: skip
+    name_methods(str(changes.get("method", "")))
     return run_config.from_flags(command, layer(fields, changes), {}, None, {})

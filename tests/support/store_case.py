@@ -83,6 +83,7 @@ def make_manifest(schema: StoreSchema, **changes: Any) -> Manifest:
         versions={"zarr": zarr.__version__},
         methods=("rm",),
         method_options={"rm": {}},
+        method_needs={} if schema.version == 1 else {"rm": ("rank@main",)},
         origin=Origin(data="data", teacher="teacher"),
         schema=schema,
         added_on={},

@@ -15,7 +15,7 @@ from kdcli.engine.caching.verify import plan_of_store
 from kdcli.engine.caching.write import write_store
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import StoreError
-from kdcli.methods.resolve import absolute_methods
+from kdcli.methods.resolve import stored_methods
 from kdcli.store.arrays import StoredTensor
 from kdcli.store.image_codec import PIXELS
 from kdcli.store.journal import read_journal
@@ -40,7 +40,8 @@ def add(
     when it is complete: until then readers see the old store. For cached images alone it does not run. The same call goes
     on after a kill. ``data`` and ``teacher``: None for where the store was written from; ``device``: None for the kind
     that it was written on. Another one rounds differently: the manifest then says of each new tensor where it was
-    computed. Raises StoreError when data or teacher are not those of the manifest, OptionError when the device is not here.
+    computed. Raises UsageError when a method of the store is of a file that was not named to this process,
+    StoreError when data or teacher are not those of the manifest, OptionError when the device is not here.
     """
     storage = open_storage(store)
     folder = storage.local_folder("add to it")
@@ -56,8 +57,8 @@ def _add(
 ) -> list[str]:  # fmt: skip
     store, reader = folder, StoreReader(folder)
     manifest, overlay = reader.manifest, folder / ADDING
-    asked = absolute_methods(methods).split(",") if methods else []
-    names = ",".join(dict.fromkeys([*manifest.methods, *asked]))
+    asked = stored_methods(methods)
+    names = ",".join(dict.fromkeys([*stored_methods(",".join(manifest.methods)), *asked]))
     whole = plan_of_store(
         store, data or manifest.origin.data, teacher or manifest.origin.teacher, device, reporter,
         methods=names if asked else None, settings=settings, encoding=encoding, runs=bool(asked),
@@ -101,6 +102,7 @@ def _add(
         manifest,
         methods=whole.manifest.methods,
         method_options=whole.manifest.method_options,
+        method_needs=whole.manifest.method_needs,
         regions=whole.manifest.regions,
         schema=between,
         added_on=_added_on(reader, whole, [t for t in joined.tensors if t.need not in have], reporter),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -60,23 +60,34 @@ def prune_tensors(store: Where, keys: Sequence[str], reporter: ProgressReporter)
         have = {t.need for t in keep} | {
             n for n in reader.schema.derived_from_dense if n.name in {t.need.name for t in keep}
         }
-        options = reader.manifest.method_options
-        able = {
-            text: name
-            for text in reader.manifest.methods
-            for name, method in find_methods(text).items()
-            if set(method.reads(completed(method, options[name]))) <= have
-        }
+        options, needs = reader.manifest.method_options, _method_needs(reader.manifest)
+        names = {text: text.rpartition(":")[2].lower() if ":" in text else text for text in reader.manifest.methods}
+        able = {text: name for text, name in names.items() if set(needs[name]) <= {need.key for need in have}}
         reporter.stage("prune", reader.schema.num_shards)
         dense = {t.need.name for t in keep if t.need.dense}
         derived = tuple(n for n in reader.schema.derived_from_dense if n.name in dense)
         images = reader.schema.images and PIXELS not in keys
         schema = replace(reader.schema, tensors=tuple(keep), derived_from_dense=derived, images=images)
         kept = {name: options[name] for name in able.values()}
+        reads = {name: needs[name] for name in able.values()}
         added_on = {key: run for key, run in reader.manifest.added_on.items() if key not in keys}
-        pruned = replace(reader.manifest, methods=tuple(able), method_options=kept, schema=schema, added_on=added_on)
+        pruned = replace(
+            reader.manifest, methods=tuple(able), method_options=kept, method_needs=reads, schema=schema, added_on=added_on
+        )  # fmt: skip
         drop_tensors(folder, pruned, reporter.advance)
     return [k for k in keys if k in droppable]
+
+
+def _method_needs(manifest: Manifest) -> Mapping[str, tuple[str, ...]]:
+    """What the methods of a store read, without running one of somebody's where the store says it: not in version 1.
+
+    Raises UsageError for a method of version 1 that is a file, unless that was named to this process.
+    """
+    if manifest.schema.version > 1:
+        return manifest.method_needs
+    found = find_methods(",".join(manifest.methods)) if manifest.methods else {}
+    options = manifest.method_options
+    return {n: tuple(need.key for need in method.reads(completed(method, options[n]))) for n, method in found.items()}
 
 
 def _require_no_overlay(folder: Path) -> None:

@@ -26,7 +26,7 @@ from kdcli.engine.runtime.threads import pick_teacher_workers, set_threads
 from kdcli.engine.teacher.forward import TeacherForward, TeacherRunner, class_order, compiled
 from kdcli.engine.teacher.specs import region_spec, teacher_record, with_classes
 from kdcli.methods.base import Pair
-from kdcli.methods.resolve import absolute_methods, all_needs, check_pair, find_methods, require_known, resolve_all
+from kdcli.methods.resolve import all_needs, check_pair, find_methods, require_known, resolve_all, stored_methods
 from kdcli.options import CacheOptions
 from kdcli.store.encoding_policy import derived_from_dense, plan_tensors, shard_rows_for
 from kdcli.store.manifest import Manifest
@@ -123,8 +123,11 @@ def plan_store(options: CacheOptions, reporter: ProgressReporter) -> StorePlan:
         assigner=source.assigner.to_json(),
         regions=source.region_spec.to_json(),
         versions={name: version(name) for name in ("kdcli", "torch", "torchvision", "zarr")},
-        methods=tuple(absolute_methods(options.method).split(",")),
+        methods=stored_methods(options.method),
         method_options=resolved,
+        method_needs={
+            name: tuple(need.key for need in sorted(set(m.reads(resolved[name])))) for name, m in methods.items()
+        },
         origin=Origin(data=str(Path(options.data).resolve()), teacher=str(Path(options.teacher).resolve())),
         schema=schema,
         added_on={},

@@ -147,19 +147,19 @@ def plan_of_store(
     """The plan that wrote ``store``, rebuilt from its manifest with the given data set and teacher.
 
     ``device``: None for the one that wrote the store. With ``methods`` and ``settings`` (options of methods), the plan of a
-    store of these. ``runs``: False for a plan whose teacher will not run, which then needs neither its device nor a
-    compiler. Raises StoreError when the data set is not that of the manifest, OptionError when the device is not here.
+    store of these; without, of its tensors, whatever methods they are for. ``runs``: False for a plan whose teacher will not
+    run, which then needs neither its device nor a compiler. Raises StoreError when the data set is not that of the manifest, OptionError when the device is not here.
     """
     manifest = read_manifest(store)
     schema, run, dataset = manifest.schema, manifest.teacher_run, manifest.dataset
     fields = {
-        "data": data, "teacher": teacher, "method": ",".join(manifest.methods) if methods is None else methods,
+        "data": data, "teacher": teacher, "method": methods or "",
         "split": dataset.split, "canvas": str(schema.canvas), "views": format_views(manifest.views),
         "view_seed": manifest.view_seed, "precision": run.precision, "micro_batch": run.micro_batch,
         "threads": run.threads, "device": (device or run.device) if runs else "cpu",
         "compile": runs and bool(run.compile), "shard_rows": schema.shard_rows, "skip_bad": bool(dataset.left_out),
         "exif": "apply" if dataset.exif is None else "ignore", "clip_boxes": dataset.boxes is not None,
-        "encoding": encoding, "methods": layer(manifest.method_options, settings or {}),
+        "encoding": encoding, "methods": layer(manifest.method_options, settings or {}) if methods else {},
     }  # fmt: skip
     plan = plan_store(build(CacheOptions, fields), reporter)
     differences = dataset.differences(plan.manifest.dataset)
@@ -170,6 +170,8 @@ def plan_of_store(
     # a pruned store has tensors that no method of it reads any more
     source = plan.source.with_regions(manifest.region_spec, schema.regions)
     needs = tuple(t.need for t in schema.tensors)
-    return replace(
-        plan, manifest=replace(plan.manifest, regions=manifest.regions, schema=schema), needs=needs, source=source
-    )
+    ours = replace(
+        plan.manifest, methods=manifest.methods, method_options=manifest.method_options,
+        method_needs=manifest.method_needs, regions=manifest.regions, schema=schema,
+    )  # fmt: skip
+    return replace(plan, manifest=ours, needs=needs, source=source)
