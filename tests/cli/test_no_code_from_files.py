@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from kdcli import userfile
 from kdcli.cli.main import run
 from kdcli.engine.caching.plan import plan_store
 from kdcli.engine.caching.write import write_store
 from kdcli.engine.runtime.progress import NullReporter
+from kdcli.methods import resolve
 from kdcli.store.manifest import read_manifest, write_manifest
 from tests.support.small_runs import CANVAS, cache_options
 
@@ -28,8 +30,15 @@ with open({marker!r}, "a") as file:
 class Mine(RM):
     """Somebody's."""
 '''
-SMALL = ["--model", "gfl_shufflenet_v2_x0_5", "--canvas", CANVAS, "--epochs", "1", "--batch", "8", "--threads", "1", "--workers", "0",
-         "--set", "model.fpn_channels=64", "--set", "model.tower_convs=1"]  # fmt: skip
+SMALL = ["--model", "gfl_shufflenet_v2_x0_5", "--canvas", CANVAS, "--epochs", "1", "--batch", "8", "--threads", "1",
+         "--workers", "0", "--set", "model.fpn_channels=64", "--set", "model.tower_convs=1"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command has a process of its own; these share one."""
+    monkeypatch.setattr(resolve, "_users", {})
+    monkeypatch.setattr(userfile, "_named", set())
 
 
 @pytest.fixture
@@ -69,7 +78,10 @@ def commands(store: Path, shapes: Path, teacher: Path, out: Path) -> list[list[s
     return [[str(word) for word in words] for words in found]
 
 
-@pytest.mark.parametrize(("version", "named"), [(1, "path"), (1, "beside"), (2, "path"), pytest.param(2, "beside", marks=pytest.mark.full)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "named"),
+    [(1, "path"), (2, "path"), *(pytest.param(v, "beside", marks=pytest.mark.full) for v in (1, 2))],
+)
 def test_a_store_runs_nothing(
     shapes: Path, teacher: Path, tmp_path: Path, theirs: Path, marker: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], version: int, named: str,
@@ -81,7 +93,7 @@ def test_a_store_runs_nothing(
     options = {**manifest.method_options, "mine": {}}
     needs = {} if version == 1 else {**manifest.method_needs, "mine": ("rank@main",)}
     text = f"{theirs if named == 'path' else 'theirs.py'}:Mine"
-    write_manifest(store, replace(manifest, methods=("ld", text), method_options=options, method_needs=needs))
+    write_manifest(store, replace(manifest, methods=("rm", "ld", text), method_options=options, method_needs=needs))
     for command in commands(store, shapes, teacher, tmp_path):
         code = run(command)
         said = capsys.readouterr()

@@ -148,7 +148,8 @@ def plan_of_store(
 
     ``device``: None for the one that wrote the store. With ``methods`` and ``settings`` (options of methods), the plan of a
     store of these; without, of its tensors, whatever methods they are for. ``runs``: False for a plan whose teacher will not
-    run, which then needs neither its device nor a compiler. Raises StoreError when the data set is not that of the manifest, OptionError when the device is not here.
+    run, which then needs neither its device nor a compiler. Raises StoreError when the data set is not that of the manifest,
+    OptionError when the device is not here.
     """
     manifest = read_manifest(store)
     schema, run, dataset = manifest.schema, manifest.teacher_run, manifest.dataset
