@@ -8,12 +8,15 @@ files are read with ``weights_only=True`` alone, so that a foreign file cannot r
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import os
+import platform
 import re
 import stat
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +36,7 @@ NO_SYNC = (
     errno.EISDIR,
 )
 NO_REPLACE = (errno.EEXIST, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV)
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # whose process numbers those in temporary names are
 FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers of a full disk
 
 
@@ -191,8 +195,9 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     path = Path(os.path.realpath(path))  # a link stays, and its target is replaced: /dev/stdout is one
     if _written_through(path, write):
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
     try:
+        _remove_of_the_dead(path)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -211,6 +216,14 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_of_the_dead(path: Path) -> None:
+    """Delete what killed processes of this machine left when they were writing ``path``."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}-*.tmp"):
+        number = leftover.name.rpartition("-")[2].removesuffix(".tmp")
+        if number.isdecimal() and not Path(f"/proc/{number}").exists() and Path("/proc/self").exists():
+            leftover.unlink(missing_ok=True)
 
 
 def _written_through(path: Path, write: Callable[[BinaryIO], object]) -> bool:

@@ -144,12 +144,14 @@ class LocalStorage:
     @contextmanager
     def lock_creation(self) -> Iterator[None]:
         """See Storage. The lock lies beside the folder, which is not there yet."""
-        if (self.path / "zarr.json").is_file():  # nobody makes it, and its parent may be read-only
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        left = lock.exists() and os.access(lock.parent, os.W_OK)  # by one that was killed when it had made it
+        if (self.path / "zarr.json").is_file() and not left:  # nobody makes it, and its parent may be read-only
             yield
             return
         require_beside(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with lock_file(self.path.with_name(f".{self.path.name}.lock")):
+        with lock_file(lock):
             yield
 
     def lock_file(self, key: str) -> AbstractContextManager[None]:

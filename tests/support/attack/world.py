@@ -64,6 +64,7 @@ def make_world(root: Path) -> World:
     _call(partial(_teachers, world), root)
     _run(world.cache_teacher(world.store), root)
     _run(world.cache_teacher(world.store_b, teacher=root / "teacher_b.pt"), root)
+    _run([*world.cache_teacher(root / "store_main"), "--method", "rm"], root)
     for view, name in (("hflip", "store_identity"), ("identity", "store_hflip")):
         _run(["cache", "prune", str(world.store), "--view", view, "--out", str(root / name)], root)
     _run(["cache", "prune", str(_copied(world.store, root / "store_ld")), "--tensor", "features@all"], root)
