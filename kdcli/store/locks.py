@@ -121,9 +121,9 @@ def lock_file(file: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def remove_stale_locks(folder: Path) -> None:
+def remove_stale_locks(folder: Path, pattern: str = ".*.lock") -> None:
     """Delete the files of ``lock_file`` in ``folder`` that nobody holds: a process that was killed left them."""
-    for file in folder.glob(".*.lock"):
+    for file in folder.glob(pattern):
         try:
             descriptor = os.open(file, os.O_RDWR)
         except FileNotFoundError:

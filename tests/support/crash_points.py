@@ -27,7 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import kdcli
+from kdcli.digest import digest_of
 from tests.support.attack import tiny
 from tests.support.files import contents
 
@@ -50,7 +53,7 @@ class Scenario:
     ignore: tuple[str, ...] = ()
     stable: bool = True
     codes: tuple[int, ...] = (0,)  # of the commands that are run again
-    most: int = 10**9  # points; of more, the first and the last of each kind of event and file
+    most: int = 10**9  # points: see ``chosen``
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,8 @@ def _state(folder: Path, scenario: Scenario) -> dict[str, str]:
     folders = {f"{f.relative_to(folder)}/": "" for f in folder.rglob("*") if f.is_dir()}
     files = contents(folder)
     for name in files:
+        if name.endswith(".pt"):  # what it holds: pickle spells one object that is named twice otherwise than two
+            files[name] = digest_of(torch.load(folder / name, weights_only=True))
         if not scenario.stable or any(Path(name).match(pattern) for pattern in scenario.ignore):
             files[name] = ""
     return {**folders, **files}
@@ -203,20 +208,23 @@ def _compared(found: dict[str, str], wanted: dict[str, str]) -> str:
     return "; ".join(f"{what}: {', '.join(names[:4])}" for what, names in parts if names)
 
 
+def kind_of(event: str) -> str:
+    """A call, the folder at the top, and a file's own name without its numbers."""
+    call, _, path = event.rpartition(" ")
+    name = re.sub(r"[0-9a-f]{8}-[0-9]+|[0-9]+", "N", path.split("/")[-1])
+    return f"{call} {path.split('/')[0]} {name if '.' in name else 'folder'}"
+
+
 def chosen(events: Sequence[str], most: int) -> list[int]:
-    """All of ``events`` if they are at most ``most``; else the first and the last of each kind: of a call, the folder at the
-    top and the file's own name without its numbers.
-    """
+    """All of ``events`` if they are at most ``most``; else the first of each kind, or ``most`` evenly spaced of these."""
     if len(events) <= most:
         return list(range(len(events)))
     first: dict[str, int] = {}
-    last: dict[str, int] = {}
     for number, event in enumerate(events):
-        call, _, path = event.rpartition(" ")
-        kind = re.sub(r"[0-9]+", "N", f"{call} {path.split('/')[0]} {path.split('/')[-1]}")
-        first.setdefault(kind, number)
-        last[kind] = number
-    return sorted({*first.values(), *last.values()})
+        first.setdefault(kind_of(event), number)
+    kinds = sorted(first.values())
+    step = max(1.0, len(kinds) / most)
+    return sorted({kinds[int(n * step)] for n in range(min(most, len(kinds)))} | {kinds[-1]})
 
 
 def _explore(scenario: Scenario, scratch: Path) -> dict[str, Any]:

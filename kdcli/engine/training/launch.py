@@ -45,6 +45,8 @@ def resume(run: Path, request: RunRequest, reporter: ProgressReporter) -> tuple[
         raise OptionError(f"'{run}' is a {stored.command} run: resume it with `kdcli {stored.command} --resume {run}`")
     metrics = run_folder.read_metrics(run)
     before = run_folder.read_env(run) if metrics is None else None  # damage is named before what follows from it
+    if distributed.is_main():
+        run_folder.remove_creation_lock(run)
     fields = resolved_fields(request.fields, stored)
     moved = {name: fields[name] for name in CONTENT_FIELDS if fields.get(name) and getattr(began, name)}
     free = {name: fields[name] for name in FREE_FIELDS if name in fields}

@@ -7,8 +7,10 @@ replaced whole, so a killed run never leaves half of one.
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
+import os
 import platform
 import shutil
 import sys
@@ -28,7 +30,7 @@ from kdcli.engine.training import run_files
 from kdcli.errors import MissingPathError, OptionError
 from kdcli.files import atomic_write_text, remove_leftovers, require_beside
 from kdcli.options import TrainOptions, build, read_toml, to_plain
-from kdcli.store.locks import lock_file, lock_folder
+from kdcli.store.locks import lock_file, lock_folder, remove_stale_locks
 
 STATE_FILE = Path("weights") / "state.pt"
 PACKAGES = ("torch", "torchvision", "zarr", "numpy", "pycocotools", "pillow")
@@ -64,6 +66,12 @@ def lock_run(run: Path) -> AbstractContextManager[bool]:
     return lock_folder(
         run, OptionError(f"run '{run}' is being trained by another process; wait for it, or stop it first")
     )
+
+
+def remove_creation_lock(run: Path) -> None:
+    """Delete the lock of ``create_run`` that a process left which was killed when it had made ``run``."""
+    if os.access(run.parent, os.W_OK):
+        remove_stale_locks(run.parent, f".{glob.escape(run.name)}.lock")
 
 
 def tidy_finished(run: Path) -> None:
