@@ -46,7 +46,6 @@ OTHERS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "compare": (("run", "plain"), ["compare", "{}/run", "{}/plain", "--html", "{}/out.html", "--plots", "{}/out"]),
     "make-shapes": ((), ["data", "make-shapes", "{}/out", "--train", "2", "--val", "1"]),
 }  # fmt: skip
-QUICK = {"prune --tensor": 12}  # points in make test
 MOST = 25  # of each command in make test-all
 
 
@@ -88,13 +87,6 @@ def tried(world: Path, tmp_path: Path, name: str, most: int) -> tuple[int, list[
     return explore(scenario, tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(QUICK))
-def test_some_points(world: Path, tmp_path: Path, name: str) -> None:
-    points, findings = tried(world, tmp_path, name, QUICK[name])
-    assert points >= 10
-    assert findings == []
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("name", [*STORES, *OTHERS])
 def test_some_points_of_each_command(world: Path, tmp_path: Path, name: str) -> None:
@@ -118,5 +110,6 @@ def test_points_are_chosen_by_kind() -> None:
     assert chosen(events, 2) == [0, 2, 6]
 
 
+@pytest.mark.full
 def test_the_world_is_made_once(world: Path) -> None:
     assert make_world(world).root == world
