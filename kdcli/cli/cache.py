@@ -101,6 +101,8 @@ def verify(
     from kdcli.report.progress import ConsoleReporter
     from kdcli.store.manifest import read_manifest
 
+    if teacher is None and (data is not None or device is not None):
+        raise UsageError("--data and --device are for running the teacher again: add --teacher RUN, or leave them out")
     with ConsoleReporter() as reporter:
         files, size = verify_checksums(store, reporter)
         manifest = read_manifest(store)

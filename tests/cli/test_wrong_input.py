@@ -35,6 +35,13 @@ def test_missing_flag_values(capsys: pytest.CaptureFixture[str], shapes: Path, t
     assert "--model" in refused(capsys, 2, "train", "--data", shapes, *SMALL, "--out", tmp_path / "run")
 
 
+def test_what_verify_would_not_use_is_refused(
+    capsys: pytest.CaptureFixture[str], shapes: Path, default_store: Path
+) -> None:
+    for flags in (["--data", shapes], ["--device", "cpu"]):
+        assert "add --teacher RUN" in refused(capsys, 2, "cache", "verify", default_store, *flags)
+
+
 def test_truncated_image(capsys: pytest.CaptureFixture[str], copy: Path, tmp_path: Path) -> None:
     image = sorted((copy / "train").iterdir())[0]
     image.write_bytes(image.read_bytes()[:500])
