@@ -288,5 +288,5 @@ def test_skip_empty(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (empty / "annotations" / name).write_text(json.dumps({**content, "annotations": []}))
     train[2] = str(empty)
     assert run([*train, "--set", "train.skip_empty=true", "--out", str(tmp_path / "none")]) == 3
-    assert "no image has a box to train on" in capsys.readouterr().err
+    assert "no box to train on: there is no annotation" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -83,7 +83,7 @@ class Trainer:
         try:
             while state.epoch < options.epochs:
                 plan = self._plan(state.epoch)
-                if state.batch >= len(plan):
+                if state.batch > len(plan):  # after all of them it was stopped while it evaluated
                     raise OptionError(
                         f"'{self.run / run_folder.STATE_FILE}' is after {state.batch} batches of an epoch of {len(plan)}"
                     )
