@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 
 from kdcli.classes import Category, ClassList
 from kdcli.data.coco_parse import parse_coco
-from kdcli.errors import DataError, MissingPathError, NoSpaceError
-from kdcli.files import open_regular
+from kdcli.errors import DataError, MissingPathError, NoSpaceError, OptionError
+from kdcli.files import atomic_write_bytes, open_regular
 from kdcli.processes import end_with, parent_gone
 
 INDEX_FORMAT = 1
@@ -110,7 +111,7 @@ def _parse_here(path: Path, index: Path | None) -> Annotations:
     parsed = _annotations(parse_coco(path))
     if index is None:
         return parsed
-    with contextlib.suppress(OSError):  # a read-only home: the index only saves time
+    with contextlib.suppress(OSError, OptionError):  # a read-only home: the index only saves time
         _save_index(parsed, index)
     return parsed
 
@@ -177,16 +178,9 @@ def _save_index(annotations: Annotations, index: Path) -> None:
     arrays = {name: getattr(annotations, name) for name in ARRAYS}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
     index.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=index.parent, prefix=".index-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, index)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    data = io.BytesIO()
+    np.savez(data, allow_pickle=False, **arrays)
+    atomic_write_bytes(index, data.getvalue())
 
 
 def _load_index(index: Path, sha256: str | None) -> Annotations | None:

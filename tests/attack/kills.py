@@ -210,6 +210,8 @@ class Killer:
             }
         for name in [k for k in found if k.endswith("results.csv")]:
             found[name] = contents.losses(self.scratch.root / name)
+        for name in [k for k in found if k.endswith("env.json")]:
+            found[name] = contents.environment(self.scratch.root / name)
         for name in [k for k in found if k.endswith(".pt") and not LEFT.match(Path(k).name)]:
             found[name] = contents.checkpoint(self.scratch.root / name)
         return found

@@ -156,7 +156,7 @@ def _tensors(rng: Random, path: Path) -> str:
         else:
             value = old.clone()
             if value.numel():
-                value.view(-1)[0] = 7 if kind == "value" else (float("nan") if value.is_floating_point() else 1)
+                value[(0,) * value.ndim] = 7 if kind == "value" else (float("nan") if value.is_floating_point() else 1)
             if torch.equal(value, old):
                 return ""
         what = f"{kind} tensor"

@@ -22,6 +22,12 @@ def losses(path: Path) -> str:
     return json.dumps([{k: v for k, v in row.items() if k not in MEASURED} for row in rows])
 
 
+def environment(path: Path) -> str:
+    """env.json without the second in which the run began, which two runs may share, and the digest over it."""
+    _require_file(path)
+    return json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("started", "digest")})
+
+
 def checkpoint(path: Path) -> str:
     """sha256 of the tensors and values of a checkpoint."""
     _require_file(path)
