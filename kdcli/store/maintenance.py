@@ -16,7 +16,7 @@ from kdcli.errors import StoreError
 from kdcli.files import fsync_folder
 from kdcli.store.arrays import ArraySpec, shard_key
 from kdcli.store.encoding_error import ErrorMeter, Measured, errors_of
-from kdcli.store.journal import ARRAY_PATH, JournalEntry, read_journal, write_entry
+from kdcli.store.journal import ARRAY_PATH, JournalEntry, ShardRecord, read_journal, write_entry
 from kdcli.store.manifest import Manifest, read_manifest, write_manifest
 from kdcli.store.reader import StoreReader
 from kdcli.store.schema import StoreSchema
@@ -170,10 +170,11 @@ def _chunks(
         theirs, size = reader.layout[array.path], reader.schema.shard_rows
         mine = {n: divmod(row, size) for n, (k, row) in enumerate(places) if k == source}
         new = [s for s in dict.fromkeys(s for s, _ in mine.values()) if (source, array.path, s) not in files]
-        opened = open_shards(reader.storage, [shard_key(theirs, s) for s in new], size)
-        for s, file in zip(new, opened, strict=True):
-            if not file.is_of(reader.records[s][array.path]):
-                raise corrupt(file.name, "is not the one that the journal names")
+        keys = [shard_key(theirs, s) for s in new]
+        opened = open_shards(reader.storage, keys, size)
+        for s, key, file in zip(new, keys, opened, strict=True):  # whole: the copy gets a digest of its own
+            if ShardRecord.of(reader.storage.read(key), reader.schema.version) != reader.records[s][array.path]:
+                raise corrupt(file.name, "is not what was written")
         files.update({(source, array.path, s): file for s, file in zip(new, opened, strict=True)})
         wanted = [(files[source, array.path, s], position) for s, position in mine.values()]
         for n, (file, _), chunk in zip(mine, wanted, read_chunks(reader.storage, wanted), strict=True):

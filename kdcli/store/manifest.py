@@ -212,6 +212,12 @@ class Manifest:
         return compare(stored, here)
 
 
+def name_of(method: str) -> str:
+    """What one of ``Manifest.methods`` is called: a class of a file by its name in lower case."""
+    _, colon, name = method.rpartition(":")
+    return name.lower() if colon else method
+
+
 def read_manifest(where: Where) -> Manifest:
     """The manifest of a store. Raises MissingPathError or StoreError."""
     path = open_storage(where)
@@ -273,8 +279,9 @@ def _views(data: dict[str, Any]) -> tuple[str, ...]:
 def _method_needs(data: dict[str, Any], options: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     if data["version"] == 1:
         return {}
-    names = [text for text in field(data, "methods", str).split(",") if text]
-    require(all(METHOD.fullmatch(name) for name in names), "methods")
+    texts = [text for text in field(data, "methods", str).split(",") if text]
+    require(all(METHOD.fullmatch(text) for text in texts), "methods")
+    require({name_of(text) for text in texts} == options.keys() and len(texts) == len(options), "methods")
     found = field(data, "method_needs", dict)
     require(found.keys() == options.keys(), "method_needs")
     for keys in found.values():

@@ -218,3 +218,10 @@ def test_entries_are_spelt_as_they_are_written(store: Path) -> None:
         with pytest.raises(ValueError, match="impossible store"):
             JournalEntry.from_json({**plain, name: value}, "000001.json", 2)
     assert crc_bytes(b"") == bytes(4)
+
+
+def test_a_copy_does_not_bless_what_changed_places(store: Path, tmp_path: Path) -> None:
+    """It gets digests of its own."""
+    swap_rows(store / shard_key(LAYOUT["entries/count"], SHARD), 0, 1, SCHEMA.shard_rows)
+    with pytest.raises(StoreError, match=r"entries/count/c/1/0' is not what was written"):
+        prune_views(store, ["hflip"], tmp_path / "copy", NullReporter())

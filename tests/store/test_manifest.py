@@ -54,7 +54,7 @@ WRONG: dict[str, list[Any]] = {
     "canvas": ["64x32", None, 64],
     "view_seed": [None, "0", True],
     "versions": [{"zarr": 3}, None],
-    "methods": [None, ["rm"], "rm,/home/me/mine.py:Mine", "rm,../mine.py:Mine", "a b"],
+    "methods": [None, ["rm"], "rm,/home/me/mine.py:Mine", "rm,../mine.py:Mine", "a b", "pfi", "rm,rm", "rm,:Mine"],
     "method_needs": [None, [], {}, {"rm": "rank@main"}, {"rm": ["rank"]}, {"ld": ["rank@main"]}],
     "method_options": [None, [], {"rm": 5}],
     "origin": [None, {}, {"data": 5, "teacher": ""}],
@@ -104,7 +104,10 @@ def test_a_field_of_a_newer_kdcli_is_refused(path: str, named: str) -> None:
         set_at(DOCUMENT, "regions.vlr_gamma", 1),  # a whole number is a float too
         set_at(DOCUMENT, "teacher.ap", 40.5),
         set_at(DOCUMENT, "teacher_run.compile", True),
-        set_at(DOCUMENT, "methods", "ld,:Mine"),
+        {
+            **DOCUMENT, "methods": "rm,:Mine", "method_options": {"rm": {}, "mine": {"a": 1}},
+            "method_needs": {"rm": ["rank@main"], "mine": []},
+        },
         {**without(DOCUMENT, "method_needs"), "version": 1, "methods": "ld,/home/me/mine.py:Mine"},
         {**DOCUMENT, "errors": {"encoding": {"rank@main": {"rms": 1e-05, "relative": 0.25, "worst": 0.5}}, "precision": {}}},
         *(without(DOCUMENT, path) for path in ("teacher_run.compile", "regions.keep", "assigner.center_radius")),  # older

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdcli.data.images import file_digest
 from kdcli.engine.caching.plan import StorePlan
-from kdcli.engine.caching.verify import plan_of_store
+from kdcli.engine.caching.verify import plan_of_store, verify_headers
 from kdcli.engine.caching.write import write_store
 from kdcli.engine.runtime.progress import ProgressReporter
 from kdcli.errors import StoreError
@@ -111,6 +111,7 @@ def _add(
     _require_same_overlay(plan, overlay)
     if new:
         if not _is_complete(overlay):  # else a killed call has begun to move it into the store, where rows are of both
+            verify_headers(reader)  # else the end of the merge may find that it cannot be done
             _require_same_images(plan, reader, reporter)
         write_store(plan, overlay, reporter)
         reporter.stage("merging", reader.schema.num_shards)

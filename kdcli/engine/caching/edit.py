@@ -24,7 +24,7 @@ from kdcli.store.maintenance import (
     remove_dropped,
     unreferenced_folders,
 )
-from kdcli.store.manifest import Manifest, read_manifest
+from kdcli.store.manifest import Manifest, name_of, read_manifest
 from kdcli.store.provenance import DatasetRecord
 from kdcli.store.reader import ADDING, StoreReader
 from kdcli.store.storage.base import Where
@@ -61,14 +61,14 @@ def prune_tensors(store: Where, keys: Sequence[str], reporter: ProgressReporter)
             n for n in reader.schema.derived_from_dense if n.name in {t.need.name for t in keep}
         }
         options, needs = reader.manifest.method_options, _method_needs(reader.manifest)
-        names = {text: text.rpartition(":")[2].lower() if ":" in text else text for text in reader.manifest.methods}
+        names = {text: name_of(text) for text in reader.manifest.methods}
         able = {text: name for text, name in names.items() if set(needs[name]) <= {need.key for need in have}}
         reporter.stage("prune", reader.schema.num_shards)
         dense = {t.need.name for t in keep if t.need.dense}
         derived = tuple(n for n in reader.schema.derived_from_dense if n.name in dense)
         images = reader.schema.images and PIXELS not in keys
         schema = replace(reader.schema, tensors=tuple(keep), derived_from_dense=derived, images=images)
-        kept = {name: options[name] for name in able.values()}
+        kept = {name: options.get(name, {}) for name in able.values()}
         reads = {name: needs[name] for name in able.values()}
         added_on = {key: run for key, run in reader.manifest.added_on.items() if key not in keys}
         pruned = replace(
@@ -87,7 +87,10 @@ def _method_needs(manifest: Manifest) -> Mapping[str, tuple[str, ...]]:
         return manifest.method_needs
     found = find_methods(",".join(manifest.methods)) if manifest.methods else {}
     options = manifest.method_options
-    return {n: tuple(need.key for need in method.reads(completed(method, options[n]))) for n, method in found.items()}
+    return {
+        n: tuple(need.key for need in method.reads(completed(method, options.get(n, {}))))
+        for n, method in found.items()
+    }
 
 
 def _require_no_overlay(folder: Path) -> None:

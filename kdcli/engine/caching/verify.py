@@ -40,7 +40,7 @@ def verify_checksums(store: Where, reporter: ProgressReporter) -> tuple[int, int
     """
     reader = StoreReader(store)  # complete, and of a schema that can be read
     storage, layout = reader.storage, reader.layout
-    _verify_headers(reader)
+    verify_headers(reader)
     journal = read_journal(storage, reader.manifest)
     reporter.stage("verify", len(journal) * len(layout))
     files = total = 0
@@ -67,8 +67,8 @@ def verify_checksums(store: Where, reporter: ProgressReporter) -> tuple[int, int
     return files, total
 
 
-def _verify_headers(reader: StoreReader) -> None:
-    """The zarr.json of every array and group says what the schema does: other readers of Zarr go by it.
+def verify_headers(reader: StoreReader) -> None:
+    """The zarr.json of every array and group says what the schema does: other readers of Zarr go by it. Raises StoreError.
 
     Byte for byte if the zarr-python that wrote the store is the one here, else as zarr-python understands it.
     """
