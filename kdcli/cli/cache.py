@@ -150,7 +150,7 @@ def bench(
     from kdcli.report.progress import ConsoleReporter
 
     try:
-        numbers = [int(n) for n in workers.split(",")] if workers else default_workers()
+        numbers = [int(n) for n in workers.split(",")] if workers is not None else default_workers()
     except ValueError as error:
         raise UsageError(f"--workers '{workers}': write whole numbers, e.g. 0,1,2") from error
     if not 0 <= min(numbers) <= max(numbers) <= MAX_WORKERS:

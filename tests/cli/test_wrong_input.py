@@ -42,6 +42,10 @@ def test_what_verify_would_not_use_is_refused(
         assert "add --teacher RUN" in refused(capsys, 2, "cache", "verify", default_store, *flags)
 
 
+def test_no_number_of_workers_is_refused(capsys: pytest.CaptureFixture[str], default_store: Path) -> None:
+    assert "--workers ''" in refused(capsys, 2, "cache", "bench", default_store, "--workers", "")
+
+
 def test_truncated_image(capsys: pytest.CaptureFixture[str], copy: Path, tmp_path: Path) -> None:
     image = sorted((copy / "train").iterdir())[0]
     image.write_bytes(image.read_bytes()[:500])
