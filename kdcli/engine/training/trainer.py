@@ -77,6 +77,9 @@ class Trainer:
         self.identity = run_folder.read_env(self.run).get(DIGEST)
         self.state = load_state(self.run, self.identity, self.parts, options.epochs)
         state = self.state
+        best = self.run / "weights" / "best.pt"
+        if state.best_ap is not None and not best.is_file():
+            raise OptionError(f"'{best}' of epoch {state.best_epoch} is missing; put it back, or start a new run")
         loader = Loader(self.setup.source, self.setup.workers, self.parts.seen["train"])
         val_loader = self._val_loader()
         evaluation: dict[str, Any] = {}

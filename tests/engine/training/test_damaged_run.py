@@ -18,6 +18,7 @@ from PIL import Image
 from kdcli.digest import digest_of
 from kdcli.engine.runtime.progress import NullReporter
 from kdcli.engine.training import launch, run_config, run_folder
+from kdcli.engine.training import trainer as trainer_module
 from kdcli.engine.training.checkpoint import STATE_FILE, load_state
 from kdcli.engine.training.setup import prepare
 from kdcli.engine.training.trainer import Trainer
@@ -198,6 +199,21 @@ def test_a_folder_in_the_place_of_a_file(killed: Path, tmp_path: Path) -> None:
         with pytest.raises(KDError, match=Path(name).name) as caught:
             launch.resume(run, NOTHING, NullReporter())
         assert caught.value.exit_code == 3
+
+
+def test_the_best_weights_have_to_be_there(killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later epoch may not be better: the run would end without them."""
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    real = trainer_module.load_state
+
+    def after_an_epoch(*arguments: Any) -> Any:
+        state = real(*arguments)
+        state.best_ap, state.best_epoch = 1.0, 1
+        return state
+
+    monkeypatch.setattr(trainer_module, "load_state", after_an_epoch)
+    with pytest.raises(OptionError, match=r"best\.pt' of epoch 1 is missing; put it back"):
+        launch.resume(run, NOTHING, NullReporter())
 
 
 def test_a_setting_that_was_changed_by_hand_is_refused(killed: Path, tmp_path: Path) -> None:
